@@ -1,0 +1,11 @@
+"""The vision tower of Qwen-VL models, alone: official weights in, Hugging Face's embeddings out."""
+
+from pathlib import Path as _Path
+
+__version__ = "0.1.0"
+
+# In a checkout `kernels/` and `weights/` lie beside this folder, in a wheel inside it. They are always imported
+# as `qwenvit.kernels` and `qwenvit.weights`: a top-level `kernels` would shadow Hugging Face's package.
+_root = _Path(__file__).resolve().parent.parent
+if (_root / "pyproject.toml").is_file() and (_root / "kernels").is_dir():
+    __path__.append(str(_root))

@@ -1,0 +1,81 @@
+"""What the towers and the encoder return."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import overload
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TowerOutput:
+    """Features of a packed batch, as transformers' towers return them."""
+
+    last_hidden_state: Tensor
+    """`[patches, hidden_size]` after the last block, in the tower's order (window order for Qwen2.5-VL)."""
+    pooler_output: Tensor
+    """`[tokens, out_hidden_size]` merged tokens in reading order: what the language model is given."""
+    deepstack_features: list[Tensor]
+    """`[tokens, out_hidden_size]` for each DeepStack block, shallowest first; empty without DeepStack."""
+
+
+@dataclass(frozen=True)
+class ItemEmbeddings:
+    """Embeddings of one image or video."""
+
+    tokens: Tensor
+    """`[tokens, out_hidden_size]`: frame groups one after another, reading order within each."""
+    deepstack: list[Tensor]
+    """`[tokens, out_hidden_size]` for each DeepStack block; empty where the family has none."""
+    grid: tuple[int, int, int]
+    """Frame groups, rows and columns of merged tokens."""
+
+    def spatial(self) -> Tensor:
+        """Tokens as a map: `[h, w, out_hidden_size]` for an image, `[t, h, w, out_hidden_size]` for a video."""
+        frames, rows, columns = self.grid
+        if frames == 1:
+            return self.tokens.unflatten(0, (rows, columns))
+        return self.tokens.unflatten(0, (frames, rows, columns))
+
+
+class Embeddings(Sequence[ItemEmbeddings]):
+    """Embeddings of a batch: a sequence with one entry per input, and the packed tensors they are views of.
+
+    Attributes:
+        packed: `[tokens, out_hidden_size]`, all items one after another, as transformers returns them.
+        grid_thw: `[items, 3]` int64 on the CPU: frame groups, rows and columns of *patches*.
+        deepstack: packed `[tokens, out_hidden_size]` for each DeepStack block.
+    """
+
+    def __init__(self, packed: Tensor, grid_thw: Tensor, deepstack: list[Tensor], spatial_merge_size: int) -> None:
+        self.packed = packed
+        self.grid_thw = grid_thw
+        self.deepstack = deepstack
+        grids = grid_thw.clone()
+        grids[:, 1:] //= spatial_merge_size
+        sizes = grids.prod(dim=1).tolist()
+        layers = [layer.split(sizes) for layer in deepstack]
+        self._items = [
+            ItemEmbeddings(tokens, [layer[i] for layer in layers], (frames, rows, columns))
+            for i, (tokens, (frames, rows, columns)) in enumerate(
+                zip(packed.split(sizes), grids.tolist(), strict=True)
+            )
+        ]
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    @overload
+    def __getitem__(self, index: int) -> ItemEmbeddings: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[ItemEmbeddings]: ...
+    def __getitem__(self, index: int | slice) -> ItemEmbeddings | list[ItemEmbeddings]:
+        return self._items[index]
+
+    def __iter__(self) -> Iterator[ItemEmbeddings]:
+        return iter(self._items)
+
+    def __repr__(self) -> str:
+        grids = ", ".join("x".join(map(str, item.grid)) for item in self._items[:8])
+        more = ", …" if len(self) > 8 else ""
+        return f"Embeddings({len(self)} items, token grids {grids}{more}; packed {list(self.packed.shape)})"

@@ -1,0 +1,42 @@
+"""2-D rotary position embedding of the vision tower.
+
+Half of a head's channel pairs turn with a patch's row, half with its column (Qwen2-VL, arXiv:2409.12191, section
+2.1; RoPE itself: arXiv:2104.09864). The pair of channel i is channel i + head_dim / 2.
+"""
+
+import torch
+from torch import Tensor
+
+
+def rope_cos_sin(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of every channel's angle.
+
+    Args:
+        position_ids: `[patches, 2]` int64, row and column of each patch.
+        head_dim: channels per head, a multiple of 4.
+        theta: base of the geometric series of frequencies.
+
+    Returns:
+        Two `[patches, head_dim]` fp32 tensors on the device of `position_ids`.
+    """
+    exponents = torch.arange(0, head_dim // 2, 2, dtype=torch.float32) / (head_dim // 2)
+    inv_freq = (1.0 / theta**exponents).to(position_ids.device)  # computed on the CPU whatever the device
+    angles = (position_ids[..., None].float() * inv_freq).flatten(1)  # rows' angles, then columns'
+    return angles.cos().repeat(1, 2), angles.sin().repeat(1, 2)
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate queries or keys, in fp32 whatever their dtype.
+
+    Args:
+        x: `[patches, heads, head_dim]` in any floating dtype.
+        cos: `[patches, head_dim]` fp32.
+        sin: `[patches, head_dim]` fp32.
+
+    Returns:
+        `[patches, heads, head_dim]` in the dtype of `x`.
+    """
+    wide = x.float()
+    first, second = wide.chunk(2, dim=-1)
+    partner = torch.cat((-second, first), dim=-1)
+    return (wide * cos[:, None] + partner * sin[:, None]).to(x.dtype)

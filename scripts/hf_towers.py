@@ -1,0 +1,84 @@
+"""Hugging Face's own towers, with seeded weights: what tests and scripts compare qwenvit with."""
+
+import importlib
+
+import torch
+from torch import Tensor, nn
+
+from qwenvit.config import VisionConfig
+
+# family: (transformers.models.<module>, config class, tower class)
+_CLASSES = {
+    "qwen2_vl": ("qwen2_vl", "Qwen2VLVisionConfig", "Qwen2VisionTransformerPretrainedModel"),
+    "qwen2_5_vl": ("qwen2_5_vl", "Qwen2_5_VLVisionConfig", "Qwen2_5_VisionTransformerPretrainedModel"),
+    "qwen2_5_omni": ("qwen2_5_omni", "Qwen2_5OmniVisionEncoderConfig", "Qwen2_5OmniVisionEncoder"),
+    "qwen3_vl": ("qwen3_vl", "Qwen3VLVisionConfig", "Qwen3VLVisionModel"),
+    "qwen3_vl_moe": ("qwen3_vl_moe", "Qwen3VLMoeVisionConfig", "Qwen3VLMoeVisionModel"),
+    "qwen3_omni": ("qwen3_omni_moe", "Qwen3OmniMoeVisionEncoderConfig", "Qwen3OmniMoeVisionEncoder"),
+    "qwen3_5": ("qwen3_5", "Qwen3_5VisionConfig", "Qwen3_5VisionModel"),
+    "qwen3_5_moe": ("qwen3_5_moe", "Qwen3_5MoeVisionConfig", "Qwen3_5MoeVisionModel"),
+}
+
+
+def tower_class(family: str) -> type[nn.Module]:
+    """transformers' tower class for a family (or for `qwen3_vl_moe`, `qwen3_5_moe`)."""
+    return _load(family)[1]
+
+
+def _load(family: str) -> tuple[type, type[nn.Module]]:
+    module, config_class, tower = _CLASSES[family]
+    try:
+        configuration = importlib.import_module(f"transformers.models.{module}.configuration_{module}")
+        modeling = importlib.import_module(f"transformers.models.{module}.modeling_{module}")
+    except ImportError as error:
+        import transformers
+
+        raise ImportError(f"transformers {transformers.__version__} has no {family} tower: {error}") from error
+    return getattr(configuration, config_class), getattr(modeling, tower)
+
+
+def build_tower(
+    config: VisionConfig,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    variant: str | None = None,
+) -> nn.Module:
+    """A tower of transformers under sdpa attention, in eval mode, with weights from `seed_weights`.
+
+    Args:
+        config: its shape.
+        dtype: of its parameters (RoPE frequencies stay fp32, as `from_pretrained` leaves them).
+        device: where it lives.
+        seed: of its weights.
+        variant: a key of the class table other than the config's family, for the MoE twins.
+    """
+    config_class, tower = _load(variant or config.family)
+    values = config.to_hf()
+    values.pop("model_type")
+    model = tower._from_config(config_class(**values), attn_implementation="sdpa", dtype=dtype)  # type: ignore[attr-defined]
+    model.to(device).eval()
+    seed_weights(model, seed)
+    return model
+
+
+@torch.no_grad()
+def seed_weights(tower: nn.Module, seed: int) -> None:
+    """Weights of the size trained ones have, a few output channels of some layers 100 times larger than the rest."""
+    device = next(tower.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=generator, device=device)
+
+    for name, parameter in tower.named_parameters():
+        if parameter.ndim > 1:
+            values = normal(parameter) * parameter[0].numel() ** -0.5
+            if "fc1" in name or "up_proj" in name or name.endswith("mlp.0.weight"):
+                values[:: max(2, len(values) // 3)] *= 100
+        elif "norm" in name or "ln_q" in name:
+            values = 0.1 * normal(parameter) + (1.0 if name.endswith("weight") else 0.0)
+        else:
+            values = 0.1 * normal(parameter)
+        parameter.copy_(values)
