@@ -1,11 +1,17 @@
 """Hugging Face's own towers, with seeded weights: what tests and scripts compare qwenvit with."""
 
 import importlib
+import re
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
+from torchvision_cpu import define_torchvision_schemas
 
 from qwenvit.config import VisionConfig
+
+define_torchvision_schemas()  # before transformers imports torchvision
 
 # family: (transformers.models.<module>, config class, tower class)
 _CLASSES = {
@@ -75,6 +81,8 @@ def seed_weights(tower: nn.Module, seed: int) -> None:
     for name, parameter in tower.named_parameters():
         if parameter.ndim > 1:
             values = normal(parameter) * parameter[0].numel() ** -0.5
+            if "patch_embed" in name:
+                values *= 0.1  # the stream starts faint, so that even a norm's eps shows
             if "fc1" in name or "up_proj" in name or name.endswith("mlp.0.weight"):
                 values[:: max(2, len(values) // 3)] *= 100
         elif "norm" in name or "ln_q" in name:
@@ -82,3 +90,16 @@ def seed_weights(tower: nn.Module, seed: int) -> None:
         else:
             values = 0.1 * normal(parameter)
         parameter.copy_(values)
+
+
+def load_weights(tower: nn.Module, source: Path) -> None:
+    """Fill a tower of transformers from safetensors files, by its own tensor names and without any code of qwenvit."""
+    names = tower.state_dict().keys()
+    found: dict[str, Tensor] = {}
+    for file in sorted(source.glob("*.safetensors")) if source.is_dir() else [source]:
+        with safe_open(file, "pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 (a safetensors handle is no dict)
+                name = re.sub(r"^(model\.|thinker\.)?visual\.", "", key)
+                if name in names:
+                    found[name] = tensors.get_tensor(key)
+    tower.load_state_dict(found, strict=True)

@@ -1,0 +1,59 @@
+"""What the encoder's arguments may be, and what it says when they are something else."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from qwenvit import __version__
+from qwenvit.config import VisionConfig
+from qwenvit.grid import GridPlan
+
+Impl = Literal["auto", "triton", "reference"]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def default_device() -> torch.device:
+    """The GPU where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def check_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype | None:
+    """The torch dtype meant by a `dtype` argument; None for the checkpoint's own (`"auto"`)."""
+    if dtype is None:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if dtype == "auto":
+        return None
+    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if found not in DTYPES.values():
+        raise ValueError(f"dtype: expected one of {[*DTYPES, 'auto']} or the torch dtype, got {dtype!r}")
+    return found
+
+
+def check_impl(impl: str) -> None:
+    """Refuse what this version cannot run: an explicit choice never falls back."""
+    if impl == "triton":
+        raise ValueError(
+            f"impl: 'triton' asks for the fast tower, which qwenvit {__version__} does not have yet; "
+            "use 'reference' or 'auto'"
+        )
+    if impl not in ("auto", "reference"):
+        raise ValueError(f"impl: expected 'auto', 'triton' or 'reference', got {impl!r}")
+
+
+def check_pixel_values(pixel_values: Tensor, plan: GridPlan, config: VisionConfig) -> None:
+    """Refuse anything but `[patches, C·T·P·P]` floats that fit the grids."""
+    if not isinstance(pixel_values, Tensor) or not pixel_values.is_floating_point():
+        got = pixel_values.dtype if isinstance(pixel_values, Tensor) else type(pixel_values).__name__
+        raise TypeError(f"pixel_values: expected a floating tensor [patches, {config.patch_dim}], got {got}")
+    shape = list(pixel_values.shape)
+    if len(shape) != 2 or shape[1] != config.patch_dim:
+        hint = "; for whole images use encode(), which cuts them into patches" if len(shape) in (3, 4, 5) else ""
+        raise ValueError(
+            f"pixel_values: expected [patches, {config.patch_dim}] (channels x frames x height x width of a patch), "
+            f"got {shape}{hint}"
+        )
+    if shape[0] != plan.num_patches:
+        raise ValueError(
+            f"pixel_values: grid_thw {plan.grid_thw.tolist()} stands for {plan.num_patches} patches, got {shape[0]}"
+        )

@@ -1,0 +1,85 @@
+"""From the name of a model to its tower: where the files are, what they describe, and the loaded weights."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qwenvit.config import VisionConfig
+from qwenvit.reference import ReferenceTower
+from qwenvit.registry import PUBLISHED
+from qwenvit.weights.hub import fetch_tower
+from qwenvit.weights.local import checkpoint_dtype, find_tensors, load_tensors
+
+
+def locate(model: str | os.PathLike[str], **hub: Any) -> Path:
+    """The local directory or `.safetensors` file of a model, fetched from the Hub if that is where it is.
+
+    Args:
+        model: an existing path, a Hub repository, or a short name of `qwenvit.registry.PUBLISHED`.
+        **hub: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download` (see `fetch_tower`).
+
+    Raises:
+        ValueError: neither an existing path nor the name of a repository.
+    """
+    path = Path(model).expanduser()
+    if path.exists():
+        return path
+    name = os.fspath(model)
+    if name in PUBLISHED:
+        name = PUBLISHED[name].repo_id
+    organisation, slash, repository = name.partition("/")
+    if not (slash and organisation and repository) or "/" in repository or organisation in (".", "..", "~"):
+        raise ValueError(
+            f"model: {os.fspath(model)!r} is no existing path, no Hub repository (organisation/name) and none of the "
+            f"published towers: {', '.join(PUBLISHED)}"
+        )
+    return fetch_tower(name, **hub)
+
+
+def directory_of(source: Path) -> Path:
+    """The directory that holds a checkpoint's json files."""
+    return source if source.is_dir() else source.parent
+
+
+def read_config(source: Path) -> VisionConfig:
+    """The tower's config from the `config.json` of a directory, or beside a single file.
+
+    Raises:
+        FileNotFoundError: there is no `config.json`.
+        ValueError: it is not JSON, or describes no tower of a known family.
+    """
+    path = directory_of(source) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no config.json in {path.parent}: it tells which tower the weights are for")
+    try:
+        return VisionConfig.from_hf(json.loads(path.read_text()))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def load_tower(source: Path, *, device: torch.device, dtype: torch.dtype | None) -> ReferenceTower:
+    """The reference tower with a checkpoint's weights, all of them or none.
+
+    Args:
+        source: a checkpoint's directory or `.safetensors` file.
+        device: where the weights go.
+        dtype: what they are converted to; None keeps the checkpoint's most common dtype.
+
+    Raises:
+        CheckpointError: tensors missing, unexpected or wrongly shaped, all listed.
+    """
+    config = read_config(source)
+    with torch.device("meta"):  # no memory until the checkpoint's own tensors take the parameters' place
+        tower = ReferenceTower(config)
+    expected = {name: tensor.shape for name, tensor in tower.state_dict().items()}
+    entries = find_tensors(source)
+    tensors = load_tensors(
+        entries, expected, family=config.family, dtype=dtype or checkpoint_dtype(entries), device=device
+    )
+    tower.load_state_dict(tensors, strict=True, assign=True)
+    return tower

@@ -1,0 +1,181 @@
+"""What the subcommands of `qwenvit` do: each takes the parsed arguments and returns the exit code."""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from huggingface_hub.utils import tqdm
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+from qwenvit import demo
+from qwenvit.checkpoint import locate, read_config
+from qwenvit.config import VisionConfig
+from qwenvit.cost import flops, parameters
+from qwenvit.encoder import Encoder
+from qwenvit.grid import GridPlan
+from qwenvit.images import open_image
+from qwenvit.outputs import ItemEmbeddings
+from qwenvit.picture import patch_features, pca_picture, side_by_side
+from qwenvit.processing import ImageProcessor
+from qwenvit.registry import PUBLISHED, published_config
+
+IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+
+
+class CommandError(Exception):
+    """A failure already told in one line; carries nothing but that line."""
+
+
+def encode(arguments: argparse.Namespace) -> int:
+    """Embed files and folders; broken files are named and left out, and make the exit code 1."""
+    files = list(_image_files(arguments.inputs))
+    names = [name for _, name in files]
+    if repeated := {name for name in names if names.count(name) > 1}:
+        raise CommandError(f"inputs of the same name would overwrite each other: {', '.join(sorted(repeated))}")
+    encoder = _load(arguments)
+    into_folder = arguments.output.suffix != ".safetensors"
+    whole: dict[str, Tensor] = {}
+    grids: dict[str, list[int]] = {}
+    failed = 0
+    print(f"{'image':<32} {'grid':>9} {'tokens':>7} {'ms':>9} {'norm':>9}")
+    for path, name in tqdm(files, unit="image", disable=None):
+        try:
+            start = time.perf_counter()
+            item = encoder.encode(path, **_options(arguments))[0]
+            norm = float(item.tokens.float().norm(dim=1).mean())  # waits for the device
+            milliseconds = (time.perf_counter() - start) * 1e3
+        except (ValueError, TypeError, OSError) as error:
+            failed += 1
+            tqdm.write(f"qwenvit: error: {path}: {one_line(error)}", file=sys.stderr)
+            continue
+        _, rows, columns = item.grid
+        tqdm.write(
+            f"{name[-32:]:<32} {f'{rows}x{columns}':>9} {len(item.tokens):>7} {milliseconds:>9.1f} {norm:>9.2f}"
+        )
+        if into_folder:
+            target = arguments.output / f"{name}.safetensors"
+            _save(_tensors(item, ""), {"grids": {name: item.grid}, "model": arguments.model}, target)
+        else:
+            whole |= _tensors(item, f"{name}/")
+            grids[name] = list(item.grid)
+    if whole:
+        _save(whole, {"grids": grids, "model": arguments.model}, arguments.output)
+    print(f"{len(files) - failed} of {len(files)} images -> {arguments.output}")
+    return 1 if failed else 0
+
+
+def info(arguments: argparse.Namespace) -> int:
+    """Describe a tower, or list the published ones."""
+    if arguments.model is None:
+        if arguments.load:
+            raise CommandError("--load needs a MODEL")
+        print(f"{'name':<20} {'repository':<34} {'depth':>5} {'width':>6} {'heads':>6} {'out':>6} {'parameters':>11}")
+        for name, published in PUBLISHED.items():
+            c = published.config
+            size = f"{parameters(c) / 1e6:.1f} M"
+            print(
+                f"{name:<20} {published.repo_id:<34} {c.depth:>5} {c.hidden_size:>6} {c.num_heads:>6} "
+                f"{c.out_hidden_size:>6} {size:>11}"
+            )
+        return 0
+    config = _config(arguments)
+    for key, value in config.to_hf().items():
+        print(f"{key:<26} {value}")
+    print(f"{'parameters':<26} {parameters(config) / 1e6:.1f} M")
+    processor = ImageProcessor.for_family(config.family)
+    for size in arguments.size:
+        grid = processor.grid_for(*size)
+        plan = GridPlan.build([grid], config)
+        tokens = plan.num_patches // config.merge_unit
+        print(
+            f"{f'{size[0]}x{size[1]} image':<26} {plan.num_patches} patches, {tokens} tokens, "
+            f"{flops(config, plan) / 1e9:.1f} GFLOP"
+        )
+    if arguments.load:
+        start = time.perf_counter()
+        encoder = _load(arguments)
+        if encoder.device.type == "cuda":
+            torch.cuda.synchronize()
+        print(f"{'loaded':<26} {time.perf_counter() - start:.2f} s, {encoder.dtype}, {encoder.device}")
+    return 0
+
+
+def fetch(arguments: argparse.Namespace) -> int:
+    """Write a model's tower alone to a folder."""
+    encoder = Encoder.from_pretrained(arguments.model, device="cpu", dtype="auto", **_hub(arguments))
+    encoder.save_pretrained(arguments.output)
+    print(f"{arguments.model}: {parameters(encoder.config) / 1e6:.1f} M parameters -> {arguments.output}")
+    return 0
+
+
+def picture(arguments: argparse.Namespace) -> int:
+    """Draw the principal components of an image's patch features."""
+    encoder = _load(arguments)
+    features = patch_features(encoder, arguments.image, **_options(arguments))
+    image = Image.fromarray(open_image(arguments.image).permute(1, 2, 0).contiguous().numpy())
+    drawn = pca_picture(features, image.size)
+    sheet = drawn if arguments.map_only else side_by_side(image, drawn)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(arguments.output)
+    print(f"{features.shape[0]}x{features.shape[1]} patches -> {arguments.output}")
+    return 0
+
+
+def _load(arguments: argparse.Namespace) -> Encoder:
+    return Encoder.from_pretrained(
+        arguments.model, device=arguments.device, dtype=arguments.dtype, impl=arguments.impl, **_hub(arguments)
+    )
+
+
+def _hub(arguments: argparse.Namespace) -> dict[str, object]:
+    return {key: getattr(arguments, key) for key in ("revision", "local_files_only", "force_download")}
+
+
+def _options(arguments: argparse.Namespace) -> dict[str, int]:
+    given = {"min_pixels": arguments.min_pixels, "max_pixels": arguments.max_pixels}
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def _config(arguments: argparse.Namespace) -> VisionConfig:
+    if arguments.model == demo.NAME:
+        return demo.CONFIG
+    try:
+        return published_config(arguments.model)
+    except ValueError:
+        return read_config(locate(arguments.model, **_hub(arguments)))
+
+
+def _image_files(inputs: Sequence[Path]) -> Iterator[tuple[Path, str]]:
+    """Each image file with a name for it: its path as given, below the folder it was found in."""
+    for path in inputs:
+        if path.is_dir():
+            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+            if not found:
+                raise CommandError(f"{path}: no images in this folder ({', '.join(sorted(IMAGE_SUFFIXES))})")
+            yield from ((p, p.relative_to(path).as_posix()) for p in found)
+        elif path.is_file():
+            yield path, path.name
+        else:
+            raise CommandError(f"{path}: no such file or folder")
+
+
+def _tensors(item: ItemEmbeddings, prefix: str) -> dict[str, Tensor]:
+    tensors = {f"{prefix}tokens": item.tokens}
+    tensors |= {f"{prefix}deepstack.{level}": layer for level, layer in enumerate(item.deepstack)}
+    return {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
+
+
+def _save(tensors: dict[str, Tensor], metadata: dict[str, object], target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, target, metadata={key: json.dumps(value) for key, value in metadata.items()})
+
+
+def one_line(error: Exception) -> str:
+    """An error as the one line the command prints."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,49 @@
+"""The embedded tower: tiny, made by code, for trying the plumbing without a download."""
+
+import math
+import warnings
+
+import torch
+
+from qwenvit.config import VisionConfig
+from qwenvit.processing import ImageProcessor
+from qwenvit.reference import ReferenceTower
+
+NAME = "demo"
+ANNOUNCEMENT = "model='demo' has random weights: shapes and plumbing are real, features are not"
+
+CONFIG = VisionConfig(
+    family="qwen3_vl",
+    depth=4,
+    hidden_size=128,
+    intermediate_size=512,
+    num_heads=2,
+    out_hidden_size=256,
+    hidden_act="gelu_pytorch_tanh",
+    patch_size=16,
+    num_position_embeddings=2304,
+    deepstack_visual_indexes=(0, 1, 2),
+)
+
+
+def build_tower() -> ReferenceTower:
+    """The tower of `model="demo"`: the same fp32 weights on every machine, announced as random by a warning."""
+    warnings.warn(ANNOUNCEMENT, stacklevel=3)
+    with torch.device("meta"):
+        tower = ReferenceTower(CONFIG)
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, parameter in tower.state_dict().items():
+        if "norm" in name:
+            tensors[name] = torch.full(parameter.shape, 1.0 if name.endswith("weight") else 0.0)
+        else:
+            scale = 1 / math.sqrt(parameter[0].numel()) if parameter.ndim > 1 else 0.02
+            scale = 0.02 if name == "pos_embed.weight" else scale
+            tensors[name] = torch.randn(parameter.shape, generator=generator) * scale
+    tower.load_state_dict(tensors, strict=True, assign=True)
+    return tower
+
+
+def image_processor() -> ImageProcessor:
+    """Qwen3-VL's own preprocessing."""
+    return ImageProcessor.for_family(CONFIG.family)

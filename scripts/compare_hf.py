@@ -1,0 +1,215 @@
+"""Run transformers' vision tower and qwenvit's on the same inputs, show how far apart they are, and judge.
+
+The rule (qwenvit/parity.py): on a CPU the reference tower equals the pinned transformers to the last bit. Elsewhere,
+and for other versions: relative L2 <= 1e-5 in fp32, and in 16 bits no block, fed the fp32 truth's own input, is
+further from that truth than 1.05 times transformers' own; nor is the output, where transformers' own error is small
+enough (5 %) to mean anything. Exit code 0 says PASS, 1 FAIL, 2 wrong usage.
+
+    python scripts/compare_hf.py --random qwen2_5_vl-7b --dtype bfloat16
+    python scripts/compare_hf.py --model Qwen/Qwen3-VL-8B-Instruct --images photo.jpg --device cuda
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from hf_towers import build_tower, load_weights
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import qwenvit
+from qwenvit.checkpoint import locate, read_config
+from qwenvit.grid import GridPlan
+from qwenvit.parity import MEANINGFUL_ERROR, BlockCall, Check, Difference, close, exact, no_worse, record, replay
+from qwenvit.registry import PUBLISHED, published_config
+
+PINNED = "5.23."  # the transformers whose towers the reference tower equals to the last bit on a CPU
+AWKWARD_SIZES = ((448, 448), (1, 1), (30, 1000), (1003, 57), (333, 777), (512, 640))  # height x width
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    with tempfile.TemporaryDirectory() as folder:
+        source = save_random(arguments.random, Path(folder), device) if arguments.random else locate(arguments.model)
+        config = read_config(source)
+        theirs = build_tower(config, dtype=dtype, device=device)
+        load_weights(theirs, source)
+        ours = qwenvit.Encoder.from_pretrained(source, device=device, dtype=dtype, impl=arguments.impl)
+        exact_rule = device.type == "cpu" and transformers.__version__.startswith(PINNED) and arguments.impl != "triton"
+        truth = ours32 = None
+        if not exact_rule:
+            truth = build_tower(config, device=device)
+            load_weights(truth, source)
+            ours32 = qwenvit.Encoder.from_pretrained(source, device=device, dtype="float32", impl=arguments.impl)
+
+    pictures = load_pictures(arguments.images)
+    pixel_values, grid = ours.image_processor([picture for _, picture in pictures], max_pixels=arguments.max_pixels)
+    pixel_values = pixel_values.to(device)
+    print(f"transformers {transformers.__version__}, qwenvit {qwenvit.__version__}, torch {torch.__version__}, {device}")
+    print(f"{arguments.random or arguments.model}: {ours}, {len(pixel_values)} patches of {len(grid)} images")
+
+    their_outputs, their_calls = run_theirs(theirs, pixel_values, grid)
+    our_outputs, our_calls = run_ours(ours, pixel_values, grid)
+    show_blocks(our_calls, their_calls)
+    checks = [] if truth else [
+        exact(f"block {i}", a.out, b.out) for i, (a, b) in enumerate(zip(our_calls, their_calls, strict=True))
+    ]
+    if truth is not None and ours32 is not None:
+        true_outputs, true_calls = run_theirs(truth, pixel_values, grid)
+        for (name, ours_at), truth_at in zip(run_ours(ours32, pixel_values, grid)[0], true_outputs, strict=True):
+            checks.append(close(name, ours_at, truth_at[1]))
+        if dtype != torch.float32:
+            towers = (ours.tower.blocks, our_calls), (theirs.blocks, their_calls)
+            checks += check_blocks(towers, true_calls)
+            checks += check_ends(our_outputs, their_outputs, true_outputs)
+    else:
+        checks += [exact(name, a, b) for (name, a), (_, b) in zip(our_outputs, their_outputs, strict=True)]
+    show_items(ours, our_outputs, their_outputs, grid, [name for name, _ in pictures])
+    if arguments.rounds:
+        show_times(ours, theirs, arguments.rounds)
+    return verdict(checks)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", help="directory or Hub repository of a checkpoint")
+    source.add_argument("--random", choices=PUBLISHED, metavar="NAME", help=f"seeded weights: {', '.join(PUBLISHED)}")
+    parser.add_argument("--images", nargs="+", type=Path, help="default: synthetic ones of awkward sizes")
+    parser.add_argument("--max-pixels", type=int, help="shrink images to this area")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--impl", choices=("auto", "triton", "reference"), default="auto")
+    parser.add_argument("--rounds", type=int, default=3, help="timed runs of each on one 448x448 image; 0: none")
+    return parser.parse_args()
+
+
+def save_random(name: str, folder: Path, device: torch.device) -> Path:
+    """A published tower's shape with seeded weights, under the official names of a whole checkpoint."""
+    config = published_config(name)
+    prefix = {"qwen2_vl": "visual.", "qwen2_5_vl": "visual.", "qwen2_5_omni": "thinker.visual."}
+    prefix |= {"qwen3_omni": "thinker.visual."}
+    tensors = build_tower(config, device=device).state_dict()
+    chosen = prefix.get(config.family, "model.visual.")
+    save_file({f"{chosen}{key}": value.cpu() for key, value in tensors.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config.to_hf()))
+    return folder
+
+
+def load_pictures(files: list[Path] | None) -> list[tuple[str, Image.Image | Path]]:
+    if files:
+        return [(file.name, file) for file in files]
+    noise = torch.Generator().manual_seed(0)
+    pictures: list[tuple[str, Image.Image | Path]] = []
+    for height, width in AWKWARD_SIZES:
+        coarse = torch.randint(0, 256, (height // 9 + 1, width // 9 + 1, 3), generator=noise, dtype=torch.uint8)
+        picture = Image.fromarray(coarse.numpy()).resize((width, height), Image.Resampling.BICUBIC)
+        if max(height, width) <= 200 * min(height, width):
+            pictures.append((f"synthetic {height}x{width}", picture))
+    return pictures
+
+
+Outputs = list[tuple[str, Tensor]]
+
+
+@torch.no_grad()
+def run_theirs(tower: nn.Module, pixel_values: Tensor, grid: Tensor) -> tuple[Outputs, list[BlockCall]]:
+    output, calls = record(tower.blocks, lambda: tower(pixel_values, grid_thw=grid.to(pixel_values.device)))
+    if isinstance(output, tuple | Tensor):  # transformers 4.57 returns the tokens, with DeepStack's if there are any
+        tokens, deepstack = output if isinstance(output, tuple) else (output, [])
+    else:
+        tokens, deepstack = output.pooler_output, getattr(output, "deepstack_features", None) or []
+    return [("tokens", tokens), *((f"DeepStack {i}", layer) for i, layer in enumerate(deepstack))], calls
+
+
+@torch.no_grad()
+def run_ours(encoder: qwenvit.Encoder, pixel_values: Tensor, grid: Tensor) -> tuple[Outputs, list[BlockCall]]:
+    output, calls = record(encoder.tower.blocks, lambda: encoder(pixel_values, grid))
+    deepstack = ((f"DeepStack {i}", layer) for i, layer in enumerate(output.deepstack_features))
+    return [("tokens", output.pooler_output), *deepstack], calls
+
+
+def check_blocks(towers: tuple, true_calls: list[BlockCall]) -> list[Check]:  # type: ignore[type-arg]
+    checks = []
+    for i, truth in enumerate(true_calls):
+        ours, theirs = (replay(blocks[i], calls[i], truth.x) for blocks, calls in towers)
+        checks.append(no_worse(f"block {i}", ours, theirs, truth.out))
+    return checks
+
+
+def check_ends(ours: Outputs, theirs: Outputs, truths: Outputs) -> list[Check]:
+    checks = []
+    for (name, our), (_, their), (_, truth) in zip(ours, theirs, truths, strict=True):
+        error = Difference.of(their, truth).relative_l2
+        if error <= MEANINGFUL_ERROR:
+            checks.append(no_worse(name, our, their, truth))
+        else:
+            print(f"{name}: transformers' own error is {error:.1%}, more than {MEANINGFUL_ERROR:.0%}: not judged")
+    return checks
+
+
+def show_blocks(ours: list[BlockCall], theirs: list[BlockCall]) -> None:
+    print(f"\n{'after':<24} {'max abs':>10} {'mean abs':>10} {'rel L2':>10} {'cosine':>12}")
+    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        show(f"block {i}", a.out, b.out)
+
+
+def show_items(encoder: qwenvit.Encoder, ours: Outputs, theirs: Outputs, grid: Tensor, names: list[str]) -> None:
+    sizes = GridPlan.build(grid, encoder.config).tokens_per_item(encoder.config)
+    for (output, a), (_, b) in zip(ours, theirs, strict=True):
+        show(output, a, b)
+        for name, part, other in zip(names, a.split(sizes), b.split(sizes), strict=True):
+            show(f"  {name}", part, other)
+
+
+def show(name: str, a: Tensor, b: Tensor) -> None:
+    d = Difference.of(a, b)
+    print(f"{name[:24]:<24} {d.max_abs:>10.3g} {d.mean_abs:>10.3g} {d.relative_l2:>10.3g} {d.cosine:>12.9f}")
+
+
+def show_times(encoder: qwenvit.Encoder, tower: nn.Module, rounds: int) -> None:
+    picture = load_pictures(None)[0][1]
+    size = 448 * 448
+    pixel_values, grid = encoder.image_processor([picture], min_pixels=size, max_pixels=size)
+    pixel_values = pixel_values.to(encoder.device)
+    runs = {"qwenvit": lambda: run_ours(encoder, pixel_values, grid)}
+    runs["transformers"] = lambda: run_theirs(tower, pixel_values, grid)
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for round_number in range(rounds + 1):  # interleaved; the first round warms up
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()[0][0][1].sum().item()  # waits for the device
+            if round_number:
+                times[name].append(time.perf_counter() - start)
+    ours, theirs = (statistics.median(times[name]) for name in runs)
+    print(
+        f"\none 448x448 image, {len(pixel_values)} patches, {torch.get_num_threads()} threads, median of {rounds}: "
+        f"qwenvit {ours * 1e3:.1f} ms, transformers (sdpa) {theirs * 1e3:.1f} ms, ratio {theirs / ours:.2f}"
+    )
+
+
+def verdict(checks: list[Check]) -> int:
+    failed = [check for check in checks if not check.passed]
+    print()
+    for check in failed:
+        print(f"FAIL {check.name} = {check.value:.3g}, bound {check.bound:.3g}")
+    kinds: dict[str, list[Check]] = {}
+    for check in checks:
+        kinds.setdefault(check.name.rpartition(": ")[2], []).append(check)
+    for kind, members in kinds.items():
+        print(f"{kind}: {len(members)} checks, worst {max(c.value for c in members):.3g}, bound {members[0].bound:.3g}")
+    print("FAIL" if failed or not checks else "PASS")
+    return 1 if failed or not checks else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,252 @@
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from qwenvit.weights.local import (
+    CheckpointError,
+    checkpoint_dtype,
+    find_tensors,
+    load_tensors,
+    save_tensors,
+)
+from qwenvit.weights.names import PREFIXES
+from safetensors.torch import load_file, save_file
+from tiny_towers import Tower, build, save_sharded
+
+SINGLE = "model.safetensors"
+
+
+def load(path: Path, tower: Tower, **options: object) -> dict[str, torch.Tensor]:
+    return load_tensors(find_tensors(path), tower.expected, family=tower.family, **options)
+
+
+def assert_same(loaded: dict[str, torch.Tensor], tower: Tower) -> None:
+    assert list(loaded) == list(tower.canonical)
+    for name, tensor in tower.canonical.items():
+        assert loaded[name].dtype == tensor.dtype
+        assert torch.equal(loaded[name], tensor), name
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_single_file_under_every_prefix(tmp_path, tower, prefix):
+    save_file(tower.composite(prefix), tmp_path / SINGLE)
+    assert_same(load(tmp_path, tower), tower)
+    assert_same(load(tmp_path / SINGLE, tower), tower)
+
+
+def test_tower_that_transformers_saved_alone(tmp_path, tower):
+    tower.model.save_pretrained(tmp_path)
+    assert_same(load(tmp_path, tower), tower)
+
+
+def test_separate_vision_file_wins(tmp_path, tower):
+    save_file(
+        {"visual." + name: tensor for name, tensor in tower.state.items()},
+        tmp_path / "model_visual.safetensors",
+    )
+    save_file({name: torch.zeros_like(t) for name, t in tower.composite().items()}, tmp_path / SINGLE)
+    assert_same(load(tmp_path, tower), tower)
+
+
+@pytest.mark.parametrize("vision_in", ["single", "shards"])
+def test_of_two_layouts_the_one_with_vision_tensors_counts(tmp_path, qwen3, vision_in):
+    whole, text = qwen3.composite(), {"lm_head.weight": torch.ones(2)}
+    save_file(whole if vision_in == "single" else text, tmp_path / SINGLE)
+    sharded = text if vision_in == "single" else whole
+    save_sharded(tmp_path, sharded, dict.fromkeys(sharded, 0))
+    assert_same(load(tmp_path, qwen3), qwen3)
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_split_into_shards_of_which_only_the_needed_are_there(tmp_path_factory, qwen3, data):
+    directory = tmp_path_factory.mktemp("shards")
+    tensors = qwen3.composite()
+    shard_of = {name: data.draw(st.integers(0, 4), label=name) for name in tensors}
+    weight_map = save_sharded(directory, tensors, shard_of)
+    needed = {file for name, file in weight_map.items() if name.startswith(qwen3.prefix)}
+    for file in set(weight_map.values()) - needed:
+        (directory / file).unlink()
+    assert_same(load(directory, qwen3), qwen3)
+    gone = sorted(needed)[0]
+    (directory / gone).unlink()
+    with pytest.raises(FileNotFoundError, match=re.escape(gone)):
+        find_tensors(directory)
+
+
+def test_entries_say_where_the_bytes_are(tmp_path, qwen3):
+    save_file(qwen3.composite(), tmp_path / SINGLE)
+    raw = (tmp_path / SINGLE).read_bytes()
+    entries = find_tensors(tmp_path)
+    assert set(entries) == {qwen3.prefix + name for name in qwen3.state}
+    for name, entry in entries.items():
+        tensor = qwen3.state[name.removeprefix(qwen3.prefix)]
+        assert (entry.file, entry.dtype, entry.shape) == (tmp_path / SINGLE, "BF16", tuple(tensor.shape))
+        assert raw[entry.start : entry.end] == tensor.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, None])
+def test_loaded_tensors_have_the_dtype_and_memory_of_their_own(tmp_path, qwen3, dtype):
+    save_file(qwen3.composite(), tmp_path / SINGLE)
+    loaded = load(tmp_path, qwen3, dtype=dtype)
+    # If a tensor were a view of the mapped file, overwriting the file in place would change it.
+    with (tmp_path / SINGLE).open("r+b") as stream:
+        stream.write(b"\xff" * (tmp_path / SINGLE).stat().st_size)
+    for name, tensor in qwen3.canonical.items():
+        assert torch.equal(loaded[name], tensor.to(dtype or tensor.dtype))
+        assert loaded[name].untyped_storage().nbytes() == loaded[name].nbytes
+
+
+def test_checkpoint_dtype_is_the_one_of_most_bytes(tmp_path, qwen3):
+    mixed = {n: t.float() if "norm" in n or "bias" in n else t for n, t in qwen3.state.items()}
+    save_file(mixed | {"lm_head.weight": torch.ones(10**6)}, tmp_path / SINGLE)
+    assert sum(t.dtype == torch.float32 for t in mixed.values()) > len(mixed) / 2
+    assert checkpoint_dtype(find_tensors(tmp_path)) == torch.bfloat16
+    loaded = load(tmp_path, qwen3)
+    assert loaded["merger.norm.weight"].dtype == torch.float32
+    with pytest.raises(ValueError, match="got none"):
+        checkpoint_dtype({})
+
+
+def test_missing_unexpected_and_misshapen_are_listed_at_once(tmp_path, tower):
+    tensors = tower.composite()
+    lost, extra, wrong = (
+        tower.prefix + name for name in ("blocks.1.norm2.weight", "blocks.7.what", "merger.x.bias")
+    )
+    first = tower.prefix + "patch_embed.proj.weight"
+    del tensors[lost]
+    tensors |= {extra: torch.ones(2), wrong: torch.ones(2), first: torch.ones(16, 3, 2, 5, 4)}
+    save_file(tensors, tmp_path / SINGLE)
+    with pytest.raises(CheckpointError) as error:
+        load(tmp_path, tower)
+    assert (error.value.missing, sorted(error.value.unexpected)) == ([lost], sorted([extra, wrong]))
+    assert error.value.mismatched == [(first, (16, 3, 2, 4, 4), (16, 3, 2, 5, 4))]
+    for said in (lost, extra, wrong, f"{first}: expected (16, 3, 2, 4, 4), got (16, 3, 2, 5, 4)"):
+        assert said in str(error.value)
+
+
+def test_long_lists_are_cut_in_the_message_and_whole_in_the_attributes(tmp_path, qwen3):
+    kept = {name: tensor for name, tensor in qwen3.composite().items() if ".blocks." not in name}
+    save_file(kept, tmp_path / SINGLE)
+    with pytest.raises(CheckpointError, match="… and 12 more") as error:
+        load(tmp_path, qwen3)
+    assert error.value.missing == [qwen3.prefix + name for name in qwen3.state if name.startswith("blocks.")]
+    assert len(error.value.missing) == 24
+
+
+def test_another_familys_checkpoint_is_recognised(tmp_path, tower):
+    other = "qwen2_vl" if tower.family != "qwen2_vl" else "qwen3_omni"
+    save_file(tower.composite(), tmp_path / SINGLE)
+    with pytest.raises(CheckpointError, match=rf"\({other}\): these look like tensors of .*{tower.family}"):
+        load_tensors(find_tensors(tmp_path), build(other).expected, family=other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.int32, torch.uint8])
+def test_quantised_tower_is_refused(tmp_path, qwen3, dtype):
+    name = qwen3.prefix + "blocks.0.attn.qkv.weight"
+    tensors = qwen3.composite()
+    tensors |= {name: torch.zeros(tensors[name].shape).to(dtype), name + "_scale_inv": torch.ones(1)}
+    save_file(tensors, tmp_path / SINGLE)
+    with pytest.raises(CheckpointError, match="Quantised towers are not supported") as error:
+        load(tmp_path, qwen3)
+    assert [found for found, _ in error.value.unreadable] == [name]
+    assert error.value.unexpected == [name + "_scale_inv"]
+
+
+def test_quantised_language_model_does_not_matter(tmp_path, qwen3):
+    save_file(qwen3.composite() | {"model.layers.0.w": torch.ones(3, dtype=torch.int8)}, tmp_path / SINGLE)
+    assert_same(load(tmp_path, qwen3), qwen3)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "tower.pt", "tower.pth", "last.ckpt"])
+def test_pickles_are_refused_with_the_way_out(tmp_path, name):
+    (tmp_path / name).write_bytes(b"\x80\x04N.")
+    for path in (tmp_path, tmp_path / name):
+        with pytest.raises(ValueError, match=re.escape(name) + ".*convert it"):
+            find_tensors(path)
+
+
+def test_nothing_there_says_what_was_looked_for(tmp_path):
+    (tmp_path / "odd.safetensors").touch()
+    with pytest.raises(FileNotFoundError) as error:
+        find_tensors(tmp_path)
+    for said in ("model_visual.safetensors", SINGLE, "model.safetensors.index.json", "odd.safetensors"):
+        assert said in str(error.value)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        find_tensors(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("kept", [0, 5, 8, 100, -1])
+def test_truncated_file_is_refused_with_both_sizes(tmp_path, qwen3, kept):
+    file = tmp_path / SINGLE
+    save_file(qwen3.composite(), file)
+    raw = file.read_bytes()
+    file.write_bytes(raw[:kept])
+    with pytest.raises(ValueError, match="truncated") as error:
+        find_tensors(tmp_path)
+    assert str(file) in str(error.value)
+    assert str(len(raw[:kept])) in str(error.value)
+    assert kept != -1 or str(len(raw)) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"not json at all.", b"[]", b'{"a":1}', b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}'],
+)
+def test_broken_header_is_refused(tmp_path, text):
+    (tmp_path / SINGLE).write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+    with pytest.raises(ValueError, match="unreadable header"):
+        find_tensors(tmp_path)
+
+
+def test_foreign_file_and_absurd_header_length(tmp_path):
+    (tmp_path / SINGLE).write_bytes(b"GGUF" + b"\xff" * 100)
+    with pytest.raises(ValueError, match=r"not a safetensors file.*promise a header of"):
+        find_tensors(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"weight_map": {"visual.blocks.0.x": "../other.safetensors"}}'])
+def test_broken_index_is_refused(tmp_path, text):
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ValueError, match="weight_map"):
+        find_tensors(tmp_path)
+
+
+def test_index_that_promises_what_a_shard_lacks(tmp_path, qwen3):
+    tensors = qwen3.composite()
+    save_sharded(tmp_path, tensors, dict.fromkeys(tensors, 0))
+    file = tmp_path / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    index["weight_map"]["model.visual.blocks.9.norm1.bias"] = "model-00001-of-00001.safetensors"
+    file.write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"not there: model.visual.blocks.9.norm1.bias in model-00001"):
+        find_tensors(tmp_path)
+
+
+def test_saved_tower_reads_back_here_and_in_transformers(tmp_path, tower):
+    # Slices of one fused tensor, as separate q, k and v may be, and a transposed one.
+    fused = torch.stack([tower.canonical["blocks.0.norm1.weight"], tower.canonical["blocks.1.norm1.weight"]])
+    tensors = tower.canonical | {"blocks.0.norm1.weight": fused[0], "blocks.1.norm1.weight": fused[1]}
+    tensors["merger.fc1.weight"] = tensors["merger.fc1.weight"].t().contiguous().t()
+    save_tensors(tmp_path / SINGLE, tensors, tower.family, {"made_by": "test"})
+    assert_same(load(tmp_path, tower), tower)
+    official = load_file(tmp_path / SINGLE)
+    assert all(torch.equal(official[name], tensor) for name, tensor in tower.state.items())
+    assert len(official) == len(tower.state)
+    text = (tmp_path / SINGLE).read_bytes()[8:300]
+    assert b'"format":"pt"' in text
+    assert b'"made_by":"test"' in text
+    assert [file.name for file in tmp_path.iterdir()] == [SINGLE]
+
+
+def test_failed_save_leaves_the_old_file(tmp_path, qwen3):
+    save_tensors(tmp_path / SINGLE, qwen3.canonical, "qwen3_vl")
+    before = (tmp_path / SINGLE).read_bytes()
+    with pytest.raises(ValueError, match="qwen2_vl"):
+        save_tensors(tmp_path / SINGLE, qwen3.canonical, "qwen2_vl")
+    assert (tmp_path / SINGLE).read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == [SINGLE]

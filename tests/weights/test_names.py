@@ -1,0 +1,87 @@
+import pytest
+from qwenvit.weights.names import (
+    FAMILIES,
+    PREFIXES,
+    canonical_name,
+    find_prefix,
+    likely_families,
+    official_name,
+    vision_names,
+)
+
+
+def test_every_tensor_of_the_family_has_its_name_both_ways(tower):
+    assert {official_name(name, tower.family) for name in tower.canonical} == set(tower.state)
+    for name, tensor in tower.canonical.items():
+        official = official_name(name, tower.family)
+        assert tower.state[official] is tensor
+        assert canonical_name(official, tower.family) == name
+
+
+def test_canonical_names_are_the_same_words_in_every_family(tower):
+    roots = {name.split(".")[0] for name in tower.canonical}
+    assert {"patch_embed", "blocks", "merger"} <= roots
+    assert roots <= {"patch_embed", "pos_embed", "blocks", "merger", "deepstack_mergers"}
+    assert {"merger.norm.weight", "merger.fc1.bias", "merger.fc2.weight"} <= set(tower.canonical)
+
+
+def test_index_is_kept_whatever_its_length():
+    assert official_name("blocks.123.mlp.fc1.weight", "qwen3_vl") == "blocks.123.mlp.linear_fc1.weight"
+    assert canonical_name("merger_list.12.mlp.0.bias", "qwen3_omni") == "deepstack_mergers.12.fc1.bias"
+
+
+@pytest.mark.parametrize(
+    "name", ["blocks.0.mlp.fc3.weight", "deepstack_mergers.0.norm.weight", "norm", "", "blocks.x"]
+)
+def test_name_that_the_family_lacks_is_refused(name):
+    with pytest.raises(ValueError, match="qwen2_vl"):
+        official_name(name, "qwen2_vl")
+    with pytest.raises(ValueError, match="qwen2_vl"):
+        canonical_name(name, "qwen2_vl")
+
+
+def test_unknown_family_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"family: expected one of qwen2_vl, .* got 'qwen9'"):
+        official_name("pos_embed.weight", "qwen9")
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_prefix_is_found_among_everything_else(tower, prefix):
+    names = list(tower.composite(prefix))
+    assert find_prefix(names) == prefix
+    assert vision_names(names, prefix) == [prefix + name for name in tower.state]
+
+
+def test_prefix_of_one_shard_without_the_patch_embedding():
+    assert find_prefix(["lm_head.weight", "model.visual.blocks.3.norm1.bias"]) == "model.visual."
+    assert find_prefix(["blocks.3.norm1.bias"]) == ""
+
+
+@pytest.mark.parametrize(
+    "pair", [("visual.", "model.visual."), ("thinker.visual.", "visual."), ("", "visual.")]
+)
+def test_two_vision_prefixes_are_refused(tower, pair):
+    names = [prefix + name for prefix in pair for name in tower.state]
+    with pytest.raises(ValueError, match="more than one prefix") as error:
+        find_prefix([*names, "lm_head.weight"])
+    assert "lm_head.weight" in str(error.value)
+
+
+def test_no_vision_tensor_is_refused_with_what_is_there():
+    with pytest.raises(ValueError, match="no vision tensors") as error:
+        find_prefix(["model.layers.0.mlp.up_proj.weight", "lm_head.weight", "vision_model.encoder.weight"])
+    for present in ("model.layers", "lm_head.weight", "vision_model.encoder"):
+        assert present in str(error.value)
+    with pytest.raises(ValueError, match="nothing at all"):
+        find_prefix([])
+
+
+def test_likely_family_is_the_one_itself(tower):
+    families = likely_families(tower.state)
+    assert tower.family in families
+    assert set(families) <= {tower.family, "qwen3_vl", "qwen3_5"}
+    assert likely_families(["lm_head.weight"]) == []
+
+
+def test_families_are_the_six():
+    assert list(FAMILIES) == ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen2_5_omni", "qwen3_omni"]
