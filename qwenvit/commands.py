@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.utils import tqdm
@@ -133,7 +134,7 @@ def _load(arguments: argparse.Namespace) -> Encoder:
     )
 
 
-def _hub(arguments: argparse.Namespace) -> dict[str, object]:
+def _hub(arguments: argparse.Namespace) -> dict[str, Any]:
     return {key: getattr(arguments, key) for key in ("revision", "local_files_only", "force_download")}
 
 

@@ -179,8 +179,7 @@ class Encoder:
         """
         plan = GridPlan.build(grid_thw, self.config, self.device)
         check_pixel_values(pixel_values, plan, self.config)
-        output: TowerOutput = self.tower(pixel_values.to(self.device), plan)
-        return output
+        return self.tower(pixel_values.to(self.device), plan)
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write the tower alone: `model.safetensors`, `config.json` and the processors' configs.

@@ -116,4 +116,4 @@ def record(blocks: Iterable[nn.Module], run: Callable[[], T]) -> tuple[T, list[B
 def replay(block: nn.Module, call: BlockCall, x: Tensor) -> Tensor:
     """Call a block as it was called before, on another input (cast to the dtype it had then)."""
     out = block(x.to(call.x.dtype), *call.args, **call.kwargs)
-    return out[0] if isinstance(out, tuple) else out  # type: ignore[no-any-return]
+    return out[0] if isinstance(out, tuple) else out

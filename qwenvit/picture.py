@@ -1,5 +1,7 @@
 """Looking at features: the first three principal components of the patches as red, green and blue."""
 
+from typing import Any
+
 import torch
 from PIL import Image
 from torch import Tensor
@@ -10,7 +12,7 @@ from qwenvit.images import ImageInput
 
 
 @torch.no_grad()
-def patch_features(encoder: Encoder, image: ImageInput, **options: object) -> Tensor:
+def patch_features(encoder: Encoder, image: ImageInput, **options: Any) -> Tensor:
     """Features of an image's patches after the last block, as a map.
 
     Args:
@@ -22,7 +24,7 @@ def patch_features(encoder: Encoder, image: ImageInput, **options: object) -> Te
         `[rows, columns, hidden_size]` fp32 on the CPU; rows and columns of patches, in reading order whatever the
         order inside the tower.
     """
-    pixel_values, grid = encoder.image_processor([image], **options)  # type: ignore[arg-type]
+    pixel_values, grid = encoder.image_processor([image], **options)
     features = encoder(pixel_values, grid).last_hidden_state.float().cpu()
     row, column = GridPlan.build(grid, encoder.config).position_ids.unbind(1)
     _, rows, columns = grid[0].tolist()

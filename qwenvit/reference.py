@@ -64,8 +64,7 @@ class PatchEmbed(nn.Module):
     def forward(self, pixel_values: Tensor) -> Tensor:
         """`[patches, C·T·P·P]` in any floating dtype -> `[patches, hidden_size]` in the tower's."""
         patches = pixel_values.to(self.proj.weight.dtype).view(-1, *self.patch_shape)
-        embedded: Tensor = self.proj(patches)
-        return embedded.flatten(1)
+        return self.proj(patches).flatten(1)
 
 
 class Attention(nn.Module):
@@ -88,14 +87,13 @@ class Attention(nn.Module):
             q, k, v = self.qkv(x).chunk(3, dim=-1)
         else:
             q, k, v = self.q(x), self.k(x), self.v(x)
-        return tuple(part.unflatten(-1, (self.num_heads, -1)) for part in (q, k, v))  # type: ignore[return-value]
+        return tuple(part.unflatten(-1, (self.num_heads, -1)) for part in (q, k, v))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
         """`[patches, hidden_size]` -> same; `cos` and `sin` are `[patches, head_dim]` fp32."""
         q, k, v = self.project(x)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        attended: Tensor = self.proj(segment_attention(q, k, v, segments, self.scale).flatten(1))
-        return attended
+        return self.proj(segment_attention(q, k, v, segments, self.scale).flatten(1))
 
 
 def segment_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> Tensor:
@@ -113,14 +111,16 @@ def segment_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale
     Returns:
         `[patches, heads, head_dim]`.
     """
-    if len(segments.groups) == 1 and segments.groups[0][1].shape[0] == 1:  # one segment: nothing to gather
-        heads_first = (part.transpose(0, 1)[None] for part in (q, k, v))
-        return F.scaled_dot_product_attention(*heads_first, scale=scale)[0].transpose(0, 1)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # [segments, length, heads, head_dim] -> same
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+
+    if len(segments.cu_seqlens) == 2:  # one segment: nothing to gather
+        return attend(q[None], k[None], v[None])[0]
     out = torch.empty_like(v)
     for _, patches in segments.groups:
-        heads_first = (part[patches].transpose(1, 2) for part in (q, k, v))
-        attended = F.scaled_dot_product_attention(*heads_first, scale=scale)
-        out[patches] = attended.transpose(1, 2)
+        out[patches] = attend(q[patches], k[patches], v[patches])
     return out
 
 
@@ -135,8 +135,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[patches, hidden_size]` -> same."""
-        out: Tensor = self.fc2(self.act(self.fc1(x)))
-        return out
+        return self.fc2(self.act(self.fc1(x)))
 
 
 class GatedMLP(nn.Module):
@@ -151,8 +150,7 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[patches, hidden_size]` -> same."""
-        out: Tensor = self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
-        return out
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nn.Module):
@@ -168,8 +166,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
         """`[patches, hidden_size]` -> same."""
         x = x + self.attn(self.norm1(x), cos, sin, segments)
-        out: Tensor = x + self.mlp(self.norm2(x))
-        return out
+        return x + self.mlp(self.norm2(x))
 
 
 class Merger(nn.Module):
@@ -188,8 +185,7 @@ class Merger(nn.Module):
         """`[patches, hidden_size]` -> `[tokens, out_hidden_size]`, in the order of the patches."""
         joined = (-1, self.merged_width)
         x = self.norm(x.view(joined)) if self.norm_merged else self.norm(x).view(joined)
-        out: Tensor = self.fc2(self.act(self.fc1(x)))
-        return out
+        return self.fc2(self.act(self.fc1(x)))
 
 
 class ReferenceTower(nn.Module):
@@ -221,7 +217,7 @@ class ReferenceTower(nn.Module):
         Returns:
             Features of all items, packed.
         """
-        x: Tensor = self.patch_embed(pixel_values)
+        x = self.patch_embed(pixel_values)
         if plan.position_taps is not None and plan.position_weights is not None:
             positions = (self.pos_embed(plan.position_taps) * plan.position_weights[:, :, None]).sum(1)
             x = x + positions.to(x.dtype)
@@ -234,7 +230,7 @@ class ReferenceTower(nn.Module):
             if index in self.config.deepstack_visual_indexes:
                 merger = self.deepstack_mergers[self.config.deepstack_visual_indexes.index(index)]
                 deepstack_features.append(merger(x))
-        tokens: Tensor = self.merger(x)
+        tokens = self.merger(x)
         if plan.restore_index is not None:
             tokens = tokens[plan.restore_index]
         return TowerOutput(x, tokens, deepstack_features)

@@ -77,9 +77,7 @@ def parse_header(text: bytes, file: Path, file_size: int | None) -> dict[str, Te
     promised = 8 + len(text)
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
         if entry.start != promised:
-            raise ValueError(
-                f"{file}: broken header: {name} begins at byte {entry.start}, expected {promised}"
-            )
+            raise ValueError(f"{file}: broken header: {name} begins at byte {entry.start}, expected {promised}")
         promised = entry.end
     if file_size is not None and file_size != promised:
         what = "truncated" if file_size < promised else "too long"
@@ -109,9 +107,7 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
         return parse_header(stream.read(length), file, size)
 
 
-def build_header(
-    entries: Mapping[str, TensorEntry], metadata: Mapping[str, str]
-) -> tuple[bytes, dict[str, int]]:
+def build_header(entries: Mapping[str, TensorEntry], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
     """Return a file's beginning (length and JSON) for these tensors, and the byte at which each will lie.
 
     Wider dtypes come first, so that every tensor is aligned to its element size; otherwise tensors stay in

@@ -26,6 +26,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import WeakFileLock, build_hf_headers
+
 from qwenvit.weights.header import TensorEntry, build_header, header_length, parse_header, read_header
 from qwenvit.weights.local import CANDIDATES, nothing_error, read_index, vision_tensors
 from qwenvit.weights.names import find_prefix
@@ -186,8 +187,7 @@ def _explained(repo_id: str, revision: str) -> Iterator[None]:
         yield
     except TransferError as error:
         raise ConnectionError(
-            f"{repo_id}: the download broke off; what has come is kept, and the next call goes on from there "
-            f"({error})"
+            f"{repo_id}: the download broke off; what has come is kept, and the next call goes on from there ({error})"
         ) from error
     except _HUB_ERRORS as error:
         if isinstance(error, OSError) and error.errno is not None:
@@ -205,8 +205,7 @@ def _explanation(error: BaseException, repo_id: str, revision: str) -> OSError:
         return FileNotFoundError(f"{where}: the repository is there, this revision is not")
     if isinstance(cause, GatedRepoError) or status == 403:
         return PermissionError(
-            f"{where}: access is restricted: accept the licence at {page}, then pass token=... "
-            "or run `hf auth login`"
+            f"{where}: access is restricted: accept the licence at {page}, then pass token=... or run `hf auth login`"
         )
     if isinstance(cause, RepositoryNotFoundError) or status == 401:
         return FileNotFoundError(

@@ -8,10 +8,11 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from qwenvit.weights.header import FLOAT_DTYPES, TensorEntry, read_header
-from qwenvit.weights.names import find_prefix, likely_families, official_name, vision_names
 from safetensors import safe_open
 from safetensors.torch import save_file
+
+from qwenvit.weights.header import FLOAT_DTYPES, TensorEntry, read_header
+from qwenvit.weights.names import find_prefix, likely_families, official_name, vision_names
 
 # In this order: a tower put beside the model is meant to be taken, and one file to an index is what Hugging
 # Face's loader prefers too.
@@ -51,9 +52,7 @@ class CheckpointError(ValueError):
                 parts += [f"  {line}" for line in lines[:_LINES]]
                 parts += [f"  … and {len(lines) - _LINES} more"] if len(lines) > _LINES else []
         if unreadable:
-            parts.append(
-                "Quantised towers are not supported: take the unquantised checkpoint of the same model."
-            )
+            parts.append("Quantised towers are not supported: take the unquantised checkpoint of the same model.")
         super().__init__("\n".join(parts))
 
 
@@ -110,9 +109,7 @@ def read_index(file: Path) -> dict[str, str]:
         raise ValueError(f"{file}: expected JSON with a weight_map, got {error!r}") from error
     strange = [shard for shard in shards.values() if not isinstance(shard, str) or Path(shard).name != shard]
     if strange or not shards:
-        raise ValueError(
-            f"{file}: weight_map: expected names of files beside it, got {strange[:3] or 'none'}"
-        )
+        raise ValueError(f"{file}: weight_map: expected names of files beside it, got {strange[:3] or 'none'}")
     return shards
 
 
@@ -126,9 +123,7 @@ def _from_shards(
         except FileNotFoundError:
             absent.append(shard)
     if absent:
-        raise FileNotFoundError(
-            f"{index}: shards with vision tensors that are not there: {', '.join(absent)}"
-        )
+        raise FileNotFoundError(f"{index}: shards with vision tensors that are not there: {', '.join(absent)}")
     misplaced = [f"{name} in {shard}" for name, shard in shards.items() if name not in headers[shard]]
     if misplaced:
         raise ValueError(f"{index}: promises tensors that are not there: {', '.join(misplaced[:_LINES])}")
@@ -163,9 +158,7 @@ def checkpoint_dtype(entries: Mapping[str, TensorEntry]) -> torch.dtype:
         nbytes[entry.dtype] += entry.nbytes
     floating = [dtype for dtype, _ in nbytes.most_common() if dtype in FLOAT_DTYPES]
     if not floating:
-        raise ValueError(
-            f"entries: expected tensors of {', '.join(FLOAT_DTYPES)}, got {', '.join(nbytes) or 'none'}"
-        )
+        raise ValueError(f"entries: expected tensors of {', '.join(FLOAT_DTYPES)}, got {', '.join(nbytes) or 'none'}")
     return FLOAT_DTYPES[floating[0]]
 
 
@@ -201,9 +194,7 @@ def load_tensors(
     return {name: tensors[name] for name in expected}
 
 
-def _check(
-    entries: Mapping[str, TensorEntry], shapes: Mapping[str, tuple[int, ...]], family: str, prefix: str
-) -> None:
+def _check(entries: Mapping[str, TensorEntry], shapes: Mapping[str, tuple[int, ...]], family: str, prefix: str) -> None:
     missing = [name for name in shapes if name not in entries]
     unexpected = [name for name in entries if name not in shapes]
     mismatched = [

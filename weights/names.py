@@ -64,9 +64,7 @@ FAMILIES: dict[str, dict[str, str]] = {
     },
 }
 
-_OFFICIAL = {
-    family: {official: ours for ours, official in table.items()} for family, table in FAMILIES.items()
-}
+_OFFICIAL = {family: {official: ours for ours, official in table.items()} for family, table in FAMILIES.items()}
 _ROOTS = frozenset(module.split(".")[0] for table in _OFFICIAL.values() for module in table)
 # Only the second part of a name is an index: in `merger_list.1.mlp.0` the 0 belongs to the name.
 _INDEXED = re.compile(r"(\w+)\.(\d+)\.(.+)")
@@ -116,9 +114,7 @@ def likely_families(names: Iterable[str]) -> list[str]:
     More than one where families share a table, as Qwen3-VL and Qwen3.5 do.
     """
     names = list(names)
-    known = {
-        family: sum(_translate(n, table) is not None for n in names) for family, table in _OFFICIAL.items()
-    }
+    known = {family: sum(_translate(n, table) is not None for n in names) for family, table in _OFFICIAL.items()}
     most = max(known.values())
     return [family for family, count in known.items() if count == most > 0]
 

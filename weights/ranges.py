@@ -44,9 +44,7 @@ def _get(url: str, headers: Mapping[str, str]) -> Iterator[tuple[Any, Iterator[b
     session: Any = get_session()
     # requests' Session (huggingface_hub < 1) has a flag of this name, httpx' Client a method.
     if callable(getattr(session, "stream", None)):
-        with session.stream(
-            "GET", url, headers=headers, follow_redirects=True, timeout=_TIMEOUT_S
-        ) as response:
+        with session.stream("GET", url, headers=headers, follow_redirects=True, timeout=_TIMEOUT_S) as response:
             yield response, response.iter_bytes(_PIECE_BYTES)
     else:
         with session.get(url, headers=headers, stream=True, timeout=_TIMEOUT_S) as response:
@@ -155,9 +153,7 @@ def download(reader: RangeReader, chunks: Sequence[Chunk], head: bytes, file: Pa
 
     total, resumed = sum(chunk.length for chunk in chunks), sum(chunks[index].length for index in done)
     with (
-        tqdm(  # type: ignore[no-untyped-call]
-            total=total, initial=resumed, unit="B", unit_scale=True, desc=description
-        ) as bar,
+        tqdm(total=total, initial=resumed, unit="B", unit_scale=True, desc=description) as bar,
         ThreadPoolExecutor(THREADS) as pool,
     ):
         futures = [pool.submit(fetch, index) for index in range(len(chunks)) if index not in done]

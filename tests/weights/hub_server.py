@@ -1,5 +1,6 @@
 """A Hub on 127.0.0.1: the few endpoints that huggingface_hub asks, with the faults that real ones have."""
 
+import contextlib
 import json
 import re
 import threading
@@ -32,17 +33,19 @@ class Hub:
     ignores_ranges: bool = False
     truncated: dict[str, int] = field(default_factory=dict)  # file -> bytes that are there
     drops: int = 0  # so many ranged responses break off halfway
-    budget: int | None = None  # tensor bytes that are served, after which every connection breaks
+    budget: int | None = None  # bytes of ranges that are served, after which every connection breaks
+    stalls: bool = False  # ... or rather stays open and silent until `go_on` is set
+    stalled: threading.Event = field(default_factory=threading.Event)
+    go_on: threading.Event = field(default_factory=threading.Event)
     storage: "Hub | None" = None  # another host, to which downloads of tensors are redirected
     requests: list[Request] = field(default_factory=list)
 
     def __enter__(self) -> "Hub":
-        hub, self.lock = self, threading.Lock()
+        self.lock = threading.Lock()
 
         class Handler(_Handler):
-            pass
+            hub = self
 
-        Handler.hub = hub
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
@@ -50,6 +53,7 @@ class Hub:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.go_on.set()
         self.server.shutdown()
         self.server.server_close()
 
@@ -59,6 +63,9 @@ class Hub:
 
     def tensor_requests(self) -> list[Request]:
         return [r for r in self.requests if r.method == "GET" and r.path.endswith(".safetensors")]
+
+    def tensor_bytes(self) -> int:
+        return sum(request.served for request in self.tensor_requests())
 
     def take(self, wanted: int) -> int:
         """How many of `wanted` tensor bytes are sent before the connection breaks."""
@@ -70,7 +77,10 @@ class Hub:
                 return wanted
             granted = min(wanted, self.budget)
             self.budget -= granted
-            return granted
+        if self.stalls and granted < wanted:
+            self.stalled.set()
+            self.go_on.wait()
+        return granted
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -80,10 +90,15 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         pass
 
-    def do_HEAD(self) -> None:  # noqa: N802
+    def handle(self) -> None:
+        # Clients that break off are part of what is tested.
+        with contextlib.suppress(ConnectionError):
+            super().handle()
+
+    def do_HEAD(self) -> None:
         self.answer()
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         self.answer()
 
     def answer(self) -> None:

@@ -1,4 +1,4 @@
-"""How much anonymous memory loading takes: pages of the mapped file are the kernel's to drop, ours are not."""
+"""How much anonymous memory loading takes; pages of the mapped file are the kernel's to drop and don't count."""
 
 import subprocess
 import sys
@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+
+ROOT = Path(__file__).parents[2]
 
 MEASURE = """
 import re, sys, threading
@@ -38,9 +40,7 @@ print(max(peak, anonymous()) - before, sum(t.nbytes for t in tower.values()))
 """
 
 
-@pytest.mark.skipif(
-    not Path("/proc/self/status").exists(), reason="anonymous memory is read from Linux's /proc"
-)
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="anonymous memory is read from Linux's /proc")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_memory_is_the_tower_and_one_tensor(tmp_path, dtype):
     largest = 64 << 20
@@ -51,7 +51,7 @@ def test_memory_is_the_tower_and_one_tensor(tmp_path, dtype):
     rest = {f"model.layers.{i}.weight": torch.ones(largest // 2, dtype=torch.bfloat16) for i in range(4)}
     save_file(rest | tower, tmp_path / "model.safetensors")
     run = [sys.executable, "-c", MEASURE, str(tmp_path), dtype]
-    peak, held = map(int, subprocess.run(run, check=True, capture_output=True, text=True).stdout.split())
+    peak, held = map(int, subprocess.run(run, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split())
     assert held == 2 * largest * (1 if dtype == "bfloat16" else 2)
     # Below: what the samples must at least have seen, or they measure nothing.
     assert 0.95 * held <= peak <= held + largest + (100 << 20)

@@ -6,6 +6,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from tiny_towers import Tower, build, save_sharded
+
 from qwenvit.weights.local import (
     CheckpointError,
     checkpoint_dtype,
@@ -14,8 +17,6 @@ from qwenvit.weights.local import (
     save_tensors,
 )
 from qwenvit.weights.names import PREFIXES
-from safetensors.torch import load_file, save_file
-from tiny_towers import Tower, build, save_sharded
 
 SINGLE = "model.safetensors"
 
@@ -114,9 +115,7 @@ def test_checkpoint_dtype_is_the_one_of_most_bytes(tmp_path, qwen3):
 
 def test_missing_unexpected_and_misshapen_are_listed_at_once(tmp_path, tower):
     tensors = tower.composite()
-    lost, extra, wrong = (
-        tower.prefix + name for name in ("blocks.1.norm2.weight", "blocks.7.what", "merger.x.bias")
-    )
+    lost, extra, wrong = (tower.prefix + name for name in ("blocks.1.norm2.weight", "blocks.7.what", "merger.x.bias"))
     first = tower.prefix + "patch_embed.proj.weight"
     del tensors[lost]
     tensors |= {extra: torch.ones(2), wrong: torch.ones(2), first: torch.ones(16, 3, 2, 5, 4)}

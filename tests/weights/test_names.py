@@ -1,4 +1,5 @@
 import pytest
+
 from qwenvit.weights.names import (
     FAMILIES,
     PREFIXES,
@@ -30,9 +31,7 @@ def test_index_is_kept_whatever_its_length():
     assert canonical_name("merger_list.12.mlp.0.bias", "qwen3_omni") == "deepstack_mergers.12.fc1.bias"
 
 
-@pytest.mark.parametrize(
-    "name", ["blocks.0.mlp.fc3.weight", "deepstack_mergers.0.norm.weight", "norm", "", "blocks.x"]
-)
+@pytest.mark.parametrize("name", ["blocks.0.mlp.fc3.weight", "deepstack_mergers.0.norm.weight", "norm", "", "blocks.x"])
 def test_name_that_the_family_lacks_is_refused(name):
     with pytest.raises(ValueError, match="qwen2_vl"):
         official_name(name, "qwen2_vl")
@@ -57,9 +56,7 @@ def test_prefix_of_one_shard_without_the_patch_embedding():
     assert find_prefix(["blocks.3.norm1.bias"]) == ""
 
 
-@pytest.mark.parametrize(
-    "pair", [("visual.", "model.visual."), ("thinker.visual.", "visual."), ("", "visual.")]
-)
+@pytest.mark.parametrize("pair", [("visual.", "model.visual."), ("thinker.visual.", "visual."), ("", "visual.")])
 def test_two_vision_prefixes_are_refused(tower, pair):
     names = [prefix + name for prefix in pair for name in tower.state]
     with pytest.raises(ValueError, match="more than one prefix") as error:

@@ -94,9 +94,7 @@ def build(family: str, dtype: torch.dtype = torch.float32, **changes: object) ->
     return Tower(family, prefix, state, model)
 
 
-def save_sharded(
-    directory: Path, tensors: dict[str, torch.Tensor], shard_of: dict[str, int]
-) -> dict[str, str]:
+def save_sharded(directory: Path, tensors: dict[str, torch.Tensor], shard_of: dict[str, int]) -> dict[str, str]:
     """Write `tensors` as shards with an index, the way official checkpoints lie; returns the weight map."""
     count = max(shard_of.values()) + 1
     weight_map = {name: f"model-{shard_of[name] + 1:05}-of-{count:05}.safetensors" for name in tensors}

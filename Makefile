@@ -1,0 +1,42 @@
+# make demo   a virtual environment, the package, and the bundled pictures encoded
+# make test   the same, then every test
+# make lint   ruff and the type checker
+#
+# PYTHON picks the interpreter (3.11 or later), VENV the environment's folder.
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+# A strict editable install lists every file, so that type checkers find qwenvit.kernels and qwenvit.weights.
+EDITABLE := --config-settings editable_mode=strict --editable
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/qwenvit
+	$(VENV)/bin/qwenvit encode scripts/pictures --model demo --output demo-output/embeddings.safetensors
+	$(VENV)/bin/qwenvit picture scripts/pictures/landscape.png --model demo --output demo-output/features.png
+
+test: $(VENV)/test
+	$(VENV)/bin/python -m pytest -n auto
+
+lint: $(VENV)/test
+	$(PIP) --no-deps $(EDITABLE) .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/qwenvit: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(PIP) $(EDITABLE) .
+	touch $@
+
+$(VENV)/test: $(VENV)/qwenvit
+	$(PIP) $(EDITABLE) ".[test,compare,bench]"
+	# transformers' default image processor needs torchvision; without its dependencies it cannot replace torch.
+	$(PIP) --no-deps torchvision
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info demo-output

@@ -1,0 +1,138 @@
+"""The command line: what it prints, writes and returns, and how it fails."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import qwenvit
+from qwenvit import cli
+from qwenvit.encoder import Encoder
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "photos"
+    (folder / "trip").mkdir(parents=True)
+    Image.linear_gradient("L").resize((320, 256)).convert("RGB").save(folder / "a.png")
+    Image.radial_gradient("L").resize((256, 512)).save(folder / "trip" / "b.jpg")
+    (folder / "notes.txt").write_text("not an image, and not looked at")
+    return folder
+
+
+def run(capsys, *arguments):
+    code = cli.main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_encode_writes_what_the_library_returns(capsys, photos, tmp_path):
+    target = tmp_path / "deep" / "out.safetensors"
+    code, out, err = run(capsys, "encode", photos, "-m", "demo", "--device", "cpu", "-o", target)
+    assert code == 0
+    assert "warning: model='demo' has random weights" in err
+    assert "2 of 2 images" in out
+    expected = qwenvit.encode([photos / "a.png", photos / "trip" / "b.jpg"], model="demo", device="cpu")
+    tensors = load_file(target)
+    for name, item in zip(("a.png", "trip/b.jpg"), expected, strict=True):
+        torch.testing.assert_close(tensors[f"{name}/tokens"], item.tokens, rtol=1e-4, atol=1e-4)
+        assert f"{name}/deepstack.2" in tensors
+        assert f"{item.grid[1]}x{item.grid[2]}" in out
+    with safe_open(target, "pt") as file:
+        grids = json.loads(file.metadata()["grids"])
+    assert grids == {"a.png": list(expected[0].grid), "trip/b.jpg": list(expected[1].grid)}
+
+
+def test_encode_into_a_folder_writes_one_file_an_image(capsys, photos, tmp_path):
+    code, _, _ = run(capsys, "encode", photos, "-m", "demo", "--max-pixels", 65536, "-o", tmp_path / "out")
+    assert code == 0
+    assert load_file(tmp_path / "out" / "trip" / "b.jpg.safetensors").keys() >= {"tokens", "deepstack.0"}
+    assert len(load_file(tmp_path / "out" / "a.png.safetensors")["tokens"]) <= 64
+
+
+def test_broken_files_are_named_and_the_rest_is_encoded(capsys, photos, tmp_path):
+    (photos / "broken.png").write_bytes((photos / "a.png").read_bytes()[:300])
+    target = tmp_path / "out.safetensors"
+    code, out, err = run(capsys, "encode", photos, "-m", "demo", "-o", target)
+    assert code == 1
+    assert "2 of 3 images" in out
+    errors = [line for line in err.splitlines() if line.startswith("qwenvit: error:")]
+    assert len(errors) == 1
+    assert "broken.png" in errors[0]
+    assert {key.split("/tokens")[0] for key in load_file(target) if key.endswith("tokens")} == {"a.png", "trip/b.jpg"}
+
+
+def test_info_needs_no_weights(capsys):
+    code, out, _ = run(capsys, "info", "Qwen/Qwen2.5-VL-7B-Instruct", "--size", "448x448")
+    assert code == 0
+    assert "676.6 M" in out
+    assert "1024 patches, 256 tokens" in out
+    code, listing, _ = run(capsys, "info")
+    assert code == 0
+    assert "Qwen/Qwen3-VL-235B-A22B-Instruct" in listing
+
+
+def test_info_load_times_the_weights(capsys, tmp_path):
+    Encoder.from_pretrained("demo", device="cpu").save_pretrained(tmp_path)
+    code, out, _ = run(capsys, "info", tmp_path, "--load", "--device", "cpu")
+    assert code == 0
+    assert "loaded" in out
+    assert " s, torch.float32, cpu" in out
+
+
+def test_fetch_writes_a_folder_that_loads(capsys, tmp_path):
+    code, _, _ = run(capsys, "fetch", "demo", tmp_path / "tower")
+    assert code == 0
+    assert Encoder.from_pretrained(tmp_path / "tower").config == Encoder.from_pretrained("demo").config
+
+
+def test_picture(capsys, photos, tmp_path):
+    for extra, width in ((), 2 * 320 + 8), (("--map-only",), 320):
+        code, _, _ = run(capsys, "picture", photos / "a.png", "-m", "demo", "-o", tmp_path / "p.png", *extra)
+        assert code == 0
+        with Image.open(tmp_path / "p.png") as drawn:
+            assert drawn.size == (width, 256)
+            assert len(set(drawn.crop((width - 320, 0, width, 256)).getdata())) > 10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["encode", "/no/such/file.png", "-m", "demo"], "no such file or folder"),
+        (["encode", "{empty}", "-m", "demo"], "no images in this folder"),
+        (["encode", "{photos}/a.png", "{photos}/a.png", "-m", "demo"], "same name would overwrite each other: a.png"),
+        (["encode", "{photos}", "-m", "nonsense"], "is no existing path"),
+        (["encode", "{photos}", "-m", "demo", "--impl", "triton"], "impl: 'triton'"),
+        (["picture", "{photos}/notes.txt", "-m", "demo"], "notes.txt"),
+        (["info", "no-such"], "is no existing path"),
+        (["info", "--load"], "needs a MODEL"),
+        (["fetch", "no-such", "{empty}"], "is no existing path"),
+    ],
+)
+def test_failures_are_one_line_and_exit_code_1(capsys, photos, tmp_path, arguments, message):
+    (tmp_path / "empty").mkdir()
+    filled = [a.format(photos=photos, empty=tmp_path / "empty") for a in arguments]
+    code, _, err = run(capsys, *filled)
+    assert code == 1
+    lines = [line for line in err.splitlines() if line.startswith("qwenvit: error:")]
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("arguments", [[], ["encode"], ["info", "demo", "--size", "big"], ["paint"]])
+def test_wrong_usage_is_exit_code_2(capsys, arguments):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+
+
+@pytest.mark.parametrize("command", [[], ["encode"], ["info"], ["fetch"], ["picture"]])
+def test_help(capsys, command):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*command, "--help"])
+    assert stop.value.code == 0
+    assert "usage: qwenvit" in capsys.readouterr().out

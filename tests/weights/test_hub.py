@@ -1,0 +1,299 @@
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hub_server import Hub
+from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
+from tiny_towers import Tower, build, save_sharded
+
+from qwenvit.weights import ranges
+from qwenvit.weights.hub import HEADER_GUESS_BYTES, fetch_tower
+from qwenvit.weights.local import find_tensors, load_tensors
+
+CHUNK = 128 << 10
+SLACK = 64 << 10  # config files, and what is in flight when a connection breaks
+ROOT = Path(__file__).parents[2]
+SINGLE = "model.safetensors"
+
+
+@pytest.fixture(scope="session")
+def big() -> Tower:
+    """About 2 MB of tower, in front of 8 MB of language model."""
+    widths = {"hidden_size": 128, "intermediate_size": 512, "out_hidden_size": 256}
+    return build("qwen3_vl", torch.bfloat16, **widths)
+
+
+@pytest.fixture(scope="session")
+def size(big) -> int:
+    return sum(tensor.nbytes for tensor in big.state.values())
+
+
+@pytest.fixture
+def hub(big, tmp_path, monkeypatch):
+    folder = tmp_path / "served"
+    folder.mkdir()
+    vision = big.model.config.to_dict()
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen3_vl", "vision_config": vision}))
+    (folder / "preprocessor_config.json").write_text('{"patch_size": 4}')
+    save_file(big.composite() | {"lm_head.weight": torch.ones(8 << 18)}, folder / SINGLE)
+    monkeypatch.setattr(ranges, "CHUNK_BYTES", CHUNK)
+    monkeypatch.setattr(ranges, "RETRY_WAITS_S", (0.0, 0.0, 0.0, 0.0))
+    with Hub(folder) as hub:
+        serve(hub, monkeypatch)
+        yield hub
+
+
+def serve(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    # huggingface_hub reads HF_ENDPOINT when it is imported.
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+
+
+@pytest.fixture
+def fetch(hub, tmp_path):
+    return lambda **options: fetch_tower(hub.repo_id, **{"cache_dir": tmp_path / "cache", **options})
+
+
+def start(hub: Hub, home: Path, script: str = "", **environment: str) -> subprocess.Popen[str]:
+    code = (
+        f"from qwenvit.weights import hub, ranges; ranges.CHUNK_BYTES = {CHUNK}\n"
+        f"print(hub.fetch_tower('org/model'{script}))"
+    )
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    env = clean | {"HF_HOME": str(home), "HF_ENDPOINT": hub.url} | environment
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=env, **pipes)
+
+
+def path_from(process: subprocess.Popen[str]) -> Path:
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return Path(out.strip())
+
+
+def assert_whole(directory: Path, big: Tower) -> None:
+    loaded = load_tensors(find_tensors(directory), big.expected, family=big.family)
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in big.canonical.items())
+    left = {path.name for path in directory.iterdir() if not path.name.startswith(".")}
+    assert left == {SINGLE, "config.json", "preprocessor_config.json"}
+
+
+def as_shards(hub: Hub, big: Tower) -> None:
+    tensors = load_file(hub.folder / SINGLE)
+    (hub.folder / SINGLE).unlink()
+    shard_of = {name: 3 if name == "lm_head.weight" else i % 3 for i, name in enumerate(sorted(tensors))}
+    save_sharded(hub.folder, tensors, shard_of)
+
+
+def as_separate(hub: Hub, big: Tower) -> None:
+    separate = {big.prefix + name: tensor for name, tensor in big.state.items()}
+    save_file(separate, hub.folder / "model_visual.safetensors")
+    save_file({"lm_head.weight": torch.ones(8 << 18)}, hub.folder / SINGLE)
+
+
+@pytest.mark.parametrize("layout", [None, as_shards, as_separate])
+def test_only_the_tower_is_downloaded(hub, fetch, big, size, layout):
+    if layout is not None:
+        layout(hub, big)
+    directory = fetch()
+    assert_whole(directory, big)
+    assert (directory / "config.json").read_bytes() == (hub.folder / "config.json").read_bytes()
+    whole = sum(file.stat().st_size for file in hub.folder.iterdir())
+    assert size <= hub.served <= size + 3 * HEADER_GUESS_BYTES + SLACK < whole / 2
+
+
+def test_what_was_fetched_loads_in_transformers(fetch, big):
+    model, info = type(big.model).from_pretrained(fetch(), output_loading_info=True)
+    assert not any(info.values())
+    assert all(torch.equal(tensor, big.state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_tensors_of_mixed_width_stay_aligned(hub, fetch):
+    odd = {"visual.blocks.0.a.bias": torch.ones(3).half(), "visual.blocks.0.b.bias": torch.ones(5)}
+    save_sharded(hub.folder, odd, {"visual.blocks.0.a.bias": 0, "visual.blocks.0.b.bias": 1})
+    (hub.folder / SINGLE).unlink()
+    directory = fetch()
+    assert all(entry.start % 4 == 0 for entry in find_tensors(directory).values() if entry.dtype == "F32")
+    assert load_file(directory / SINGLE)["blocks.0.b.bias"].equal(torch.ones(5))
+
+
+def test_header_larger_than_the_first_request(hub, fetch, big, size):
+    tensors = load_file(hub.folder / SINGLE)
+    save_file(tensors, hub.folder / SINGLE, metadata={"note": "x" * (HEADER_GUESS_BYTES + 1000)})
+    assert_whole(fetch(), big)
+    assert hub.tensor_bytes() <= size + HEADER_GUESS_BYTES + SLACK
+
+
+def test_connections_that_drop_go_on_in_the_middle(hub, fetch, big, size):
+    hub.drops = 4
+    assert_whole(fetch(), big)
+    assert hub.drops == 0
+    assert hub.tensor_bytes() <= size + HEADER_GUESS_BYTES + 4 * SLACK
+
+
+def test_after_an_interruption_only_the_rest_is_fetched(hub, fetch, big, size, tmp_path):
+    hub.budget = HEADER_GUESS_BYTES + size // 2
+    with pytest.raises(ConnectionError, match=r"org/model: the download broke off.*next call goes on"):
+        fetch()
+    assert not list(tmp_path.rglob(f"assets/**/{SINGLE}"))
+    first = hub.tensor_bytes()
+    hub.budget = None
+    assert_whole(fetch(), big)
+    # Chunks in flight on the 8 connections are lost, no more.
+    assert hub.tensor_bytes() - first <= HEADER_GUESS_BYTES + size - size // 2 + 8 * CHUNK
+    assert hub.tensor_bytes() - first < HEADER_GUESS_BYTES + size - CHUNK
+
+
+def test_killed_process_leaves_nothing_under_the_final_name_and_the_next_goes_on(hub, big, size, tmp_path):
+    hub.budget, hub.stalls = HEADER_GUESS_BYTES + size * 3 // 4, True
+    process = start(hub, tmp_path)
+    assert hub.stalled.wait(300)
+    journal = next(tmp_path.rglob("*.journal"))
+    process.kill()
+    process.communicate()
+    assert not list(journal.parent.glob(SINGLE))
+    kept = len(journal.read_text().splitlines()) - 1
+    first = hub.tensor_bytes()
+    hub.budget, hub.stalls = None, False
+    hub.go_on.set()
+    assert_whole(path_from(start(hub, tmp_path)), big)
+    fetched = [r for r in hub.tensor_requests() if r.range != f"bytes=0-{HEADER_GUESS_BYTES - 1}"]
+    assert kept > 0
+    assert sum(r.served for r in fetched) >= size
+    assert hub.tensor_bytes() - first <= HEADER_GUESS_BYTES + size - (kept - 1) * CHUNK
+
+
+def test_changed_source_is_not_mixed_with_what_was_kept(hub, fetch, big, size, tmp_path):
+    hub.budget = HEADER_GUESS_BYTES + size // 2
+    with pytest.raises(ConnectionError):
+        fetch()
+    hub.budget = None
+    tensors = {name: -tensor for name, tensor in load_file(hub.folder / SINGLE).items()}
+    save_file(tensors, hub.folder / SINGLE, metadata={"moved": "by this"})
+    state = load_file(fetch() / SINGLE)
+    assert all(torch.equal(state[name], -tensor) for name, tensor in big.state.items())
+
+
+def test_second_start_sends_no_request(hub, big, tmp_path):
+    first = path_from(start(hub, tmp_path))
+    assert_whole(first, big)
+    assert first.is_relative_to(tmp_path / "assets" / "qwenvit")
+    sent = len(hub.requests)
+    for script, environment in (("", {}), ("", {"HF_HUB_OFFLINE": "1"}), (", local_files_only=True", {})):
+        assert path_from(start(hub, tmp_path, script, **environment)) == first
+    assert len(hub.requests) == sent
+
+
+def test_two_processes_fetch_it_once(hub, big, size, tmp_path):
+    both = [start(hub, tmp_path) for _ in range(2)]
+    first, second = map(path_from, both)
+    assert first == second
+    assert_whole(first, big)
+    assert hub.tensor_bytes() <= size + HEADER_GUESS_BYTES
+
+
+def test_offline_without_it_says_so(hub, fetch, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"org/model \(main\).*network is off"):
+        fetch(local_files_only=True)
+    _, err = start(hub, tmp_path, HF_HUB_OFFLINE="1").communicate(timeout=300)
+    assert "the network is off" in err
+    assert not hub.requests
+
+
+def test_token_is_sent_from_argument_and_environment(hub, fetch, tmp_path):
+    hub.token = "hf_secret"
+    with pytest.raises(FileNotFoundError, match=r"org/model.*no such repository, or a private one.*token="):
+        fetch()
+    hub.requests.clear()
+    fetch(token="hf_secret")
+    assert {r.authorization for r in hub.requests if "/org/model/" in r.path} == {"Bearer hf_secret"}
+    path_from(start(hub, tmp_path, HF_TOKEN="hf_secret"))
+
+
+def test_token_does_not_follow_a_redirect_to_another_host(hub, fetch, big):
+    hub.token = "hf_secret"
+    with Hub(hub.folder) as storage:
+        hub.storage = storage
+        assert_whole(fetch(token="hf_secret"), big)
+        assert storage.requests
+        assert {request.authorization for request in storage.requests} == {None}
+
+
+def test_revisions_are_kept_apart_and_a_branch_moves_when_asked(hub, fetch, big):
+    hub.revisions = {"main": "a" * 40, "v2": "b" * 40}
+    main, other = fetch(), fetch(revision="v2")
+    assert (main.name, other.name) == ("a" * 40, "b" * 40)
+    assert fetch(revision="b" * 40) == other
+    hub.revisions["main"] = "c" * 40
+    assert fetch(revision=None) == main
+    assert fetch(force_download=True).name == "c" * 40
+    assert fetch().name == "c" * 40
+    with pytest.raises(FileNotFoundError, match=r"org/model \(v9\).*this revision is not"):
+        fetch(revision="v9")
+
+
+def test_damaged_file_is_fetched_again(fetch, big):
+    directory = fetch()
+    with (directory / SINGLE).open("r+b") as stream:
+        stream.truncate(1000)
+    assert_whole(fetch(), big)
+
+
+def test_server_without_ranges_is_refused_before_its_body_is_read(hub, fetch, tmp_path):
+    hub.ignores_ranges = True
+    with pytest.raises(ValueError, match=r"status 200.*cannot send parts.*hf download"):
+        fetch()
+    assert not list(tmp_path.rglob("*.incomplete"))
+
+
+def test_truncated_shard_is_refused_with_both_sizes(hub, fetch):
+    promised = (hub.folder / SINGLE).stat().st_size
+    hub.truncated = {SINGLE: promised - 10}
+    with pytest.raises(ValueError, match=f"{SINGLE}: truncated.*{promised}.*{promised - 10}"):
+        fetch()
+
+
+def test_gated_missing_and_unreachable_repositories(hub, fetch, tmp_path, monkeypatch):
+    hub.gated = True
+    with pytest.raises(PermissionError, match=r"org/model.*accept the licence at .*/org/model.*token="):
+        fetch()
+    with pytest.raises(FileNotFoundError, match=r"org/nothing \(main\): no such repository"):
+        fetch_tower("org/nothing", cache_dir=tmp_path / "cache")
+    hub.gated = False
+    (hub.folder / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"org/model \(main\): has no file .*config.json"):
+        fetch()
+
+
+def test_repository_without_safetensors(hub, fetch):
+    shutil.move(hub.folder / SINGLE, hub.folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"org/model: only safetensors files are read.*convert it"):
+        fetch()
+    (hub.folder / "pytorch_model.bin").unlink()
+    with pytest.raises(FileNotFoundError, match=r"org/model: looked for .*config.json"):
+        fetch()
+
+
+def test_repository_without_a_vision_tower(hub, fetch):
+    save_file({"lm_head.weight": torch.ones(2)}, hub.folder / SINGLE)
+    with pytest.raises(ValueError, match=r"org/model/model.safetensors: no vision tensors.*lm_head.weight"):
+        fetch()
+
+
+def test_no_answer_is_a_connection_error(hub, fetch, monkeypatch):
+    hub.ignores_ranges = True
+    with pytest.raises(ValueError, match="cannot send parts"):
+        fetch()  # leaves config.json in the cache, without which huggingface_hub itself retries for long
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        hub.url = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    serve(hub, monkeypatch)
+    with pytest.raises(ConnectionError, match=r"org/model \(a+\): no answer from http://127.0.0.1"):
+        fetch()
