@@ -128,6 +128,23 @@ def test_missing_unexpected_and_misshapen_are_listed_at_once(tmp_path, tower):
         assert said in str(error.value)
 
 
+@pytest.mark.parametrize("fault", ["missing", "unexpected", "mismatched", "unreadable"])
+def test_one_fault_of_one_kind_is_enough(tmp_path, tower, fault):
+    name = tower.prefix + ("merger.surplus" if fault == "unexpected" else "blocks.1.attn.proj.bias")
+    tensors = tower.composite()
+    if fault == "missing":
+        del tensors[name]
+    elif fault == "unreadable":
+        tensors[name] = tensors[name].to(torch.int32)
+    else:
+        tensors[name] = torch.ones(2, 3, 4)
+    save_file(tensors, tmp_path / SINGLE)
+    with pytest.raises(CheckpointError, match=re.escape(name)) as error:
+        load(tmp_path, tower)
+    found = {kind: getattr(error.value, kind) for kind in ("missing", "unexpected", "mismatched", "unreadable")}
+    assert [kind for kind, faults in found.items() if faults] == [fault]
+
+
 def test_long_lists_are_cut_in_the_message_and_whole_in_the_attributes(tmp_path, qwen3):
     kept = {name: tensor for name, tensor in qwen3.composite().items() if ".blocks." not in name}
     save_file(kept, tmp_path / SINGLE)
