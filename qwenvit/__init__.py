@@ -9,3 +9,11 @@ __version__ = "0.1.0"
 _root = _Path(__file__).resolve().parent.parent
 if (_root / "pyproject.toml").is_file() and (_root / "kernels").is_dir():
     __path__.append(str(_root))
+
+from qwenvit.config import VisionConfig  # noqa: E402  (the path above comes first)
+from qwenvit.default import encode  # noqa: E402
+from qwenvit.encoder import Encoder  # noqa: E402
+from qwenvit.outputs import Embeddings, ItemEmbeddings, TowerOutput  # noqa: E402
+from qwenvit.sampling import sample_frames  # noqa: E402
+
+__all__ = ["Embeddings", "Encoder", "ItemEmbeddings", "TowerOutput", "VisionConfig", "encode", "sample_frames"]

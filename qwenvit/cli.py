@@ -11,7 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from qwenvit import __version__, commands
 from qwenvit.arguments import DTYPES
 from qwenvit.commands import CommandError, one_line
-from qwenvit.encoder import DEFAULT_MODEL
+from qwenvit.default import DEFAULT_MODEL
 
 MODEL_HELP = (
     "directory or .safetensors file, Hub repository (Qwen/Qwen2.5-VL-7B-Instruct), published short name "
@@ -66,7 +66,8 @@ def _parser() -> argparse.ArgumentParser:
         "metadata. Give a folder as output to write one file per image instead.",
     )
     command.add_argument("inputs", nargs="+", type=Path, metavar="FILE_OR_FOLDER", help="folders are searched whole")
-    command.add_argument("-o", "--output", type=Path, default=Path("embeddings.safetensors"), help="default: %(default)s")
+    target = Path("embeddings.safetensors")
+    command.add_argument("-o", "--output", type=Path, default=target, help="file or folder (default: %(default)s)")
     command.add_argument("-m", "--model", default=DEFAULT_MODEL, help=f"{MODEL_HELP} (default: %(default)s)")
     command.set_defaults(run=commands.encode)
 

@@ -48,7 +48,7 @@ def encode(arguments: argparse.Namespace) -> int:
     for path, name in tqdm(files, unit="image", disable=None):
         try:
             start = time.perf_counter()
-            item = encoder.encode(path, **_options(arguments))[0]
+            item = encoder.encode(path, **_bounds(arguments))[0]
             norm = float(item.tokens.float().norm(dim=1).mean())  # waits for the device
             milliseconds = (time.perf_counter() - start) * 1e3
         except (ValueError, TypeError, OSError) as error:
@@ -56,9 +56,7 @@ def encode(arguments: argparse.Namespace) -> int:
             tqdm.write(f"qwenvit: error: {path}: {one_line(error)}", file=sys.stderr)
             continue
         _, rows, columns = item.grid
-        tqdm.write(
-            f"{name[-32:]:<32} {f'{rows}x{columns}':>9} {len(item.tokens):>7} {milliseconds:>9.1f} {norm:>9.2f}"
-        )
+        tqdm.write(f"{name[-32:]:<32} {f'{rows}x{columns}':>9} {len(item.tokens):>7} {milliseconds:>9.1f} {norm:>9.2f}")
         if into_folder:
             target = arguments.output / f"{name}.safetensors"
             _save(_tensors(item, ""), {"grids": {name: item.grid}, "model": arguments.model}, target)
@@ -118,7 +116,7 @@ def fetch(arguments: argparse.Namespace) -> int:
 def picture(arguments: argparse.Namespace) -> int:
     """Draw the principal components of an image's patch features."""
     encoder = _load(arguments)
-    features = patch_features(encoder, arguments.image, **_options(arguments))
+    features = patch_features(encoder, arguments.image, **_bounds(arguments))
     image = Image.fromarray(open_image(arguments.image).permute(1, 2, 0).contiguous().numpy())
     drawn = pca_picture(features, image.size)
     sheet = drawn if arguments.map_only else side_by_side(image, drawn)
@@ -138,9 +136,8 @@ def _hub(arguments: argparse.Namespace) -> dict[str, Any]:
     return {key: getattr(arguments, key) for key in ("revision", "local_files_only", "force_download")}
 
 
-def _options(arguments: argparse.Namespace) -> dict[str, int]:
-    given = {"min_pixels": arguments.min_pixels, "max_pixels": arguments.max_pixels}
-    return {key: value for key, value in given.items() if value is not None}
+def _bounds(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {"min_pixels": arguments.min_pixels, "max_pixels": arguments.max_pixels}
 
 
 def _config(arguments: argparse.Namespace) -> VisionConfig:

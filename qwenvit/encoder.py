@@ -2,27 +2,23 @@
 
 import json
 import os
-import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from qwenvit import demo
 from qwenvit.arguments import Impl, check_dtype, check_impl, check_pixel_values, default_device
+from qwenvit.batching import PATCHES_PER_BATCH, batches
 from qwenvit.checkpoint import directory_of, load_tower, locate
 from qwenvit.grid import GridPlan
-from qwenvit.images import ImageInput, as_image_list
+from qwenvit.images import Backend, Channels, ImageInput
 from qwenvit.outputs import Embeddings, TowerOutput
 from qwenvit.processing import ImageProcessor, read_processors
 from qwenvit.reference import ReferenceTower
 from qwenvit.video import VideoProcessor
 from qwenvit.weights.local import save_tensors
-
-DEFAULT_MODEL = "Qwen/Qwen2.5-VL-7B-Instruct"
-PATCHES_PER_BATCH = 32_768  # activations of 7B-size towers then stay under about 2 GB in bf16
 
 
 class Encoder:
@@ -115,44 +111,79 @@ class Encoder:
         """The dtype the tower computes in."""
         return self.tower.patch_embed.proj.weight.dtype
 
-    def encode(self, images: ImageInput | Iterable[ImageInput], **options: Any) -> Embeddings:
+    def encode(
+        self,
+        images: ImageInput | Iterable[ImageInput],
+        *,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        size: Mapping[str, int] | None = None,
+        resize: Backend | None = None,
+        do_rescale: bool = True,
+        channels: Channels = None,
+    ) -> Embeddings:
         """Embed images.
 
         Args:
             images: one image or several: PIL images, uint8 arrays or tensors, paths, or encoded bytes.
-            **options: passed to the image processor: `min_pixels`, `max_pixels`, `size`, `resize`, `channels`,
-                `do_rescale`.
+            min_pixels: smaller images are enlarged to this area; alone it leaves `max_pixels` as it is.
+            max_pixels: larger images are shrunk to this area; alone it leaves `min_pixels` as it is.
+            size: the same two as Hugging Face writes them, `{"shortest_edge": area, "longest_edge": area}`.
+            resize: whose bicubic interpolation, `"pillow"` or `"torch"`; None for the image processor's own.
+            do_rescale: False says that images are float32 arrays already scaled to [0, 1].
+            channels: `"first"` or `"last"`, where arrays have their channels; None finds out.
 
         Returns:
             One entry per image in input order, on the tower's device and in its dtype. However many images there
-            are, at most `PATCHES_PER_BATCH` patches (or one image) go through the tower at once.
+            are, at most `PATCHES_PER_BATCH` patches (or one image) are in memory and go through the tower at once.
 
         Raises:
             ValueError, TypeError: an image or option that cannot be used, named with what was expected.
         """
-        return self._embed(self.image_processor([image], **options) for image in as_image_list(images))
+        processor = self.image_processor.with_bounds(min_pixels, max_pixels, size)
+        return self._embed(processor.each(images, resize=resize, do_rescale=do_rescale, channels=channels))
 
-    def encode_video(self, frames: Any, **options: Any) -> Embeddings:
+    def encode_video(
+        self,
+        frames: Iterable[ImageInput],
+        *,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        size: Mapping[str, int] | None = None,
+        channels: Channels = None,
+        cap_pixels_per_frame: bool | None = None,
+    ) -> Embeddings:
         """Embed one video.
 
         Args:
-            frames: a list of frames (anything `encode` takes as an image), or a uint8 array or tensor
+            frames: a list of frames (anything `encode` takes as an image), or one uint8 array or tensor
                 `[frames, H, W, C]`. Used as given: choose them with `sample_frames` if you hold a whole clip.
-            **options: passed to the video processor: `min_pixels`, `max_pixels`, `size`, `channels`,
-                `cap_pixels_per_frame`.
+            min_pixels: least area, of each frame (Qwen2 and 2.5) or of all together (Qwen3 and later).
+            max_pixels: largest area, likewise.
+            size: the same two as Hugging Face writes them.
+            channels: `"first"` or `"last"`, where arrays have their channels; None finds out.
+            cap_pixels_per_frame: transformers' argument of that name; None for the video processor's own.
 
         Returns:
-            One entry; `entry.spatial()` is `[t, h, w, out_hidden_size]`, a t for every two frames.
+            One entry; its `spatial()` is `[t, h, w, out_hidden_size]`, a t for every two frames.
 
         Raises:
             ValueError, TypeError: frames or options that cannot be used, named with what was expected.
         """
-        return self._embed([self.video_processor(frames, **options)])
+        pixels = self.video_processor(
+            frames,
+            min_pixels=min_pixels,
+            max_pixels=max_pixels,
+            size=size,
+            channels=channels,
+            cap_pixels_per_frame=cap_pixels_per_frame,
+        )
+        return self._embed([pixels])
 
     @torch.no_grad()
     def _embed(self, items: Iterable[tuple[Tensor, Tensor]]) -> Embeddings:
         outputs, grids = [], []
-        for pixel_values, grid in _batches(items):
+        for pixel_values, grid in batches(items, PATCHES_PER_BATCH):
             outputs.append(self(pixel_values, grid))
             grids.append(grid)
         return Embeddings(
@@ -199,57 +230,3 @@ class Encoder:
 
     def __repr__(self) -> str:
         return f"Encoder({self.config.family}, {self.config.depth} blocks, {self.dtype}, {self.device})"
-
-
-_current: dict[str, Any] = {"key": None, "encoder": None}
-_current_lock = threading.Lock()
-
-
-def encode(
-    images: ImageInput | Iterable[ImageInput],
-    *,
-    model: str | os.PathLike[str] = DEFAULT_MODEL,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | str | None = None,
-    impl: Impl = "auto",
-    **options: Any,
-) -> Embeddings:
-    """Embed images with a tower that is loaded at the first call and kept for the next.
-
-    Args:
-        images: one image or several, as `Encoder.encode` takes them.
-        model: see `Encoder.from_pretrained`. The default is fetched from the Hub once (1.35 GB).
-        device: see `Encoder.from_pretrained`.
-        dtype: see `Encoder.from_pretrained`.
-        impl: see `Encoder.from_pretrained`.
-        **options: passed to the image processor.
-
-    Returns:
-        One entry per image, in input order.
-    """
-    key = (os.fspath(model), str(device), str(dtype), impl)
-    with _current_lock:
-        if _current["key"] != key:
-            _current.update(key=None, encoder=None)  # let go of the old tower before the new one is loaded
-            encoder = Encoder.from_pretrained(model, device=device, dtype=dtype, impl=impl)
-            _current.update(key=key, encoder=encoder)
-        encoder = _current["encoder"]
-    return encoder.encode(images, **options)
-
-
-def _batches(items: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Join consecutive items, as many as `PATCHES_PER_BATCH` allows and at least one."""
-    pending: list[tuple[Tensor, Tensor]] = []
-    patches = 0
-    for item in items:
-        if pending and patches + len(item[0]) > PATCHES_PER_BATCH:
-            yield _join(pending)
-            pending, patches = [], 0
-        pending.append(item)
-        patches += len(item[0])
-    if pending:
-        yield _join(pending)
-
-
-def _join(items: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    return torch.cat([pixels for pixels, _ in items]), torch.cat([grid for _, grid in items])

@@ -57,9 +57,7 @@ class Embeddings(Sequence[ItemEmbeddings]):
         layers = [layer.split(sizes) for layer in deepstack]
         self._items = [
             ItemEmbeddings(tokens, [layer[i] for layer in layers], (frames, rows, columns))
-            for i, (tokens, (frames, rows, columns)) in enumerate(
-                zip(packed.split(sizes), grids.tolist(), strict=True)
-            )
+            for i, (tokens, (frames, rows, columns)) in enumerate(zip(packed.split(sizes), grids.tolist(), strict=True))
         ]
 
     def __len__(self) -> int:

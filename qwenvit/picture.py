@@ -18,7 +18,7 @@ def patch_features(encoder: Encoder, image: ImageInput, **options: Any) -> Tenso
     Args:
         encoder: a loaded encoder.
         image: one image, as `Encoder.encode` takes it.
-        **options: passed to the image processor.
+        **options: of the image processor.
 
     Returns:
         `[rows, columns, hidden_size]` fp32 on the CPU; rows and columns of patches, in reading order whatever the

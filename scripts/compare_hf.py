@@ -54,15 +54,19 @@ def main() -> int:
     pictures = load_pictures(arguments.images)
     pixel_values, grid = ours.image_processor([picture for _, picture in pictures], max_pixels=arguments.max_pixels)
     pixel_values = pixel_values.to(device)
-    print(f"transformers {transformers.__version__}, qwenvit {qwenvit.__version__}, torch {torch.__version__}, {device}")
+    print(
+        f"transformers {transformers.__version__}, qwenvit {qwenvit.__version__}, torch {torch.__version__}, {device}"
+    )
     print(f"{arguments.random or arguments.model}: {ours}, {len(pixel_values)} patches of {len(grid)} images")
 
     their_outputs, their_calls = run_theirs(theirs, pixel_values, grid)
     our_outputs, our_calls = run_ours(ours, pixel_values, grid)
     show_blocks(our_calls, their_calls)
-    checks = [] if truth else [
-        exact(f"block {i}", a.out, b.out) for i, (a, b) in enumerate(zip(our_calls, their_calls, strict=True))
-    ]
+    checks = (
+        []
+        if truth
+        else [exact(f"block {i}", a.out, b.out) for i, (a, b) in enumerate(zip(our_calls, their_calls, strict=True))]
+    )
     if truth is not None and ours32 is not None:
         true_outputs, true_calls = run_theirs(truth, pixel_values, grid)
         for (name, ours_at), truth_at in zip(run_ours(ours32, pixel_values, grid)[0], true_outputs, strict=True):

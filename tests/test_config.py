@@ -126,7 +126,10 @@ def edited(config, **changes):
         (edited(QWEN2_5_VL_7B, fullatt_block_indexes=[15, 7]), "increasing"),
         (edited(QWEN2_5_VL_7B, depth=None), "depth / num_hidden_layers is missing"),
         (edited(QWEN2_5_VL_7B, depth=0), "depth: expected a positive integer, got 0"),
-        (edited(QWEN2_5_VL_7B, patch_size=[14, 14], spatial_patch_size=None), r"patch_size: expected a positive integer, got \[14, 14\]"),
+        (
+            edited(QWEN2_5_VL_7B, patch_size=[14, 14], spatial_patch_size=None),
+            r"patch_size: expected a positive integer, got \[14, 14\]",
+        ),
         (edited(QWEN2_5_VL_7B, rope_parameters={"rope_type": "yarn"}), "rope_type 'yarn'"),
         (edited(QWEN2_VL_7B, embed_dim=None), "embed_dim is missing"),
         ({"model_type": "qwen3_5", "vision_config": PUBLISHED["qwen3_vl-8b"].config.to_hf()}, "another family"),

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hf_towers import build_tower
 from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel  # the only one the counter sees on a CPU
 from torch.utils.flop_counter import FlopCounterMode
 from towers import MIXED_GRIDS, SMALL, ours_from, random_pixels
 
@@ -19,14 +20,14 @@ def test_flops_are_those_torch_counts(family):
     tower = ours_from(build_tower(config), config)
     assert parameters(config) == sum(p.numel() for p in tower.parameters())
     plan = GridPlan.build(MIXED_GRIDS, config)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         tower(random_pixels(plan.num_patches, config), plan)
     assert flops(config, plan) == counter.get_total_flops()
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
 def test_patch_features_are_in_reading_order(family):
-    """A block of zero depth would be ideal; a tower that copies its input shows where each patch went."""
+    """A tower whose blocks add nothing hands on each patch's brightness: it shows where the patch went."""
     config = SMALL[family]
     tower = ours_from(build_tower(config), config)
     encoder = Encoder(tower)
@@ -35,16 +36,14 @@ def test_patch_features_are_in_reading_order(family):
     image = torch.zeros(rows * step, columns * step, dtype=torch.uint8)
     for row in range(rows):
         for column in range(columns):
-            image[row * step : (row + 1) * step, column * step : (column + 1) * step] = 13 * row % 250 + column
+            image[row * step : (row + 1) * step, column * step : (column + 1) * step] = columns * row + column
     with torch.no_grad():
         for parameter in tower.parameters():
             parameter.zero_()
         tower.patch_embed.proj.weight[0].fill_(1)
     drawn = patch_features(encoder, image[..., None].repeat(1, 1, 3).numpy(), min_pixels=step**2 * 4)
     assert drawn.shape == (rows, columns, config.hidden_size)
-    brightness = image[::step, ::step].float()
-    order = drawn[..., 0].flatten().argsort()
-    assert torch.equal(brightness.flatten()[order], brightness.flatten().sort().values)
+    assert torch.equal(drawn[..., 0].flatten().argsort(), torch.arange(rows * columns))
 
 
 def test_pca_picture_shows_the_direction_of_most_variance():

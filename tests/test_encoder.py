@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from towers import SMALL, hf_forward
 
 import qwenvit
+from qwenvit import default
 from qwenvit import encoder as encoder_module
 from qwenvit.encoder import Encoder
 
@@ -44,7 +45,7 @@ def loaded(request, tmp_path):
 
 def test_encode_gives_each_image_what_transformers_gives(loaded):
     hf, enc = loaded
-    images = [picture(220, 310), picture(512, 260, 1), picture(64, 64, 2)]
+    images = [picture(220, 310), picture(512, 260, 1), picture(96, 96, 2)]
     out = enc.encode(images)
     pixel_values, grid = enc.image_processor(images)
     _, tokens, deepstack = hf_forward(hf, pixel_values, grid)
@@ -134,9 +135,13 @@ def test_gradients_reach_the_tower_when_asked(tmp_path):
 def test_module_level_encode_keeps_its_encoder(monkeypatch):
     loads = []
     load = Encoder.from_pretrained.__func__
-    monkeypatch.setattr(Encoder, "from_pretrained", classmethod(lambda cls, *a, **k: loads.append(a) or load(cls, *a, **k)))
-    monkeypatch.setattr(encoder_module, "_current", {"key": None, "encoder": None})
-    threads = [threading.Thread(target=qwenvit.encode, args=(picture(64, 64),), kwargs={"model": "demo"}) for _ in range(4)]
+    monkeypatch.setattr(
+        Encoder, "from_pretrained", classmethod(lambda cls, *a, **k: loads.append(a) or load(cls, *a, **k))
+    )
+    monkeypatch.setattr(default, "_current", {"key": None, "encoder": None})
+    threads = [
+        threading.Thread(target=qwenvit.encode, args=(picture(64, 64),), kwargs={"model": "demo"}) for _ in range(4)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -150,7 +155,9 @@ def test_module_level_encode_keeps_its_encoder(monkeypatch):
 def test_demo_announces_itself_and_is_reached_by_name_only(tmp_path):
     with pytest.warns(UserWarning, match="random weights: shapes and plumbing are real, features are not"):
         first = Encoder.from_pretrained("demo", device="cpu")
-    assert torch.equal(first.encode(picture(64, 64)).packed, Encoder.from_pretrained("demo").encode(picture(64, 64)).packed)
+    assert torch.equal(
+        first.encode(picture(64, 64)).packed, Encoder.from_pretrained("demo").encode(picture(64, 64)).packed
+    )
     assert qwenvit.encode.__kwdefaults__["model"] == "Qwen/Qwen2.5-VL-7B-Instruct"
     with pytest.raises((ValueError, OSError), match=r"Qwen/Qwen2\.5-VL-7B-Instruct"):
         Encoder.from_pretrained("Qwen/Qwen2.5-VL-7B-Instruct", cache_dir=tmp_path, local_files_only=True)

@@ -1,5 +1,6 @@
 """GridPlan against transformers' helpers and against a brute-force reading of the definitions."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -62,11 +63,13 @@ def test_windows_by_brute_force(batch):
 def test_groups_cover_every_segment_once(batch, config):
     plan = GridPlan.build(batch, config)
     for segments in filter(None, (plan.frames, plan.windows)):
-        assert torch.cat([rows.flatten() for _, rows in segments.groups]).sort().values.equal(
-            torch.arange(plan.num_patches)
+        assert (
+            torch.cat([rows.flatten() for _, rows in segments.groups])
+            .sort()
+            .values.equal(torch.arange(plan.num_patches))
         )
         bounds = segments.cu_seqlens.tolist()
-        expected = {(a, b) for a, b in zip(bounds, bounds[1:], strict=False)}
+        expected = set(itertools.pairwise(bounds))
         got = {(int(row[0]), int(row[-1]) + 1) for _, rows in segments.groups for row in rows}
         assert got == expected
         assert all(rows.shape[1] == length for length, rows in segments.groups)

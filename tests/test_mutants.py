@@ -103,7 +103,9 @@ def gate(family, mutate):
         output = tower(pixels, plan)
     _, tokens, deepstack = hf_forward(hf, pixels, plan.grid_thw)
     pairs = [("tokens", output.pooler_output, tokens)]
-    pairs += [(f"DeepStack {i}", *pair) for i, pair in enumerate(zip(output.deepstack_features, deepstack, strict=True))]
+    pairs += [
+        (f"DeepStack {i}", *pair) for i, pair in enumerate(zip(output.deepstack_features, deepstack, strict=True))
+    ]
     return [exact(*pair) for pair in pairs], [close(*pair) for pair in pairs]
 
 

@@ -21,9 +21,7 @@ def assert_equal_towers(config, dtype, grids, variant=None):
     pixels = random_pixels(plan.num_patches, config)
     with torch.no_grad():
         output, our_calls = record(ours.blocks, lambda: ours(pixels, plan))
-    (hidden, tokens, deepstack), their_calls = record(
-        hf.blocks, lambda: hf_forward(hf, pixels, torch.tensor(grids))
-    )
+    (hidden, tokens, deepstack), their_calls = record(hf.blocks, lambda: hf_forward(hf, pixels, torch.tensor(grids)))
     assert tokens.isfinite().all()
     for block, (our_call, their_call) in enumerate(zip(our_calls, their_calls, strict=True)):
         assert torch.equal(our_call.out, their_call.out), f"block {block}"

@@ -1,0 +1,185 @@
+"""Opening images: whatever a user holds becomes one RGB tensor, or an error that says what to do."""
+
+import io
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+ImageInput = Image.Image | NDArray[Any] | Tensor | str | os.PathLike[str] | bytes
+Channels = Literal["first", "last"] | None
+Backend = Literal["pillow", "torch"]
+
+# Modes of eight bits a channel that Pillow converts to RGB without losing anything but the alpha.
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV")
+CHANNEL_COUNTS = (1, 3, 4)
+
+
+def as_image_list(images: ImageInput | Iterable[ImageInput]) -> list[ImageInput]:
+    """One image or several, as a list.
+
+    Raises:
+        ValueError: no image at all, or a batch in one array (pass a list of its images).
+        TypeError: neither an image nor an iterable of them.
+    """
+    if isinstance(images, np.ndarray | Tensor) and images.ndim > 3:
+        raise ValueError(f"images: expected a list, got one array {list(images.shape)}; pass list(images)")
+    if isinstance(images, Image.Image | np.ndarray | Tensor | str | os.PathLike | bytes):
+        return [images]
+    if not isinstance(images, Iterable):
+        raise TypeError(f"images: expected an image or several, got {type(images).__name__}")
+    if not (found := list(images)):
+        raise ValueError("images: expected at least one image, got an empty list")
+    return found
+
+
+def open_image(
+    image: ImageInput,
+    *,
+    channels: Channels = None,
+    do_rescale: bool = True,
+    backend: Backend = "pillow",
+    name: str = "image",
+) -> Tensor:
+    """Open one image as RGB, as transformers 5.23's image processors do.
+
+    - Files (paths and encoded bytes) are turned upright by their EXIF orientation, and transparency in them is
+      dropped; of animations the first frame is taken.
+    - PIL images are taken as they are, without looking at EXIF, and transparency is laid over white.
+    - Arrays and tensors are `[H, W]`, `[H, W, C]` or `[C, H, W]` with 1, 3 or 4 channels; a fourth channel is alpha
+      and is laid over white, in float64 and rounded for `backend="pillow"`, in float32 and cut off for `"torch"`.
+
+    Args:
+        image: a PIL image, a uint8 array or tensor, a path, or the bytes of an image file.
+        channels: where an array has its channels; None finds out, and refuses shapes that could be either.
+        do_rescale: False says that the image is a float32 array or tensor already scaled to [0, 1].
+        backend: whose arithmetic composites arrays with alpha.
+        name: what errors call the image.
+
+    Returns:
+        `[3, H, W]` on the CPU, detached: uint8, or float32 in [0, 1] with `do_rescale=False`. May share memory with
+        an array or tensor given.
+
+    Raises:
+        TypeError: not an image, or a dtype that is neither 8-bit nor declared as scaled.
+        ValueError: empty, ambiguous or wrongly shaped arrays; a URL; files that are broken, larger than
+            `PIL.Image.MAX_IMAGE_PIXELS` or of more than 8 bits.
+        OSError: a file that cannot be read.
+    """
+    if channels not in (None, "first", "last"):
+        raise ValueError(f"channels: expected 'first', 'last' or None, got {channels!r}")
+    if isinstance(image, np.ndarray | Tensor):
+        return _to_rgb(_channels_first(_to_tensor(image, do_rescale, name), channels, name), backend)
+    if isinstance(image, Image.Image):
+        opened, keep_alpha = image, True
+    elif isinstance(image, bytes | str | os.PathLike):
+        opened, keep_alpha = _read(image, name), False
+    else:
+        raise TypeError(
+            f"{name}: expected a PIL image, a uint8 array or tensor, a path or bytes, got {type(image).__name__}"
+        )
+    if not do_rescale:
+        raise TypeError(f"{name}: do_rescale=False is for float32 arrays scaled to [0, 1], got an 8-bit image")
+    return _from_pil(opened, keep_alpha, name)
+
+
+def _read(source: bytes | str | os.PathLike[str], name: str) -> Image.Image:
+    """Decode a file, upright."""
+    if isinstance(source, str) and ("://" in source or source.startswith("data:")):
+        raise ValueError(f"{name}: expected a path, got the URL {source[:80]!r}; download it and pass its bytes")
+    data = source if isinstance(source, bytes) else Path(source).read_bytes()
+    if not isinstance(source, bytes):
+        name = f"{name} ({os.fspath(source)})"
+    limit = Image.MAX_IMAGE_PIXELS
+    try:
+        image = Image.open(io.BytesIO(data))
+        if limit is not None and image.width * image.height > limit:  # Pillow itself refuses only from twice as many
+            raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
+        image.load()
+        return ImageOps.exif_transpose(image)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ValueError(
+            f"{name}: expected at most {limit} pixels, got more ({error}); if you trust the file, raise "
+            "PIL.Image.MAX_IMAGE_PIXELS"
+        ) from error
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{name}: expected an image file, got {len(data)} bytes of no format Pillow knows") from error
+    except Exception as error:  # Pillow's decoders raise almost anything on broken files
+        raise ValueError(f"{name}: broken image file ({type(error).__name__}: {error})") from error
+
+
+def _from_pil(image: Image.Image, keep_alpha: bool, name: str) -> Tensor:
+    if image.mode not in MODES:
+        raise ValueError(
+            f"{name}: expected an image of 8 bits a channel (mode {', '.join(MODES)}), got mode {image.mode!r}; "
+            "scale its values to 0 to 255 and convert it"
+        )
+    if 0 in image.size:
+        raise ValueError(f"{name}: expected at least one pixel, got {image.width} x {image.height}")
+    try:
+        if keep_alpha and ("A" in image.getbands() or image.info.get("transparency") is not None):
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("RGB")
+    except OSError as error:  # files opened by the user are decoded only now
+        raise ValueError(f"{name}: broken image file ({error})") from error
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def _to_tensor(image: NDArray[Any] | Tensor, do_rescale: bool, name: str) -> Tensor:
+    expected = "uint8" if do_rescale else "float32"
+    if (dtype := str(image.dtype).removeprefix("torch.")) != expected:
+        hint = "if its values are scaled to [0, 1], convert it to float32 and pass do_rescale=False"
+        if not do_rescale:
+            hint = "do_rescale=False says that values are scaled to [0, 1] already"
+        raise TypeError(f"{name}: expected {expected}, got {dtype}; {hint}")
+    if isinstance(image, np.ndarray):
+        tensor = torch.from_numpy(np.require(image, requirements=["C", "W"]))
+    else:
+        tensor = image.detach().cpu()
+    if 0 in tensor.shape:
+        raise ValueError(f"{name}: expected at least one pixel, got shape {list(tensor.shape)}")
+    if not do_rescale and not (tensor.min() >= 0 and tensor.max() <= 1):  # so written, NaN is refused too
+        got = f"{tensor.min():g} to {tensor.max():g}"
+        raise ValueError(f"{name}: expected values in [0, 1] with do_rescale=False, got {got}")
+    return tensor
+
+
+def _channels_first(image: Tensor, channels: Channels, name: str) -> Tensor:
+    shape = list(image.shape)
+    if image.ndim == 2:
+        return image[None]
+    if image.ndim != 3:
+        hint = "; pass a list of images" if image.ndim > 3 else ""
+        raise ValueError(f"{name}: expected [H, W], [H, W, C] or [C, H, W], got {shape}{hint}")
+    fits = {"first": shape[0] in CHANNEL_COUNTS, "last": shape[2] in CHANNEL_COUNTS}
+    if channels is None:
+        if all(fits.values()):
+            raise ValueError(f"{name}: shape {shape} could have its channels first or last; pass channels=")
+        channels = "first" if fits["first"] else "last"
+    if not fits[channels]:
+        raise ValueError(f"{name}: expected {CHANNEL_COUNTS} channels, got shape {shape} with channels {channels}")
+    return image if channels == "first" else image.permute(2, 0, 1)
+
+
+def _to_rgb(image: Tensor, backend: Backend) -> Tensor:
+    if len(image) == 4:
+        return _over_white(image, backend)
+    return image.expand(3, -1, -1)
+
+
+def _over_white(image: Tensor, backend: Backend) -> Tensor:
+    """Lay `[4, H, W]` over white with the rounding of transformers' processor of that backend."""
+    if image.is_floating_point():
+        return image[:3] * image[3:] + (1 - image[3:])
+    if backend == "pillow":
+        alpha = image[3:].double() / 255
+        return (alpha * image[:3] + (1 - alpha) * 255).round().to(torch.uint8)
+    scaled = image.float() * (1 / 255)
+    return ((scaled[:3] * scaled[3:] + (1 - scaled[3:])) * (256 - 1e-3)).to(torch.uint8)  # torchvision's to_dtype
