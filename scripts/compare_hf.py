@@ -10,7 +10,6 @@ enough (5 %) to mean anything. Exit code 0 says PASS, 1 FAIL, 2 wrong usage.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -19,14 +18,12 @@ from pathlib import Path
 
 import torch
 import transformers
-from hf_towers import build_tower, load_weights
+from hf_towers import build_tower, load_weights, save_tower
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import qwenvit
 from qwenvit.checkpoint import locate, read_config
-from qwenvit.grid import GridPlan
 from qwenvit.parity import MEANINGFUL_ERROR, BlockCall, Check, Difference, close, exact, no_worse, record, replay
 from qwenvit.registry import PUBLISHED, published_config
 
@@ -39,48 +36,45 @@ def main() -> int:
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     with tempfile.TemporaryDirectory() as folder:
-        source = save_random(arguments.random, Path(folder), device) if arguments.random else locate(arguments.model)
-        config = read_config(source)
-        theirs = build_tower(config, dtype=dtype, device=device)
-        load_weights(theirs, source)
-        ours = qwenvit.Encoder.from_pretrained(source, device=device, dtype=dtype, impl=arguments.impl)
+        if arguments.random:
+            config = published_config(arguments.random)
+            source = save_tower(build_tower(config, device=device), config, Path(folder))
+        else:
+            source = locate(arguments.model)
+        ours, theirs = load_both(source, arguments.impl, device, dtype)
         exact_rule = device.type == "cpu" and transformers.__version__.startswith(PINNED) and arguments.impl != "triton"
-        truth = ours32 = None
-        if not exact_rule:
-            truth = build_tower(config, device=device)
-            load_weights(truth, source)
-            ours32 = qwenvit.Encoder.from_pretrained(source, device=device, dtype="float32", impl=arguments.impl)
-
+        truths = None if exact_rule else load_both(source, arguments.impl, device, torch.float32)
     pictures = load_pictures(arguments.images)
     pixel_values, grid = ours.image_processor([picture for _, picture in pictures], max_pixels=arguments.max_pixels)
-    pixel_values = pixel_values.to(device)
-    print(
-        f"transformers {transformers.__version__}, qwenvit {qwenvit.__version__}, torch {torch.__version__}, {device}"
-    )
+    inputs = pixel_values.to(device), grid
+    print(f"transformers {transformers.__version__}, qwenvit {qwenvit.__version__}, torch {torch.__version__}")
     print(f"{arguments.random or arguments.model}: {ours}, {len(pixel_values)} patches of {len(grid)} images")
 
-    their_outputs, their_calls = run_theirs(theirs, pixel_values, grid)
-    our_outputs, our_calls = run_ours(ours, pixel_values, grid)
-    show_blocks(our_calls, their_calls)
-    checks = (
-        []
-        if truth
-        else [exact(f"block {i}", a.out, b.out) for i, (a, b) in enumerate(zip(our_calls, their_calls, strict=True))]
-    )
-    if truth is not None and ours32 is not None:
-        true_outputs, true_calls = run_theirs(truth, pixel_values, grid)
-        for (name, ours_at), truth_at in zip(run_ours(ours32, pixel_values, grid)[0], true_outputs, strict=True):
-            checks.append(close(name, ours_at, truth_at[1]))
-        if dtype != torch.float32:
-            towers = (ours.tower.blocks, our_calls), (theirs.blocks, their_calls)
-            checks += check_blocks(towers, true_calls)
-            checks += check_ends(our_outputs, their_outputs, true_outputs)
+    our_outputs, our_calls = run_ours(ours, *inputs)
+    their_outputs, their_calls = run_theirs(theirs, *inputs)
+    show_differences(our_calls, their_calls, our_outputs, their_outputs, grid, [name for name, _ in pictures])
+    if truths is None:
+        pairs = [(f"block {i}", a.out, b.out) for i, (a, b) in enumerate(zip(our_calls, their_calls, strict=True))]
+        pairs += [(name, a, b) for (name, a), (_, b) in zip(our_outputs, their_outputs, strict=True)]
+        checks = [exact(*pair) for pair in pairs]
     else:
-        checks += [exact(name, a, b) for (name, a), (_, b) in zip(our_outputs, their_outputs, strict=True)]
-    show_items(ours, our_outputs, their_outputs, grid, [name for name, _ in pictures])
+        our_truths, _ = run_ours(truths[0], *inputs)
+        true_outputs, true_calls = run_theirs(truths[1], *inputs)
+        checks = [close(name, a, b) for (name, a), (_, b) in zip(our_truths, true_outputs, strict=True)]
+        if dtype != torch.float32:
+            checks += check_blocks((ours.tower.blocks, our_calls), (theirs.blocks, their_calls), true_calls)
+            checks += check_ends(our_outputs, their_outputs, true_outputs)
     if arguments.rounds:
         show_times(ours, theirs, arguments.rounds)
     return verdict(checks)
+
+
+def load_both(source: Path, impl: str, device: torch.device, dtype: torch.dtype) -> tuple[qwenvit.Encoder, nn.Module]:
+    """The same weights in both towers, read by code that has nothing in common."""
+    ours = qwenvit.Encoder.from_pretrained(source, device=device, dtype=dtype, impl=impl)
+    theirs = build_tower(read_config(source), dtype=dtype, device=device)
+    load_weights(theirs, source)
+    return ours, theirs
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -97,18 +91,6 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def save_random(name: str, folder: Path, device: torch.device) -> Path:
-    """A published tower's shape with seeded weights, under the official names of a whole checkpoint."""
-    config = published_config(name)
-    prefix = {"qwen2_vl": "visual.", "qwen2_5_vl": "visual.", "qwen2_5_omni": "thinker.visual."}
-    prefix |= {"qwen3_omni": "thinker.visual."}
-    tensors = build_tower(config, device=device).state_dict()
-    chosen = prefix.get(config.family, "model.visual.")
-    save_file({f"{chosen}{key}": value.cpu() for key, value in tensors.items()}, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(config.to_hf()))
-    return folder
-
-
 def load_pictures(files: list[Path] | None) -> list[tuple[str, Image.Image | Path]]:
     if files:
         return [(file.name, file) for file in files]
@@ -117,8 +99,7 @@ def load_pictures(files: list[Path] | None) -> list[tuple[str, Image.Image | Pat
     for height, width in AWKWARD_SIZES:
         coarse = torch.randint(0, 256, (height // 9 + 1, width // 9 + 1, 3), generator=noise, dtype=torch.uint8)
         picture = Image.fromarray(coarse.numpy()).resize((width, height), Image.Resampling.BICUBIC)
-        if max(height, width) <= 200 * min(height, width):
-            pictures.append((f"synthetic {height}x{width}", picture))
+        pictures.append((f"synthetic {height}x{width}", picture))
     return pictures
 
 
@@ -142,11 +123,14 @@ def run_ours(encoder: qwenvit.Encoder, pixel_values: Tensor, grid: Tensor) -> tu
     return [("tokens", output.pooler_output), *deepstack], calls
 
 
-def check_blocks(towers: tuple, true_calls: list[BlockCall]) -> list[Check]:  # type: ignore[type-arg]
+Blocks = tuple[nn.ModuleList, list[BlockCall]]
+
+
+def check_blocks(ours: Blocks, theirs: Blocks, true_calls: list[BlockCall]) -> list[Check]:
     checks = []
     for i, truth in enumerate(true_calls):
-        ours, theirs = (replay(blocks[i], calls[i], truth.x) for blocks, calls in towers)
-        checks.append(no_worse(f"block {i}", ours, theirs, truth.out))
+        our_out, their_out = (replay(blocks[i], calls[i], truth.x) for blocks, calls in (ours, theirs))
+        checks.append(no_worse(f"block {i}", our_out, their_out, truth.out))
     return checks
 
 
@@ -161,15 +145,19 @@ def check_ends(ours: Outputs, theirs: Outputs, truths: Outputs) -> list[Check]:
     return checks
 
 
-def show_blocks(ours: list[BlockCall], theirs: list[BlockCall]) -> None:
+def show_differences(
+    our_calls: list[BlockCall],
+    their_calls: list[BlockCall],
+    our_outputs: Outputs,
+    their_outputs: Outputs,
+    grid: Tensor,
+    names: list[str],
+) -> None:
     print(f"\n{'after':<24} {'max abs':>10} {'mean abs':>10} {'rel L2':>10} {'cosine':>12}")
-    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-        show(f"block {i}", a.out, b.out)
-
-
-def show_items(encoder: qwenvit.Encoder, ours: Outputs, theirs: Outputs, grid: Tensor, names: list[str]) -> None:
-    sizes = GridPlan.build(grid, encoder.config).tokens_per_item(encoder.config)
-    for (output, a), (_, b) in zip(ours, theirs, strict=True):
+    for i, (ours, theirs) in enumerate(zip(our_calls, their_calls, strict=True)):
+        show(f"block {i}", ours.out, theirs.out)
+    sizes = (grid.prod(dim=1) // (len(our_calls[0].x) // len(our_outputs[0][1]))).tolist()
+    for (output, a), (_, b) in zip(our_outputs, their_outputs, strict=True):
         show(output, a, b)
         for name, part, other in zip(names, a.split(sizes), b.split(sizes), strict=True):
             show(f"  {name}", part, other)
@@ -184,9 +172,8 @@ def show_times(encoder: qwenvit.Encoder, tower: nn.Module, rounds: int) -> None:
     picture = load_pictures(None)[0][1]
     size = 448 * 448
     pixel_values, grid = encoder.image_processor([picture], min_pixels=size, max_pixels=size)
-    pixel_values = pixel_values.to(encoder.device)
-    runs = {"qwenvit": lambda: run_ours(encoder, pixel_values, grid)}
-    runs["transformers"] = lambda: run_theirs(tower, pixel_values, grid)
+    inputs = pixel_values.to(encoder.device), grid
+    runs = {"qwenvit": lambda: run_ours(encoder, *inputs), "transformers": lambda: run_theirs(tower, *inputs)}
     times: dict[str, list[float]] = {name: [] for name in runs}
     for round_number in range(rounds + 1):  # interleaved; the first round warms up
         for name, run in runs.items():

@@ -1,11 +1,13 @@
 """Hugging Face's own towers, with seeded weights: what tests and scripts compare qwenvit with."""
 
 import importlib
+import json
 import re
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision_cpu import define_torchvision_schemas
 
@@ -103,3 +105,13 @@ def load_weights(tower: nn.Module, source: Path) -> None:
                 if name in names:
                     found[name] = tensors.get_tensor(key)
     tower.load_state_dict(found, strict=True)
+
+
+def save_tower(tower: nn.Module, config: VisionConfig, folder: Path) -> Path:
+    """Write a tower as a published checkpoint of its family holds it; returns the folder."""
+    prefixes = {"qwen2_vl": "visual.", "qwen2_5_vl": "visual.", "qwen2_5_omni": "thinker.visual."}
+    prefix = (prefixes | {"qwen3_omni": "thinker.visual."}).get(config.family, "model.visual.")
+    tensors = {f"{prefix}{name}": tensor.cpu() for name, tensor in tower.state_dict().items()}
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config.to_hf()))
+    return folder
