@@ -77,8 +77,9 @@ def smart_resize(
 def resize_frames(frames: Tensor, height: int, width: int, backend: Backend) -> Tensor:
     """Resize `[T, 3, H, W]` by bicubic interpolation with antialiasing.
 
-    `"pillow"` gives uint8 and takes float32 frames in [0, 1] down to 8 bits first, as transformers does. `"torch"`
-    keeps the dtype; its float results overshoot [0, 1] at sharp edges. The two differ by up to 2 of 255 levels.
+    `"pillow"` gives uint8 and takes float32 frames in [0, 1] down to 8 bits first, as transformers does (but for
+    frames of zeros and ones alone, which transformers takes for bytes). `"torch"` keeps the dtype; its float results
+    overshoot [0, 1] at sharp edges. Bytes of the two differ by up to 2 levels.
     """
     if backend == "torch":
         if frames.shape[2:] == (height, width):
@@ -173,7 +174,7 @@ class PatchProcessor:
         Bytes are scaled to [0, 1] on the way: `"pillow"` divides them first, `"torch"` scales mean and deviation
         instead, which rounds differently in the last bit.
         """
-        values = patches.float()
+        values = patches.to(torch.float32, copy=True)  # patches may be a view of the user's image
         mean, std = (torch.tensor(numbers)[:, None] for numbers in (self.image_mean, self.image_std))
         if patches.dtype == torch.uint8:
             if backend == "pillow":
@@ -203,6 +204,18 @@ def size_bounds(size: Mapping[str, Any] | None) -> dict[str, int]:
         if value is not None and bounds.setdefault(SIZE_KEYS[key], value) != value:
             raise ValueError(f"size: two spellings of one bound disagree: {dict(size or {})}")
     return bounds
+
+
+def hf_part(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """The part called `name` of a nested `processor_config.json`; a flat config is returned as it is.
+
+    Raises:
+        TypeError: not a mapping.
+    """
+    part = config.get(name, config) if isinstance(config, Mapping) else config
+    if not isinstance(part, Mapping):
+        raise TypeError(f"config: expected a mapping as read from {name}'s json, got {type(part).__name__}")
+    return part
 
 
 def read_hf(hf: Mapping[str, Any]) -> dict[str, Any]:

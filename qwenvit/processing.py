@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qwenvit.families import FAMILIES
 from qwenvit.images import Backend, Channels, ImageInput, as_image_list, open_image
-from qwenvit.patches import HALF, PatchProcessor, read_hf, resize_frames, smart_resize, write_hf
+from qwenvit.patches import HALF, PatchProcessor, hf_part, read_hf, resize_frames, smart_resize, write_hf
 from qwenvit.video import VideoProcessor
 
 
@@ -58,9 +58,10 @@ class ImageProcessor(PatchProcessor):
         win over `size`, as there.
 
         Raises:
+            TypeError: `config` is not a mapping.
             ValueError: a setting this processor does not have, or impossible values.
         """
-        return cls(**read_hf(config.get("image_processor", config)))
+        return cls(**read_hf(hf_part(config, "image_processor")))
 
     def to_hf(self) -> dict[str, Any]:
         """The `preprocessor_config.json` from which transformers builds an equal processor."""
@@ -115,30 +116,41 @@ class ImageProcessor(PatchProcessor):
             TypeError, ValueError: an image or option that cannot be used, named with what was expected.
             OSError: a file that cannot be read.
         """
-        options: dict[str, Any] = {"resize": resize, "do_rescale": do_rescale, "channels": channels}
-        own = self.with_bounds(min_pixels, max_pixels, size)
-        patches, grids = zip(*own.each(images, **options), strict=True)
+        items = self.each(
+            images,
+            min_pixels=min_pixels,
+            max_pixels=max_pixels,
+            size=size,
+            resize=resize,
+            do_rescale=do_rescale,
+            channels=channels,
+        )
+        patches, grids = zip(*items, strict=True)
         return (patches[0] if len(patches) == 1 else torch.cat(patches)), torch.cat(grids)
 
     def each(
         self,
         images: ImageInput | Iterable[ImageInput],
         *,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        size: Mapping[str, int] | None = None,
         resize: Backend | None = None,
         do_rescale: bool = True,
         channels: Channels = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """The images one at a time, each opened only when it is asked for: `(pixel_values, image_grid_thw [1, 3])`.
 
-        Arguments and errors are those of calling the processor.
+        Arguments and errors are those of calling the processor; errors come while iterating.
         """
-        backend = resize or self.resize
+        backend = self.resize if resize is None else resize
         _check_backend(backend)
+        own = self.with_bounds(min_pixels, max_pixels, size)
         for index, image in enumerate(as_image_list(images)):
             name = f"images[{index}]"
             opened = open_image(image, channels=channels, do_rescale=do_rescale, backend=backend, name=name)
             try:
-                grid = self.grid_for(*opened.shape[1:])
+                grid = own.grid_for(*opened.shape[1:])
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
             _, rows, columns = grid
@@ -159,24 +171,25 @@ def read_processors(directory: str | os.PathLike[str], family: str) -> tuple[Ima
         ValueError: a file that is not JSON or does not describe such a processor.
     """
     folder = Path(directory)
-    nested, images, videos = (
-        _read_json(folder / name)
-        for name in ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+    nested = _read_json(folder / "processor_config.json") or {}
+    images = _read_json(folder / "preprocessor_config.json")
+    videos = _read_json(folder / "video_preprocessor_config.json")
+    images, videos = (
+        nested.get("image_processor", images),
+        nested.get("video_processor", images if videos is None else videos),
     )
-    image_config = nested.get("image_processor") or images
-    video_config = nested.get("video_processor") or videos or images
     try:
         return (
-            ImageProcessor.from_hf(image_config) if image_config else ImageProcessor.for_family(family),
-            VideoProcessor.from_hf(video_config, family) if video_config else VideoProcessor.for_family(family),
+            ImageProcessor.for_family(family) if images is None else ImageProcessor.from_hf(images),
+            VideoProcessor.for_family(family) if videos is None else VideoProcessor.from_hf(videos, family),
         )
     except (TypeError, ValueError) as error:
         raise ValueError(f"preprocessor configs in {folder}: {error}") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
-        return {}
+        return None
     try:
         content = json.loads(path.read_text())
     except ValueError as error:

@@ -81,4 +81,5 @@ def sample_frames(
         )
     if rule == "qwen3_vl":
         return [int(index) for index in np.linspace(0, total_frames - 1, count).round()]
-    return [int(index) for index in torch.arange(0, total_frames, total_frames / count).int()]
+    starts = torch.arange(0, total_frames, total_frames / count).int()
+    return [int(index) for index in starts[:count]]  # rounding may add one past the end, where transformers fails

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from qwenvit.images import Channels, ImageInput, open_image
-from qwenvit.patches import HALF, PatchProcessor, read_hf, resize_frames, smart_resize, write_hf
+from qwenvit.patches import HALF, PatchProcessor, hf_part, read_hf, resize_frames, smart_resize, write_hf
 from qwenvit.sampling import Rule, rule_of
 
 RULES: dict[str, Rule] = {"Qwen2VLVideoProcessor": "qwen2_vl", "Qwen3VLVideoProcessor": "qwen3_vl"}
@@ -56,7 +56,15 @@ class VideoProcessor(PatchProcessor):
             ValueError: unknown family.
         """
         if rule_of(family) == "qwen3_vl":
-            return cls(16, 2, 2, 4096, 25_165_824, HALF, HALF, "qwen3_vl", False, MAX_VIDEO_TOKENS["qwen3_vl"])
+            return cls(
+                patch_size=16,
+                min_pixels=4096,
+                max_pixels=25_165_824,
+                image_mean=HALF,
+                image_std=HALF,
+                rule="qwen3_vl",
+                max_video_tokens=MAX_VIDEO_TOKENS["qwen3_vl"],
+            )
         if family == "qwen3_omni":
             return cls(patch_size=16, max_pixels=12_845_056, image_mean=HALF, image_std=HALF)
         return cls(max_pixels=12_845_056)
@@ -70,9 +78,10 @@ class VideoProcessor(PatchProcessor):
         reads its bounds from `size` alone.
 
         Raises:
+            TypeError: `config` is not a mapping.
             ValueError: a setting this processor does not have, impossible values, or no type and no family.
         """
-        config = config.get("video_processor", config)
+        config = hf_part(config, "video_processor")
         rule = _rule_in(config, family)
         found: dict[str, Any] = {"min_pixels": 128 * 28 * 28, "max_pixels": 768 * 28 * 28}
         if rule == "qwen3_vl":

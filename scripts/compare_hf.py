@@ -38,7 +38,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         if arguments.random:
             config = published_config(arguments.random)
-            source = save_tower(build_tower(config, device=device), config, Path(folder))
+            tower = build_tower(config, dtype=torch.bfloat16, device=device)  # as published ones are stored
+            source = save_tower(tower, config, Path(folder))
         else:
             source = locate(arguments.model)
         ours, theirs = load_both(source, arguments.impl, device, dtype)

@@ -125,6 +125,13 @@ def test_scaled_floats_are_transformers(backend: str, height: int, width: int, s
     assert_same(ours, theirs(processor, [image], backend, do_rescale=False, input_data_format="channels_last"))
 
 
+def test_the_users_array_is_left_alone() -> None:
+    image = torch.rand(3, 14, 14)
+    before = image.clone()
+    ImageProcessor(temporal_patch_size=1, merge_size=1, min_pixels=1)(image, do_rescale=False, resize="torch")
+    assert torch.equal(image, before)
+
+
 def test_black_and_white_floats_are_what_their_bytes_are() -> None:
     """Not so in transformers' pillow processor, which takes floats that are all 0 or 1 for bytes 0 and 1."""
     black_and_white = np.where(pixels(64, 64) > 128, 255, 0).astype(np.uint8)
@@ -279,6 +286,12 @@ def test_files_are_read_in_transformers_order(files: dict, tmp_path) -> None:
         if isinstance(ours, VideoProcessor):
             assert ours.to_hf()["video_processor_type"] == type(hf).__name__
             assert ours.max_video_tokens == hf.max_video_tokens
+
+
+@pytest.mark.parametrize("config", [[], {"image_processor": 3}])
+def test_a_config_is_a_mapping(config: object) -> None:
+    with pytest.raises(TypeError, match="config: expected a mapping"):
+        ImageProcessor.from_hf(config)
 
 
 def test_no_files_mean_the_familys_own(tmp_path) -> None:

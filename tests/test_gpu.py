@@ -1,0 +1,65 @@
+"""The reference tower on a GPU, where kernels differ and the bounds of `qwenvit.parity` hold instead of equality."""
+
+import pytest
+import torch
+from hf_towers import build_tower
+from towers import MIXED_GRIDS, SMALL, ours_from, random_pixels
+
+from qwenvit.encoder import Encoder
+from qwenvit.grid import GridPlan
+from qwenvit.parity import close, no_worse, record, replay
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+@pytest.fixture(autouse=True)
+def _ieee_fp32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+
+
+def run(tower, pixels, plan, hf=False):
+    with torch.no_grad():
+        return tower(pixels, grid_thw=plan.grid_thw.cuda()) if hf else tower(pixels, plan)
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_fp32_agrees_with_transformers_and_with_the_cpu(family):
+    config = SMALL[family]
+    hf = build_tower(config)
+    ours = ours_from(hf, config)
+    plan = GridPlan.build(MIXED_GRIDS, config)
+    pixels = random_pixels(plan.num_patches, config)
+    on_cpu = run(ours, pixels, plan).pooler_output
+    plan = GridPlan.build(MIXED_GRIDS, config, "cuda")
+    on_gpu = run(ours.cuda(), pixels.cuda(), plan).pooler_output
+    theirs = run(hf.cuda(), pixels.cuda(), plan, hf=True).pooler_output
+    for check in (close("transformers", on_gpu, theirs), close("CPU", on_gpu.cpu(), on_cpu)):
+        assert check.passed, check
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("family", SMALL)
+def test_no_block_is_further_from_the_truth_than_transformers(family, dtype):
+    config = SMALL[family]
+    truth = build_tower(config, device="cuda")
+    theirs = build_tower(config, dtype=dtype, device="cuda")
+    ours = ours_from(theirs, config)
+    plan = GridPlan.build(MIXED_GRIDS, config, "cuda")
+    pixels = random_pixels(plan.num_patches, config).cuda()
+    _, true_calls = record(truth.blocks, lambda: run(truth, pixels, plan, hf=True))
+    _, their_calls = record(theirs.blocks, lambda: run(theirs, pixels, plan, hf=True))
+    _, our_calls = record(ours.blocks, lambda: run(ours, pixels, plan))
+    for index, true_call in enumerate(true_calls):
+        outs = (replay(t.blocks[index], c[index], true_call.x) for t, c in ((ours, our_calls), (theirs, their_calls)))
+        check = no_worse(f"block {index}", *outs, true_call.out)
+        assert check.passed, check
+
+
+@pytest.mark.filterwarnings("ignore:model='demo'")
+def test_defaults_are_the_gpu_and_bfloat16():
+    enc = Encoder.from_pretrained("demo")
+    assert (enc.device.type, enc.dtype) == ("cuda", torch.bfloat16)
+    out = enc.encode(torch.zeros(64, 64, 3, dtype=torch.uint8))
+    assert out.packed.is_cuda
+    assert not out.grid_thw.is_cuda
