@@ -207,11 +207,7 @@ def size_bounds(size: Mapping[str, Any] | None) -> dict[str, int]:
 
 
 def hf_part(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """The part called `name` of a nested `processor_config.json`; a flat config is returned as it is.
-
-    Raises:
-        TypeError: not a mapping.
-    """
+    """The part called `name` of a nested `processor_config.json`; a flat config is returned as it is."""
     part = config.get(name, config) if isinstance(config, Mapping) else config
     if not isinstance(part, Mapping):
         raise TypeError(f"config: expected a mapping as read from {name}'s json, got {type(part).__name__}")
