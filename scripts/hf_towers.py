@@ -73,7 +73,11 @@ def build_tower(
 
 @torch.no_grad()
 def seed_weights(tower: nn.Module, seed: int) -> None:
-    """Weights of the size trained ones have, a few output channels of some layers 100 times larger than the rest."""
+    """Weights of the size trained ones have, with outliers.
+
+    A few hidden channels of every MLP are 100 times larger than the rest and read with weights 50 times smaller: 16-bit
+    arithmetic meets the range of trained towers, while the tower as a whole does not amplify rounding.
+    """
     device = next(tower.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
 
@@ -87,6 +91,8 @@ def seed_weights(tower: nn.Module, seed: int) -> None:
                 values *= 0.1  # the stream starts faint, so that even a norm's eps shows
             if "fc1" in name or "up_proj" in name or name.endswith("mlp.0.weight"):
                 values[:: max(2, len(values) // 3)] *= 100
+            if "fc2" in name or "down_proj" in name or name.endswith("mlp.2.weight"):
+                values[:, :: max(2, values.shape[1] // 3)] *= 0.02
         elif "norm" in name or "ln_q" in name:
             values = 0.1 * normal(parameter) + (1.0 if name.endswith("weight") else 0.0)
         else:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from towers import FULL, MIXED_GRIDS, SMALL, hf_forward, one_block, ours_from, random_pixels
 
 from qwenvit.grid import GridPlan
-from qwenvit.parity import record
+from qwenvit.parity import Difference, record
 
 FAMILIES = list(SMALL)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -102,3 +102,16 @@ def test_an_item_has_the_same_features_alone_as_in_a_batch(family):
         with torch.no_grad():
             alone = ours(part, GridPlan.build([grid], config)).pooler_output
         torch.testing.assert_close(alone, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_seeded_towers_do_not_amplify_rounding(family):
+    """The bound of 1e-5 means something only on towers that leave an input's rounding error as small as it was."""
+    config = SMALL[family]
+    ours = ours_from(build_tower(config), config)
+    plan = GridPlan.build(MIXED_GRIDS, config)
+    pixels = random_pixels(plan.num_patches, config)
+    nudged = pixels * (1 + 1e-6 * random_pixels(plan.num_patches, config, seed=1))
+    with torch.no_grad():
+        moved = Difference.of(ours(nudged, plan).pooler_output, ours(pixels, plan).pooler_output)
+    assert moved.relative_l2 < 4e-6
