@@ -20,7 +20,6 @@ test: $(VENV)/test
 	$(VENV)/bin/python -m pytest -n auto
 
 lint: $(VENV)/test
-	$(PIP) --no-deps $(EDITABLE) .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
@@ -28,7 +27,8 @@ lint: $(VENV)/test
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/qwenvit: $(VENV)/bin/python pyproject.toml constraints.txt
+# Modules added later must be linked too, so the install follows the sources.
+$(VENV)/qwenvit: $(VENV)/bin/python pyproject.toml constraints.txt $(wildcard qwenvit/*.py kernels/*.py weights/*.py)
 	$(PIP) $(EDITABLE) .
 	touch $@
 

@@ -10,15 +10,16 @@ import torch
 from qwenvit.config import VisionConfig
 from qwenvit.reference import ReferenceTower
 from qwenvit.registry import PUBLISHED
-from qwenvit.weights.hub import fetch_tower
+from qwenvit.weights.hub import fetch_config, fetch_tower
 from qwenvit.weights.local import checkpoint_dtype, find_tensors, load_tensors
 
 
-def locate(model: str | os.PathLike[str], **hub: Any) -> Path:
+def locate(model: str | os.PathLike[str], *, config_only: bool = False, **hub: Any) -> Path:
     """The local directory or `.safetensors` file of a model, fetched from the Hub if that is where it is.
 
     Args:
         model: an existing path, a Hub repository, or a short name of `qwenvit.registry.PUBLISHED`.
+        config_only: fetch no weights; the directory returned then need hold nothing but `config.json`.
         **hub: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download` (see `fetch_tower`).
 
     Raises:
@@ -36,7 +37,7 @@ def locate(model: str | os.PathLike[str], **hub: Any) -> Path:
             f"model: {os.fspath(model)!r} is no existing path, no Hub repository (organisation/name) and none of the "
             f"published towers: {', '.join(PUBLISHED)}"
         )
-    return fetch_tower(name, **hub)
+    return fetch_config(name, **hub) if config_only else fetch_tower(name, **hub)
 
 
 def directory_of(source: Path) -> Path:

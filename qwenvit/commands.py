@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from huggingface_hub.utils import tqdm
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor
 
 from qwenvit import demo
@@ -25,6 +24,7 @@ from qwenvit.outputs import ItemEmbeddings
 from qwenvit.picture import patch_features, pca_picture, side_by_side
 from qwenvit.processing import ImageProcessor
 from qwenvit.registry import PUBLISHED, published_config
+from qwenvit.weights.local import write_safetensors
 
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
@@ -146,7 +146,7 @@ def _config(arguments: argparse.Namespace) -> VisionConfig:
     try:
         return published_config(arguments.model)
     except ValueError:
-        return read_config(locate(arguments.model, **_hub(arguments)))
+        return read_config(locate(arguments.model, config_only=True, **_hub(arguments)))
 
 
 def _image_files(inputs: Sequence[Path]) -> Iterator[tuple[Path, str]]:
@@ -171,7 +171,7 @@ def _tensors(item: ItemEmbeddings, prefix: str) -> dict[str, Tensor]:
 
 def _save(tensors: dict[str, Tensor], metadata: dict[str, object], target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, target, metadata={key: json.dumps(value) for key, value in metadata.items()})
+    write_safetensors(target, tensors, {key: json.dumps(value) for key, value in metadata.items()})
 
 
 def one_line(error: Exception) -> str:

@@ -136,3 +136,13 @@ def test_help(capsys, command):
         cli.main([*command, "--help"])
     assert stop.value.code == 0
     assert "usage: qwenvit" in capsys.readouterr().out
+
+
+def test_written_files_have_the_permissions_of_any_new_file(capsys, photos, tmp_path):
+    """safetensors alone would make them readable by their owner only."""
+    run(capsys, "encode", photos, "-m", "demo", "-o", tmp_path / "out.safetensors")
+    run(capsys, "fetch", "demo", tmp_path / "tower")
+    (tmp_path / "plain").touch()
+    expected = (tmp_path / "plain").stat().st_mode
+    assert (tmp_path / "out.safetensors").stat().st_mode == expected
+    assert (tmp_path / "tower" / "model.safetensors").stat().st_mode == expected

@@ -99,6 +99,32 @@ def fetch_tower(
     return directory
 
 
+def fetch_config(
+    repo_id: str,
+    *,
+    revision: str | None = "main",
+    token: Token = None,
+    cache_dir: CacheDir = None,
+    local_files_only: bool = False,
+    force_download: bool = False,
+) -> Path:
+    """Return a local directory with the `config.json` of `repo_id`, and nothing else that can be counted on.
+
+    Raises what `fetch_tower` raises for a repository that cannot be reached.
+    """
+    with _explained(repo_id, revision or "main"):
+        config = hf_hub_download(
+            repo_id,
+            CONFIGS[0],
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            force_download=force_download,
+        )
+    return Path(config).parent
+
+
 def _last_seen(repo_id: str, revision: str, cache_dir: CacheDir) -> str | None:
     """Return the commit that `revision` had when huggingface_hub last asked for it."""
     if re.fullmatch(r"[0-9a-f]{40}", revision):

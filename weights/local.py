@@ -227,10 +227,20 @@ def save_tensors(
         # safetensors refuses tensors that share memory, as slices of a fused weight do.
         whole = ours.untyped_storage().nbytes() == ours.nbytes
         tensors[official_name(name, family)] = ours if whole else ours.clone()
+    write_safetensors(path, tensors, {**(metadata or {}), "format": "pt"})
+
+
+def write_safetensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write contiguous CPU tensors to `path`, whole or not at all, readable as any new file of this user's is."""
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        save_file(tensors, temporary, metadata={**(metadata or {}), "format": "pt"})
+        temporary.touch()
+        mode = temporary.stat().st_mode  # what the umask says; safetensors itself lets nobody else read its files
+        save_file(dict(tensors), temporary, metadata=dict(metadata))
+        temporary.chmod(mode)
         with temporary.open("rb+") as stream:
             os.fsync(stream.fileno())
         os.replace(temporary, target)
