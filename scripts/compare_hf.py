@@ -3,7 +3,7 @@
 The rule (qwenvit/parity.py): on a CPU the reference tower equals the pinned transformers to the last bit. Elsewhere,
 and for other versions: relative L2 <= 1e-5 in fp32, and in 16 bits no block, fed the fp32 truth's own input, is
 further from that truth than 1.05 times transformers' own; nor is the output, where transformers' own error is small
-enough (5 %) to mean anything. Exit code 0 says PASS, 1 FAIL, 2 wrong usage.
+enough (5 %) to mean anything. Exit code 0 says PASS, 1 FAIL, 2 that nothing was compared.
 
     python scripts/compare_hf.py --random qwen2_5_vl-7b --dtype bfloat16
     python scripts/compare_hf.py --model Qwen/Qwen3-VL-8B-Instruct --images photo.jpg --device cuda
@@ -16,9 +16,10 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
-from hf_towers import build_tower, load_weights, save_tower
+from hf_towers import build_tower, forward, load_weights, save_tower
 from PIL import Image
 from torch import Tensor, nn
 
@@ -30,9 +31,21 @@ from qwenvit.registry import PUBLISHED, published_config
 PINNED = "5.23."  # the transformers whose towers the reference tower equals to the last bit on a CPU
 AWKWARD_SIZES = ((448, 448), (1, 1), (30, 1000), (1003, 57), (333, 777), (512, 640))  # height x width
 
+Outputs = list[tuple[str, Tensor]]
+Pairs = list[tuple[str, Tensor, Tensor]]
+Blocks = tuple[nn.ModuleList, list[BlockCall]]
+
 
 def main() -> int:
     arguments = parse_arguments()
+    try:
+        return compare(arguments)
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        print(f"compare_hf.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def compare(arguments: argparse.Namespace) -> int:
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     with tempfile.TemporaryDirectory() as folder:
@@ -53,10 +66,10 @@ def main() -> int:
 
     our_outputs, our_calls = run_ours(ours, *inputs)
     their_outputs, their_calls = run_theirs(theirs, *inputs)
-    show_differences(our_calls, their_calls, our_outputs, their_outputs, grid, [name for name, _ in pictures])
+    pairs = [(f"block {i}", a.out, b.out) for i, (a, b) in enumerate(zip(our_calls, their_calls, strict=True))]
+    pairs += [(name, a, b) for (name, a), (_, b) in zip(our_outputs, their_outputs, strict=True)]
+    show_differences(pairs, len(our_outputs), grid, ours.config.merge_unit, [name for name, _ in pictures])
     if truths is None:
-        pairs = [(f"block {i}", a.out, b.out) for i, (a, b) in enumerate(zip(our_calls, their_calls, strict=True))]
-        pairs += [(name, a, b) for (name, a), (_, b) in zip(our_outputs, their_outputs, strict=True)]
         checks = [exact(*pair) for pair in pairs]
     else:
         our_truths, _ = run_ours(truths[0], *inputs)
@@ -95,36 +108,27 @@ def parse_arguments() -> argparse.Namespace:
 def load_pictures(files: list[Path] | None) -> list[tuple[str, Image.Image | Path]]:
     if files:
         return [(file.name, file) for file in files]
-    noise = torch.Generator().manual_seed(0)
-    pictures: list[tuple[str, Image.Image | Path]] = []
-    for height, width in AWKWARD_SIZES:
-        coarse = torch.randint(0, 256, (height // 9 + 1, width // 9 + 1, 3), generator=noise, dtype=torch.uint8)
-        picture = Image.fromarray(coarse.numpy()).resize((width, height), Image.Resampling.BICUBIC)
-        pictures.append((f"synthetic {height}x{width}", picture))
-    return pictures
+    return [(f"synthetic {height}x{width}", synthetic(height, width)) for height, width in AWKWARD_SIZES]
 
 
-Outputs = list[tuple[str, Tensor]]
+def synthetic(height: int, width: int) -> Image.Image:
+    coarse = np.random.default_rng(0).integers(0, 256, (height // 9 + 1, width // 9 + 1, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
 
-@torch.no_grad()
 def run_theirs(tower: nn.Module, pixel_values: Tensor, grid: Tensor) -> tuple[Outputs, list[BlockCall]]:
-    output, calls = record(tower.blocks, lambda: tower(pixel_values, grid_thw=grid.to(pixel_values.device)))
-    if isinstance(output, tuple | Tensor):  # transformers 4.57 returns the tokens, with DeepStack's if there are any
-        tokens, deepstack = output if isinstance(output, tuple) else (output, [])
-    else:
-        tokens, deepstack = output.pooler_output, getattr(output, "deepstack_features", None) or []
-    return [("tokens", tokens), *((f"DeepStack {i}", layer) for i, layer in enumerate(deepstack))], calls
+    (_, tokens, deepstack), calls = record(tower.blocks, lambda: forward(tower, pixel_values, grid))
+    return named(tokens, deepstack), calls
 
 
 @torch.no_grad()
 def run_ours(encoder: qwenvit.Encoder, pixel_values: Tensor, grid: Tensor) -> tuple[Outputs, list[BlockCall]]:
     output, calls = record(encoder.tower.blocks, lambda: encoder(pixel_values, grid))
-    deepstack = ((f"DeepStack {i}", layer) for i, layer in enumerate(output.deepstack_features))
-    return [("tokens", output.pooler_output), *deepstack], calls
+    return named(output.pooler_output, output.deepstack_features), calls
 
 
-Blocks = tuple[nn.ModuleList, list[BlockCall]]
+def named(tokens: Tensor, deepstack: list[Tensor]) -> Outputs:
+    return [("tokens", tokens), *((f"DeepStack {i}", layer) for i, layer in enumerate(deepstack))]
 
 
 def check_blocks(ours: Blocks, theirs: Blocks, true_calls: list[BlockCall]) -> list[Check]:
@@ -146,19 +150,12 @@ def check_ends(ours: Outputs, theirs: Outputs, truths: Outputs) -> list[Check]:
     return checks
 
 
-def show_differences(
-    our_calls: list[BlockCall],
-    their_calls: list[BlockCall],
-    our_outputs: Outputs,
-    their_outputs: Outputs,
-    grid: Tensor,
-    names: list[str],
-) -> None:
+def show_differences(pairs: Pairs, outputs: int, grid: Tensor, merge_unit: int, names: list[str]) -> None:
     print(f"\n{'after':<24} {'max abs':>10} {'mean abs':>10} {'rel L2':>10} {'cosine':>12}")
-    for i, (ours, theirs) in enumerate(zip(our_calls, their_calls, strict=True)):
-        show(f"block {i}", ours.out, theirs.out)
-    sizes = (grid.prod(dim=1) // (len(our_calls[0].x) // len(our_outputs[0][1]))).tolist()
-    for (output, a), (_, b) in zip(our_outputs, their_outputs, strict=True):
+    for pair in pairs[:-outputs]:
+        show(*pair)
+    sizes = (grid.prod(dim=1) // merge_unit).tolist()
+    for output, a, b in pairs[-outputs:]:
         show(output, a, b)
         for name, part, other in zip(names, a.split(sizes), b.split(sizes), strict=True):
             show(f"  {name}", part, other)
@@ -170,9 +167,7 @@ def show(name: str, a: Tensor, b: Tensor) -> None:
 
 
 def show_times(encoder: qwenvit.Encoder, tower: nn.Module, rounds: int) -> None:
-    picture = load_pictures(None)[0][1]
-    size = 448 * 448
-    pixel_values, grid = encoder.image_processor([picture], min_pixels=size, max_pixels=size)
+    pixel_values, grid = encoder.image_processor(synthetic(448, 448), min_pixels=448**2, max_pixels=448**2)
     inputs = pixel_values.to(encoder.device), grid
     runs = {"qwenvit": lambda: run_ours(encoder, *inputs), "transformers": lambda: run_theirs(tower, *inputs)}
     times: dict[str, list[float]] = {name: [] for name in runs}

@@ -72,6 +72,21 @@ def build_tower(
 
 
 @torch.no_grad()
+def forward(tower: nn.Module, pixel_values: Tensor, grid_thw: Tensor) -> tuple[Tensor | None, Tensor, list[Tensor]]:
+    """Last hidden state, tokens and DeepStack features of a tower of any version of transformers.
+
+    4.57 returns the tokens, with DeepStack's if there are any, and no last hidden state.
+    """
+    output = tower(pixel_values, grid_thw=grid_thw.to(pixel_values.device))
+    if isinstance(output, Tensor):
+        return None, output, []
+    if isinstance(output, tuple):
+        return None, output[0], list(output[1])
+    deepstack = getattr(output, "deepstack_features", None) or []
+    return output.last_hidden_state, output.pooler_output, list(deepstack)
+
+
+@torch.no_grad()
 def seed_weights(tower: nn.Module, seed: int) -> None:
     """Weights of the size trained ones have, with outliers.
 

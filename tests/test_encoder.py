@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hf_towers import build_tower, tower_class
+from hf_towers import build_tower, forward, tower_class
 from PIL import Image
 from safetensors.torch import save_file
-from towers import SMALL, hf_forward
+from towers import SMALL
 
 import qwenvit
 from qwenvit import default
@@ -48,7 +48,7 @@ def test_encode_gives_each_image_what_transformers_gives(loaded):
     images = [picture(220, 310), picture(512, 260, 1), picture(96, 96, 2)]
     out = enc.encode(images)
     pixel_values, grid = enc.image_processor(images)
-    _, tokens, deepstack = hf_forward(hf, pixel_values, grid)
+    _, tokens, deepstack = forward(hf, pixel_values, grid)
     assert torch.equal(out.packed, tokens)
     assert torch.equal(out.grid_thw, grid)
     assert len(out) == 3
@@ -69,7 +69,7 @@ def test_call_gives_what_transformers_gives(loaded):
     hf, enc = loaded
     pixel_values, grid = enc.image_processor([picture(220, 310), picture(90, 90)])
     out = enc(pixel_values, grid)
-    hidden, tokens, deepstack = hf_forward(hf, pixel_values, grid)
+    hidden, tokens, deepstack = forward(hf, pixel_values, grid)
     assert torch.equal(out.last_hidden_state, hidden)
     assert torch.equal(out.pooler_output, tokens)
     assert all(torch.equal(a, b) for a, b in zip(out.deepstack_features, deepstack, strict=True))
@@ -80,7 +80,7 @@ def test_video_gives_what_transformers_gives(loaded):
     frames = [picture(180, 240, seed) for seed in range(5)]
     out = enc.encode_video(frames)
     pixel_values, grid = enc.video_processor(frames)
-    _, tokens, _ = hf_forward(hf, pixel_values, grid)
+    _, tokens, _ = forward(hf, pixel_values, grid)
     assert torch.equal(out.packed, tokens)
     t, h, w = grid[0].tolist()
     assert t == 3
@@ -98,7 +98,7 @@ def test_saved_tower_loads_here_and_in_transformers(loaded, tmp_path):
     theirs_state = theirs.state_dict()
     assert all(torch.equal(tensor, theirs_state[name]) for name, tensor in hf.state_dict().items())
     pixel_values, grid = enc.image_processor([picture(150, 150)])
-    assert torch.equal(again(pixel_values, grid).pooler_output, hf_forward(theirs, pixel_values, grid)[1])
+    assert torch.equal(again(pixel_values, grid).pooler_output, forward(theirs, pixel_values, grid)[1])
 
 
 def test_dtypes(tmp_path):
@@ -108,7 +108,7 @@ def test_dtypes(tmp_path):
     assert auto.dtype == torch.bfloat16
     assert Encoder.from_pretrained(tmp_path, device="cpu", dtype=torch.float16).dtype == torch.float16
     pixel_values, grid = auto.image_processor([picture(150, 150)])
-    assert torch.equal(auto(pixel_values, grid).pooler_output, hf_forward(hf, pixel_values, grid)[1])
+    assert torch.equal(auto(pixel_values, grid).pooler_output, forward(hf, pixel_values, grid)[1])
 
 
 def test_order_and_values_whatever_the_batching(monkeypatch):

@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hf_towers import build_tower
+from hf_towers import build_tower, forward
 from torch import nn
-from towers import SMALL, hf_forward, ours_from, random_pixels
+from towers import SMALL, ours_from, random_pixels
 
 from qwenvit.grid import GridPlan
 from qwenvit.parity import close, exact
@@ -101,7 +101,7 @@ def gate(family, mutate):
     plan = mutate(tower, plan)
     with torch.no_grad():
         output = tower(pixels, plan)
-    _, tokens, deepstack = hf_forward(hf, pixels, plan.grid_thw)
+    _, tokens, deepstack = forward(hf, pixels, plan.grid_thw)
     pairs = [("tokens", output.pooler_output, tokens)]
     pairs += [
         (f"DeepStack {i}", *pair) for i, pair in enumerate(zip(output.deepstack_features, deepstack, strict=True))

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from hf_towers import build_tower
+from hf_towers import build_tower, forward
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from towers import FULL, MIXED_GRIDS, SMALL, hf_forward, one_block, ours_from, random_pixels
+from towers import FULL, MIXED_GRIDS, SMALL, one_block, ours_from, random_pixels
 
 from qwenvit.grid import GridPlan
 from qwenvit.parity import Difference, record
@@ -21,7 +21,7 @@ def assert_equal_towers(config, dtype, grids, variant=None):
     pixels = random_pixels(plan.num_patches, config)
     with torch.no_grad():
         output, our_calls = record(ours.blocks, lambda: ours(pixels, plan))
-    (hidden, tokens, deepstack), their_calls = record(hf.blocks, lambda: hf_forward(hf, pixels, torch.tensor(grids)))
+    (hidden, tokens, deepstack), their_calls = record(hf.blocks, lambda: forward(hf, pixels, torch.tensor(grids)))
     assert tokens.isfinite().all()
     for block, (our_call, their_call) in enumerate(zip(our_calls, their_calls, strict=True)):
         assert torch.equal(our_call.out, their_call.out), f"block {block}"
@@ -66,7 +66,7 @@ def test_any_mix_of_grids_equals_transformers(family):
         pixels = random_pixels(plan.num_patches, config)
         with torch.no_grad():
             output = ours(pixels, plan)
-        hidden, tokens, _ = hf_forward(hf, pixels, torch.tensor(batch))
+        hidden, tokens, _ = forward(hf, pixels, torch.tensor(batch))
         assert torch.equal(output.last_hidden_state, hidden)
         assert torch.equal(output.pooler_output, tokens)
 

@@ -56,10 +56,3 @@ def ours_from(hf_tower: nn.Module, config: VisionConfig) -> ReferenceTower:
 def random_pixels(patches: int, config: VisionConfig, seed: int = 0) -> Tensor:
     """Pixel values as normalised images have them, `[patches, C·T·P·P]` fp32."""
     return torch.randn(patches, config.patch_dim, generator=torch.Generator().manual_seed(seed))
-
-
-def hf_forward(tower: nn.Module, pixel_values: Tensor, grid: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Last hidden state, tokens and DeepStack features of a tower of transformers."""
-    with torch.no_grad():
-        output = tower(pixel_values, grid_thw=grid, return_dict=True)
-    return output.last_hidden_state, output.pooler_output, list(getattr(output, "deepstack_features", None) or [])

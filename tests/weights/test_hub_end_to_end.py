@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_towers import build_tower, save_tower
+from hf_towers import build_tower, forward, save_tower
 from hub_server import Hub
 from PIL import Image
 from safetensors.torch import load_file
-from towers import SMALL, hf_forward
+from towers import SMALL
 
 from qwenvit.encoder import Encoder
 from qwenvit.processing import ImageProcessor
@@ -62,7 +62,7 @@ def test_fetched_once_then_encoded_without_the_network(served, tmp_path):
     pixel_values, grid = enc.image_processor(image)
     assert grid.prod() * 16 * 16 <= 100_000  # the repository's own preprocessor_config.json counts
     tokens = load_file(tmp_path / "out" / "image.png.safetensors")["tokens"]
-    torch.testing.assert_close(tokens, hf_forward(tower, pixel_values, grid)[1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(tokens, forward(tower, pixel_values, grid)[1], rtol=1e-4, atol=1e-4)
 
 
 def test_info_downloads_no_weights(served, tmp_path):
