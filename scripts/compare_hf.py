@@ -10,6 +10,7 @@ enough (5 %) to mean anything. Exit code 0 says PASS, 1 FAIL, 2 that nothing was
 """
 
 import argparse
+import itertools
 import statistics
 import sys
 import tempfile
@@ -186,14 +187,11 @@ def show_times(encoder: qwenvit.Encoder, tower: nn.Module, rounds: int) -> None:
 
 def verdict(checks: list[Check]) -> int:
     failed = [check for check in checks if not check.passed]
-    print()
     for check in failed:
         print(f"FAIL {check.name} = {check.value:.3g}, bound {check.bound:.3g}")
-    kinds: dict[str, list[Check]] = {}
-    for check in checks:
-        kinds.setdefault(check.name.rpartition(": ")[2], []).append(check)
-    for kind, members in kinds.items():
-        print(f"{kind}: {len(members)} checks, worst {max(c.value for c in members):.3g}, bound {members[0].bound:.3g}")
+    for kind, group in itertools.groupby(checks, key=lambda check: check.name.rpartition(": ")[2]):
+        values, bound = zip(*((check.value, check.bound) for check in group), strict=True)
+        print(f"{kind}: {len(values)} checks, worst {max(values):.3g}, bound {bound[0]:.3g}")
     print("FAIL" if failed or not checks else "PASS")
     return 1 if failed or not checks else 0
 
