@@ -154,7 +154,8 @@ class PatchProcessor:
             if value is not None and bounds.setdefault(key, value) != value:
                 raise ValueError(f"{key}: expected what size says, {bounds[key]}, got {value}; pass only one")
         own = {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels} | bounds
-        return replace(self, min_pixels=own["min_pixels"], max_pixels=own["max_pixels"])
+        low, high = (int(n) if isinstance(n := own[key], np.integer) else n for key in ("min_pixels", "max_pixels"))
+        return replace(self, min_pixels=low, max_pixels=high)
 
     def patchify(self, frames: Tensor) -> Tensor:
         """Cut `[T, C, H, W]` into `[patches, C, temporal_patch_size · patch_size²]`, in merge-block order."""

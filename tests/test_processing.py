@@ -193,3 +193,9 @@ def test_grid_for_is_the_size_rule(family: str, height: int, width: int) -> None
     assert time * rows * columns == Qwen2VLImageProcessorPil.from_dict(processor.to_hf()).get_number_of_image_patches(
         height, width
     )
+
+
+def test_bounds_may_be_numpy_integers():
+    processor = ImageProcessor.for_family("qwen2_vl").with_bounds(max_pixels=np.int64(100_000))
+    assert processor == ImageProcessor.for_family("qwen2_vl").with_bounds(max_pixels=100_000)
+    assert type(processor.max_pixels) is int  # goes into JSON
