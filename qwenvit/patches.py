@@ -149,13 +149,14 @@ class PatchProcessor:
         Raises:
             ValueError: unknown keys, `size` and pixels that disagree, a lower bound above the upper.
         """
-        bounds = size_bounds(size)
+        bounds: dict[str, Any] = size_bounds(size)
         for key, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels)):
             if value is not None and bounds.setdefault(key, value) != value:
                 raise ValueError(f"{key}: expected what size says, {bounds[key]}, got {value}; pass only one")
-        own = {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels} | bounds
-        low, high = (int(n) if isinstance(n := own[key], np.integer) else n for key in ("min_pixels", "max_pixels"))
-        return replace(self, min_pixels=low, max_pixels=high)
+        changes: dict[str, Any] = {
+            key: value.item() if isinstance(value, np.integer) else value for key, value in bounds.items()
+        }
+        return replace(self, **changes)
 
     def patchify(self, frames: Tensor) -> Tensor:
         """Cut `[T, C, H, W]` into `[patches, C, temporal_patch_size · patch_size²]`, in merge-block order."""
