@@ -2,7 +2,7 @@
 
 import io
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-ImageInput = Image.Image | NDArray[Any] | Tensor | str | os.PathLike[str] | bytes
+Encoded = bytes | bytearray | memoryview | io.BytesIO
+ImageInput = Image.Image | NDArray[Any] | Tensor | str | os.PathLike[str] | Encoded
+SINGLE = (Image.Image, np.ndarray, Tensor, str, os.PathLike, bytes, bytearray, memoryview, io.BytesIO)
 Channels = Literal["first", "last"] | None
 Backend = Literal["pillow", "torch"]
 
@@ -21,8 +23,8 @@ MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV
 CHANNEL_COUNTS = (1, 3, 4)
 
 
-def as_image_list(images: ImageInput | Iterable[ImageInput]) -> list[ImageInput]:
-    """One image or several, as a list.
+def each_image(images: ImageInput | Iterable[ImageInput]) -> Iterator[ImageInput]:
+    """One image or several, one at a time: a generator's next image is drawn only when the last one is done with.
 
     Raises:
         ValueError: no image at all, or a batch in one array (pass a list of its images).
@@ -30,13 +32,16 @@ def as_image_list(images: ImageInput | Iterable[ImageInput]) -> list[ImageInput]
     """
     if isinstance(images, np.ndarray | Tensor) and images.ndim > 3:
         raise ValueError(f"images: expected a list, got one array {list(images.shape)}; pass list(images)")
-    if isinstance(images, Image.Image | np.ndarray | Tensor | str | os.PathLike | bytes):
-        return [images]
-    if not isinstance(images, Iterable):
+    if isinstance(images, SINGLE):
+        yield images
+        return
+    if not isinstance(images, Iterable) or isinstance(images, Mapping | io.IOBase):
         raise TypeError(f"images: expected an image or several, got {type(images).__name__}")
-    if not (found := list(images)):
-        raise ValueError("images: expected at least one image, got an empty list")
-    return found
+    image = None
+    for image in images:
+        yield image
+    if image is None:
+        raise ValueError("images: expected at least one image, got none")
 
 
 def open_image(
@@ -49,8 +54,8 @@ def open_image(
 ) -> Tensor:
     """Open one image as RGB, as transformers 5.23's image processors do.
 
-    - Files (paths and encoded bytes) are turned upright by their EXIF orientation, and transparency in them is
-      dropped; of animations the first frame is taken.
+    - Files (paths and encoded bytes) are turned upright by their EXIF orientation; an alpha channel in them is dropped,
+      a transparent colour is laid over white; of animations the first frame is taken.
     - PIL images are taken as they are, without looking at EXIF, and transparency is laid over white.
     - Arrays and tensors are `[H, W]`, `[H, W, C]` or `[C, H, W]` with 1, 3 or 4 channels; a fourth channel is alpha
       and is laid over white, in float64 and rounded for `backend="pillow"`, in float32 and cut off for `"torch"`.
@@ -76,17 +81,17 @@ def open_image(
         raise ValueError(f"channels: expected 'first', 'last' or None, got {channels!r}")
     if isinstance(image, np.ndarray | Tensor):
         return _to_rgb(_channels_first(_to_tensor(image, do_rescale, name), channels, name), backend)
-    if isinstance(image, Image.Image):
-        opened, keep_alpha = image, True
-    elif isinstance(image, bytes | str | os.PathLike):
-        opened, keep_alpha = _read(image, name), False
-    else:
+    if isinstance(image, io.BytesIO | bytearray | memoryview):
+        image = image.getvalue() if isinstance(image, io.BytesIO) else bytes(image)
+    if isinstance(image, bytes | str | os.PathLike):
+        image = _read(image, name)
+    if not isinstance(image, Image.Image):
         raise TypeError(
             f"{name}: expected a PIL image, a uint8 array or tensor, a path or bytes, got {type(image).__name__}"
         )
     if not do_rescale:
         raise TypeError(f"{name}: do_rescale=False is for float32 arrays scaled to [0, 1], got an 8-bit image")
-    return _from_pil(opened, keep_alpha, name)
+    return _from_pil(image, name)
 
 
 def _read(source: bytes | str | os.PathLike[str], name: str) -> Image.Image:
@@ -102,7 +107,9 @@ def _read(source: bytes | str | os.PathLike[str], name: str) -> Image.Image:
         if limit is not None and image.width * image.height > limit:  # Pillow itself refuses only from twice as many
             raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
         image.load()
-        return ImageOps.exif_transpose(image)
+        upright = ImageOps.exif_transpose(image)
+        # Converted here as transformers does: this drops an alpha channel and keeps note of a transparent colour.
+        return upright.convert("RGB") if upright.mode in MODES else upright
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(
             f"{name}: expected at most {limit} pixels, got more ({error}); if you trust the file, raise "
@@ -114,7 +121,7 @@ def _read(source: bytes | str | os.PathLike[str], name: str) -> Image.Image:
         raise ValueError(f"{name}: broken image file ({type(error).__name__}: {error})") from error
 
 
-def _from_pil(image: Image.Image, keep_alpha: bool, name: str) -> Tensor:
+def _from_pil(image: Image.Image, name: str) -> Tensor:
     if image.mode not in MODES:
         raise ValueError(
             f"{name}: expected an image of 8 bits a channel (mode {', '.join(MODES)}), got mode {image.mode!r}; "
@@ -123,7 +130,7 @@ def _from_pil(image: Image.Image, keep_alpha: bool, name: str) -> Tensor:
     if 0 in image.size:
         raise ValueError(f"{name}: expected at least one pixel, got {image.width} x {image.height}")
     try:
-        if keep_alpha and ("A" in image.getbands() or image.info.get("transparency") is not None):
+        if "A" in image.getbands() or image.info.get("transparency") is not None:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = image.convert("RGB")

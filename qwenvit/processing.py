@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qwenvit.families import FAMILIES
-from qwenvit.images import Backend, Channels, ImageInput, as_image_list, open_image
+from qwenvit.images import Backend, Channels, ImageInput, each_image, open_image
 from qwenvit.patches import HALF, PatchProcessor, hf_part, read_hf, resize_frames, smart_resize, write_hf
 from qwenvit.video import VideoProcessor
 
@@ -146,7 +146,7 @@ class ImageProcessor(PatchProcessor):
         backend = self.resize if resize is None else resize
         _check_backend(backend)
         own = self.with_bounds(min_pixels, max_pixels, size)
-        for index, image in enumerate(as_image_list(images)):
+        for index, image in enumerate(each_image(images)):
             name = f"images[{index}]"
             opened = open_image(image, channels=channels, do_rescale=do_rescale, backend=backend, name=name)
             try:

@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from transformers import Qwen2VLImageProcessor, Qwen2VLImageProcessorPil
 from transformers.image_utils import load_image
 
-from qwenvit.images import MODES, as_image_list, open_image
+from qwenvit.images import MODES, each_image, open_image
 
 HF = {"pillow": Qwen2VLImageProcessorPil(), "torch": Qwen2VLImageProcessor()}
 BACKENDS = sorted(HF)
@@ -114,6 +114,17 @@ def test_files_are_what_transformers_loads(mode: str, orientation: int | None, t
     assert expected.shape == ((3, 30, 20) if orientation in (6, 8) else (3, 20, 30))
     for source in (path, str(path), path.read_bytes()):
         assert torch.equal(open_image(source), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("mode", "colour"), [("P", 0), ("P", bytes(range(0, 256, 8))), ("L", 40), ("RGB", (9, 8, 7))])
+def test_files_with_a_transparent_colour(mode: str, colour: object, backend: str, tmp_path: Path) -> None:
+    image = picture(mode)
+    if mode != "P":
+        image.putpixel((3, 4), colour)
+    path = tmp_path / "image.png"
+    path.write_bytes(encoded(image, transparency=colour))
+    assert torch.equal(open_image(path, backend=backend), theirs(load_image(str(path)), backend))
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "WEBP", "GIF", "BMP", "TIFF"])
@@ -256,15 +267,27 @@ def test_a_layout_is_found_only_where_there_is_one(a: int, b: int, c: int) -> No
 
 def test_one_image_or_several() -> None:
     one = noise(8, 8, 3)
-    assert as_image_list("a.png") == ["a.png"]
-    assert as_image_list(b"bytes") == [b"bytes"]
-    assert as_image_list(Path("a.png")) == [Path("a.png")]
-    assert as_image_list(one)[0] is one
-    assert as_image_list(("a.png", "b.png")) == ["a.png", "b.png"]
-    assert as_image_list(name for name in ["a.png"]) == ["a.png"]
-    with pytest.raises(ValueError, match="at least one image"):
-        as_image_list([])
-    with pytest.raises(ValueError, match=r"got one array \[2, 8, 8, 3\]; pass list\(images\)"):
-        as_image_list(noise(2, 8, 8, 3))
-    with pytest.raises(TypeError, match="got int"):
-        as_image_list(3)
+    for single in ("a.png", b"bytes", bytearray(b"bytes"), io.BytesIO(b"bytes"), Path("a.png"), one):
+        assert [image is single for image in each_image(single)] == [True]
+    assert list(each_image(("a.png", "b.png"))) == ["a.png", "b.png"]
+    for bad, error, message in (
+        ([], ValueError, "at least one image"),
+        (noise(2, 8, 8, 3), ValueError, r"got one array \[2, 8, 8, 3\]; pass list\(images\)"),
+        (3, TypeError, "got int"),
+        ({"image": one}, TypeError, "got dict"),
+    ):
+        with pytest.raises(error, match=message):
+            list(each_image(bad))
+
+
+def test_a_generator_is_drawn_one_image_at_a_time() -> None:
+    drawn = []
+    images = each_image(drawn.append(i) or noise(8, 8, 3) for i in range(5))
+    next(images)
+    assert drawn == [0]
+
+
+@pytest.mark.parametrize("wrap", [bytes, bytearray, memoryview, io.BytesIO])
+def test_encoded_images_in_any_buffer(wrap: type) -> None:
+    data = encoded(picture("RGB"))
+    assert torch.equal(open_image(wrap(data)), open_image(picture("RGB")))
