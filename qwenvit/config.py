@@ -163,12 +163,12 @@ def _from_hf(cls: type[VisionConfig], config: Mapping[str, Any]) -> VisionConfig
     swapped = family == "qwen2_vl"  # there `hidden_size` is the output width
     hidden_size = _integer("embed_dim", get("embed_dim")) if swapped else get("hidden_size")
     if swapped and vision.get("intermediate_size") is None:
-        intermediate_size = int(hidden_size * get("mlp_ratio", default=4))
+        ratio = get("mlp_ratio", default=4)
+        if not isinstance(ratio, int | float) or not 0 < ratio < math.inf:
+            raise ValueError(f"config: mlp_ratio should be a positive number, got {ratio!r}")
+        intermediate_size = int(hidden_size * ratio)
     else:
         intermediate_size = get("intermediate_size")
-    rope = vision.get("rope_parameters") or {}
-    if rope.get("rope_type", "axial") not in ("axial", "default"):
-        raise ValueError(f"config: rope_type {rope['rope_type']!r} is not supported, expected 'axial'")
     if vision.get("apply_vit_abs_pos_embed") is False:
         raise ValueError("config: apply_vit_abs_pos_embed=False: a tower without its position table is unsupported")
     return cls(
@@ -183,7 +183,7 @@ def _from_hf(cls: type[VisionConfig], config: Mapping[str, Any]) -> VisionConfig
         temporal_patch_size=get("temporal_patch_size", default=2),
         spatial_merge_size=get("spatial_merge_size", default=2),
         in_channels=get("in_channels", "in_chans", default=3),
-        rope_theta=float(rope.get("rope_theta", 10000.0)),
+        rope_theta=_rope_theta(vision),
         window_size=get("window_size", default=112) if traits.windowed else None,
         fullatt_block_indexes=tuple(get("fullatt_block_indexes", default=(7, 15, 23, 31))) if traits.windowed else (),
         num_position_embeddings=get("num_position_embeddings", default=2304) if traits.learned_positions else None,
@@ -194,6 +194,18 @@ def _from_hf(cls: type[VisionConfig], config: Mapping[str, Any]) -> VisionConfig
         if traits.windowed
         else None,
     )
+
+
+def _rope_theta(vision: Mapping[str, Any]) -> float:
+    rope = vision.get("rope_parameters") or {}
+    if not isinstance(rope, Mapping):
+        raise ValueError(f"config: rope_parameters should be a mapping, got {rope!r}")
+    if rope.get("rope_type", "axial") not in ("axial", "default"):
+        raise ValueError(f"config: rope_type {rope['rope_type']!r} is not supported, expected 'axial'")
+    stated = [part["rope_theta"] for part in (rope, vision) if part.get("rope_theta") is not None]
+    if len(stated) == 2 and stated[0] != stated[1]:
+        raise ValueError(f"config: rope_theta is {stated[0]!r} in rope_parameters and {stated[1]!r} beside it")
+    return stated[0] if stated else 10000.0
 
 
 def _none_of(vision: Mapping[str, Any], key: str, family: str) -> tuple[()]:
@@ -215,6 +227,8 @@ def _check(c: VisionConfig) -> None:
         _integer(name, getattr(c, name))
     for name in ("temporal_patch_size", "spatial_merge_size", "in_channels"):
         _integer(name, getattr(c, name))
+    if not isinstance(c.rope_theta, int | float) or not 0 < c.rope_theta < math.inf:
+        raise ValueError(f"rope_theta: expected a positive number, got {c.rope_theta!r}")
     if c.hidden_act not in ACTIVATIONS:
         raise ValueError(f"hidden_act: expected one of {ACTIVATIONS}, got {c.hidden_act!r}")
     if c.hidden_size % c.num_heads or c.head_dim % 4:

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from typing import Any
 
 import torch
 
@@ -31,15 +32,16 @@ def build_tower() -> ReferenceTower:
     warnings.warn(ANNOUNCEMENT, stacklevel=3)
     with torch.device("meta"):
         tower = ReferenceTower(CONFIG)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
+    fp32: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are set to
     tensors = {}
     for name, parameter in tower.state_dict().items():
         if "norm" in name:
-            tensors[name] = torch.full(parameter.shape, 1.0 if name.endswith("weight") else 0.0)
+            tensors[name] = torch.full(parameter.shape, 1.0 if name.endswith("weight") else 0.0, **fp32)
         else:
             scale = 1 / math.sqrt(parameter[0].numel()) if parameter.ndim > 1 else 0.02
             scale = 0.02 if name == "pos_embed.weight" else scale
-            tensors[name] = torch.randn(parameter.shape, generator=generator) * scale
+            tensors[name] = torch.randn(parameter.shape, generator=generator, **fp32) * scale
     tower.load_state_dict(tensors, strict=True, assign=True)
     return tower
 

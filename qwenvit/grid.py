@@ -9,6 +9,9 @@ from torch import Tensor
 from qwenvit.config import VisionConfig
 from qwenvit.rope import rope_cos_sin
 
+MOST_PATCHES = 2**31 - 1
+"""`cu_seqlens` are 32-bit integers, here as in every attention kernel that takes them."""
+
 
 @dataclass(frozen=True)
 class Segments:
@@ -100,8 +103,8 @@ class GridPlan:
 def check_grid(grid_thw: Tensor | Sequence[Sequence[int]], spatial_merge_size: int) -> Tensor:
     """`grid_thw` as `[items, 3]` int64 on the CPU, or a ValueError that says what is wrong with it."""
     try:
-        grid = torch.as_tensor(grid_thw)
-    except (TypeError, ValueError) as error:
+        grid = torch.as_tensor(grid_thw, device=None if isinstance(grid_thw, Tensor) else "cpu")
+    except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"grid_thw: expected [items, 3] integers (frames, rows, columns): {error}") from error
     if grid.ndim != 2 or grid.shape[1] != 3 or grid.is_floating_point() or grid.is_complex():
         raise ValueError(
@@ -110,6 +113,9 @@ def check_grid(grid_thw: Tensor | Sequence[Sequence[int]], spatial_merge_size: i
     grid = grid.to("cpu", torch.int64)
     if not len(grid):
         raise ValueError("grid_thw: expected at least one item, got none")
+    # In floating point, where the product of absurd sizes does not wrap around to a harmless number.
+    if (patches := float(grid.double().prod(dim=1).sum())) > MOST_PATCHES:
+        raise ValueError(f"grid_thw: expected at most {MOST_PATCHES} patches in a batch, got {patches:.3g}")
     if (bad := (grid < 1).any(dim=1) | (grid[:, 1:] % spatial_merge_size != 0).any(dim=1)).any():
         item = int(bad.nonzero()[0])
         raise ValueError(
@@ -123,8 +129,8 @@ def _patch_coordinates(grid: Tensor, merge: int) -> tuple[Tensor, Tensor, Tensor
     """Frame number, row and column of every patch in merge-block order; `[patches]` int64 each."""
     sizes = (grid[:, 1] * grid[:, 2]).repeat_interleave(grid[:, 0])  # patches of each frame
     widths = grid[:, 2].repeat_interleave(grid[:, 0])
-    frame = torch.arange(len(sizes)).repeat_interleave(sizes)
-    within = torch.arange(len(frame)) - (sizes.cumsum(0) - sizes)[frame]
+    frame = torch.arange(len(sizes), device="cpu").repeat_interleave(sizes)
+    within = torch.arange(len(frame), device="cpu") - (sizes.cumsum(0) - sizes)[frame]
     block, inner = within // merge**2, within % merge**2
     blocks_per_row = (widths // merge)[frame]
     row = block // blocks_per_row * merge + inner // merge
@@ -138,7 +144,7 @@ def _segments(lengths: Tensor, device: torch.device | str) -> Segments:
     groups = []
     for length in lengths.unique().tolist():
         starts = cu_seqlens[:-1][lengths == length]
-        groups.append((length, (starts[:, None] + torch.arange(length)).to(device)))
+        groups.append((length, (starts[:, None] + torch.arange(length, device="cpu")).to(device)))
     return Segments(cu_seqlens.to(device, torch.int32), int(lengths.max()), tuple(groups))
 
 

@@ -177,7 +177,10 @@ class PatchProcessor:
         instead, which rounds differently in the last bit.
         """
         values = patches.to(torch.float32, copy=True)  # patches may be a view of the user's image
-        mean, std = (torch.tensor(numbers)[:, None] for numbers in (self.image_mean, self.image_std))
+        mean, std = (
+            torch.tensor(numbers, dtype=torch.float32, device=values.device)[:, None]
+            for numbers in (self.image_mean, self.image_std)
+        )
         if patches.dtype == torch.uint8:
             if backend == "pillow":
                 values.div_(255)

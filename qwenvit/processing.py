@@ -156,7 +156,7 @@ class ImageProcessor(PatchProcessor):
             _, rows, columns = grid
             frame = resize_frames(opened[None], rows * self.patch_size, columns * self.patch_size, backend)
             still = frame.expand(self.temporal_patch_size, -1, -1, -1)
-            yield self.pixel_values(still, backend), torch.tensor([grid])
+            yield self.pixel_values(still, backend), torch.tensor([grid], device="cpu")
 
 
 def read_processors(directory: str | os.PathLike[str], family: str) -> tuple[ImageProcessor, VideoProcessor]:

@@ -19,7 +19,7 @@ def rope_cos_sin(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Ten
     Returns:
         Two `[patches, head_dim]` fp32 tensors on the device of `position_ids`.
     """
-    exponents = torch.arange(0, head_dim // 2, 2, dtype=torch.float32) / (head_dim // 2)
+    exponents = torch.arange(0, head_dim // 2, 2, dtype=torch.float32, device="cpu") / (head_dim // 2)
     inv_freq = (1.0 / theta**exponents).to(position_ids.device)  # computed on the CPU whatever the device
     angles = (position_ids[..., None].float() * inv_freq).flatten(1)  # rows' angles, then columns'
     return angles.cos().repeat(1, 2), angles.sin().repeat(1, 2)

@@ -170,7 +170,7 @@ class VideoProcessor(PatchProcessor):
         video = resize_frames(video, grid[1] * self.patch_size, grid[2] * self.patch_size, "torch")
         if missing := -len(video) % self.temporal_patch_size:
             video = torch.cat([video, video[-1:].expand(missing, -1, -1, -1)])
-        return own.pixel_values(video, "torch"), torch.tensor([grid])
+        return own.pixel_values(video, "torch"), torch.tensor([grid], device="cpu")
 
 
 def _rule_in(config: Mapping[str, Any], family: str | None) -> Rule:

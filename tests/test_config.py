@@ -107,6 +107,14 @@ def test_configs_written_by_transformers_are_read(variant, tmp_path):
     assert again.to_dict() == tower_class(variant).config_class(**saved).to_dict()
 
 
+@pytest.mark.parametrize("where", ["beside", "inside"])
+def test_rope_theta_is_read_where_transformers_reads_it(where):
+    given = {"rope_theta": 1000.0} if where == "beside" else {"rope_parameters": {"rope_theta": 1000.0}}
+    config = edited(QWEN2_5_VL_7B, **given)
+    theirs = tower_class("qwen2_5_vl").config_class(**config["vision_config"] | {"in_channels": 3})
+    assert VisionConfig.from_hf(config).rope_theta == theirs.rope_parameters["rope_theta"] == 1000.0
+
+
 def edited(config, **changes):
     return config | {"vision_config": config["vision_config"] | changes}
 
@@ -131,6 +139,11 @@ def edited(config, **changes):
             r"patch_size: expected a positive integer, got \[14, 14\]",
         ),
         (edited(QWEN2_5_VL_7B, rope_parameters={"rope_type": "yarn"}), "rope_type 'yarn'"),
+        (edited(QWEN2_5_VL_7B, rope_parameters=[1]), r"rope_parameters should be a mapping, got \[1\]"),
+        (edited(QWEN2_5_VL_7B, rope_parameters={"rope_theta": 1000.0}, rope_theta=500.0), "1000.0 in rope_parameters"),
+        (edited(QWEN2_5_VL_7B, rope_theta=-1), "rope_theta: expected a positive number, got -1"),
+        (edited(QWEN2_5_VL_7B, rope_theta=float("nan")), "rope_theta: expected a positive number, got nan"),
+        (edited(QWEN2_VL_7B, mlp_ratio="4"), "mlp_ratio should be a positive number, got '4'"),
         (edited(QWEN2_VL_7B, embed_dim=None), "embed_dim is missing"),
         ({"model_type": "qwen3_5", "vision_config": PUBLISHED["qwen3_vl-8b"].config.to_hf()}, "another family"),
         (PUBLISHED["qwen3_5-9b"].config.to_hf() | {"deepstack_visual_indexes": [3]}, "deepstack_visual_indexes"),
