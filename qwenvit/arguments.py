@@ -7,15 +7,22 @@ from torch import Tensor
 
 from qwenvit import __version__
 from qwenvit.config import VisionConfig
-from qwenvit.grid import GridPlan
 
 Impl = Literal["auto", "triton", "reference"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def default_device() -> torch.device:
-    """The GPU where there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def check_device(device: torch.device | str | None) -> torch.device:
+    """The torch device meant by a `device` argument, and there to be used."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (AssertionError, NotImplementedError, RuntimeError, TypeError) as error:  # what torch has for the purpose
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"device: {str(device)!r} cannot be used on this machine: {reason}") from error
+    return found
 
 
 def check_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype | None:
@@ -41,7 +48,7 @@ def check_impl(impl: str) -> None:
         raise ValueError(f"impl: expected 'auto', 'triton' or 'reference', got {impl!r}")
 
 
-def check_pixel_values(pixel_values: Tensor, plan: GridPlan, config: VisionConfig) -> None:
+def check_pixel_values(pixel_values: Tensor, grid: Tensor, config: VisionConfig) -> None:
     """Refuse anything but `[patches, C·T·P·P]` floats that fit the grids."""
     if not isinstance(pixel_values, Tensor) or not pixel_values.is_floating_point():
         got = pixel_values.dtype if isinstance(pixel_values, Tensor) else type(pixel_values).__name__
@@ -53,7 +60,5 @@ def check_pixel_values(pixel_values: Tensor, plan: GridPlan, config: VisionConfi
             f"pixel_values: expected [patches, {config.patch_dim}] (channels x frames x height x width of a patch), "
             f"got {shape}{hint}"
         )
-    if shape[0] != plan.num_patches:
-        raise ValueError(
-            f"pixel_values: grid_thw {plan.grid_thw.tolist()} stands for {plan.num_patches} patches, got {shape[0]}"
-        )
+    if shape[0] != (patches := int(grid.prod(dim=1).sum())):
+        raise ValueError(f"pixel_values: grid_thw {grid.tolist()} stands for {patches} patches, got {shape[0]}")

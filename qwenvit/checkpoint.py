@@ -25,10 +25,10 @@ def locate(model: str | os.PathLike[str], *, config_only: bool = False, **hub: A
     Raises:
         ValueError: neither an existing path nor the name of a repository.
     """
-    path = Path(model).expanduser()
-    if path.exists():
-        return path
     name = os.fspath(model)
+    path = Path(name).expanduser()
+    if name and path.exists():
+        return path
     if name in PUBLISHED:
         name = PUBLISHED[name].repo_id
     organisation, slash, repository = name.partition("/")
@@ -61,6 +61,21 @@ def read_config(source: Path) -> VisionConfig:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def refuse_whole_checkpoint(directory: Path) -> None:
+    """Refuse to write a tower where more than a tower lies: it would be overwritten, or read in the tower's place.
+
+    Raises:
+        ValueError: what lies there.
+    """
+    shadows = ("model_visual.safetensors", "model.safetensors.index.json", "processor_config.json")
+    found = [name for name in shadows if (directory / name).exists()]
+    config = directory / "config.json"
+    if config.is_file() and any(f'"{part}"' in config.read_text() for part in ("vision_config", "thinker_config")):
+        found.append("the config.json of a whole model")
+    if found:
+        raise ValueError(f"directory: {directory} holds {', '.join(found)}; choose an empty one for the tower alone")
 
 
 def load_tower(source: Path, *, device: torch.device, dtype: torch.dtype | None) -> ReferenceTower:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from qwenvit import demo
-from qwenvit.arguments import Impl, check_dtype, check_impl, check_pixel_values, default_device
+from qwenvit.arguments import Impl, check_device, check_dtype, check_impl, check_pixel_values
 from qwenvit.batching import PATCHES_PER_BATCH, batches
-from qwenvit.checkpoint import directory_of, load_tower, locate
-from qwenvit.grid import GridPlan
+from qwenvit.checkpoint import directory_of, load_tower, locate, refuse_whole_checkpoint
+from qwenvit.grid import GridPlan, check_grid
 from qwenvit.images import Backend, Channels, ImageInput
 from qwenvit.outputs import Embeddings, TowerOutput
 from qwenvit.processing import ImageProcessor, read_processors
@@ -86,7 +86,7 @@ class Encoder:
             OSError: the Hub or the files could not be read.
         """
         check_impl(impl)
-        device = torch.device(device) if device is not None else default_device()
+        device = check_device(device)
         tower_dtype = check_dtype(dtype, device)
         if os.fspath(model) == demo.NAME:
             return cls(demo.build_tower().to(device, tower_dtype), demo.image_processor())
@@ -139,6 +139,7 @@ class Encoder:
 
         Raises:
             ValueError, TypeError: an image or option that cannot be used, named with what was expected.
+            OverflowError: the tower left the range of float16.
         """
         processor = self.image_processor.with_bounds(min_pixels, max_pixels, size)
         return self._embed(processor.each(images, resize=resize, do_rescale=do_rescale, channels=channels))
@@ -165,10 +166,12 @@ class Encoder:
             cap_pixels_per_frame: transformers' argument of that name; None for the video processor's own.
 
         Returns:
-            One entry; its `spatial()` is `[t, h, w, out_hidden_size]`, a t for every two frames.
+            One entry; its `spatial()` is `[t, h, w, out_hidden_size]`, a t for every two frames. A video goes through
+            the tower in one piece.
 
         Raises:
             ValueError, TypeError: frames or options that cannot be used, named with what was expected.
+            OverflowError: the tower left the range of float16.
         """
         pixels = self.video_processor(
             frames,
@@ -178,20 +181,19 @@ class Encoder:
             channels=channels,
             cap_pixels_per_frame=cap_pixels_per_frame,
         )
-        return self._embed([pixels])
+        return self._embed([pixels], video=True)
 
     @torch.no_grad()
-    def _embed(self, items: Iterable[tuple[Tensor, Tensor]]) -> Embeddings:
-        outputs, grids = [], []
+    def _embed(self, items: Iterable[tuple[Tensor, Tensor]], video: bool = False) -> Embeddings:
+        grids, layers = [], []  # of each batch: its grids; its tokens, then its DeepStack features
         for pixel_values, grid in batches(items, PATCHES_PER_BATCH):
-            outputs.append(self(pixel_values, grid))
+            output = self(pixel_values, grid)
             grids.append(grid)
-        return Embeddings(
-            torch.cat([output.pooler_output for output in outputs]),
-            torch.cat(grids),
-            [torch.cat(layer) for layer in zip(*(output.deepstack_features for output in outputs), strict=True)],
-            self.config.spatial_merge_size,
-        )
+            layers.append([output.pooler_output, *output.deepstack_features])
+        packed, *deepstack = (torch.cat(layer) for layer in zip(*layers, strict=True))
+        if self.dtype == torch.float16 and not packed.isfinite().all():
+            raise OverflowError("the tower left the range of float16 (65504) on this input: use bfloat16 or float32")
+        return Embeddings(packed, torch.cat(grids), deepstack, self.config.spatial_merge_size, video=video)
 
     def __call__(self, pixel_values: Tensor, grid_thw: Tensor) -> TowerOutput:
         """Run the tower on what a Hugging Face processor returns.
@@ -208,25 +210,29 @@ class Encoder:
             TypeError: `pixel_values` is not a floating tensor.
             ValueError: shapes that do not fit the tower or each other.
         """
-        plan = GridPlan.build(grid_thw, self.config, self.device)
-        check_pixel_values(pixel_values, plan, self.config)
-        return self.tower(pixel_values.to(self.device), plan)
+        grid = check_grid(grid_thw, self.config.spatial_merge_size)
+        check_pixel_values(pixel_values, grid, self.config)
+        return self.tower(pixel_values.to(self.device), GridPlan.build(grid, self.config, self.device))
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write the tower alone: `model.safetensors`, `config.json` and the processors' configs.
 
         The directory loads again here and in transformers' own tower class.
+
+        Raises:
+            ValueError: the directory holds a whole checkpoint, which this would damage or which would be read instead.
         """
         target = Path(directory)
+        refuse_whole_checkpoint(target)
         target.mkdir(parents=True, exist_ok=True)
+        save_tensors(target / "model.safetensors", self.tower.state_dict(), family=self.config.family)
         hf = self.config.to_hf() | {"dtype": str(self.dtype).removeprefix("torch.")}
         for name, content in {
-            "config.json": hf,
             "preprocessor_config.json": self.image_processor.to_hf(),
             "video_preprocessor_config.json": self.video_processor.to_hf(),
+            "config.json": hf,
         }.items():
             (target / name).write_text(json.dumps(content, indent=2) + "\n")
-        save_tensors(target / "model.safetensors", self.tower.state_dict(), family=self.config.family)
 
     def __repr__(self) -> str:
         return f"Encoder({self.config.family}, {self.config.depth} blocks, {self.dtype}, {self.device})"

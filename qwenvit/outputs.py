@@ -29,13 +29,12 @@ class ItemEmbeddings:
     """`[tokens, out_hidden_size]` for each DeepStack block; empty where the family has none."""
     grid: tuple[int, int, int]
     """Frame groups, rows and columns of merged tokens."""
+    is_video: bool = False
+    """Whether this was a video, of however few frames."""
 
     def spatial(self) -> Tensor:
         """Tokens as a map: `[h, w, out_hidden_size]` for an image, `[t, h, w, out_hidden_size]` for a video."""
-        frames, rows, columns = self.grid
-        if frames == 1:
-            return self.tokens.unflatten(0, (rows, columns))
-        return self.tokens.unflatten(0, (frames, rows, columns))
+        return self.tokens.unflatten(0, self.grid if self.is_video else self.grid[1:])
 
 
 class Embeddings(Sequence[ItemEmbeddings]):
@@ -47,7 +46,15 @@ class Embeddings(Sequence[ItemEmbeddings]):
         deepstack: packed `[tokens, out_hidden_size]` for each DeepStack block.
     """
 
-    def __init__(self, packed: Tensor, grid_thw: Tensor, deepstack: list[Tensor], spatial_merge_size: int) -> None:
+    def __init__(
+        self,
+        packed: Tensor,
+        grid_thw: Tensor,
+        deepstack: list[Tensor],
+        spatial_merge_size: int,
+        *,
+        video: bool = False,
+    ) -> None:
         self.packed = packed
         self.grid_thw = grid_thw
         self.deepstack = deepstack
@@ -56,7 +63,7 @@ class Embeddings(Sequence[ItemEmbeddings]):
         sizes = grids.prod(dim=1).tolist()
         layers = [layer.split(sizes) for layer in deepstack]
         self._items = [
-            ItemEmbeddings(tokens, [layer[i] for layer in layers], (frames, rows, columns))
+            ItemEmbeddings(tokens, [layer[i] for layer in layers], (frames, rows, columns), video)
             for i, (tokens, (frames, rows, columns)) in enumerate(zip(packed.split(sizes), grids.tolist(), strict=True))
         ]
 

@@ -3,42 +3,22 @@
 The Hub is nothing more than a way to make a directory, which `qwenvit.weights.local` reads as any other.
 """
 
+import hashlib
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 
-from huggingface_hub import (
-    HfApi,
-    cached_assets_path,
-    constants,
-    hf_hub_download,
-    hf_hub_url,
-    try_to_load_from_cache,
-)
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import HfApi, constants, hf_hub_download, hf_hub_url
+from huggingface_hub.hf_api import ModelInfo
 from huggingface_hub.utils import WeakFileLock, build_hf_headers
 
+from qwenvit.weights.errors import explained
 from qwenvit.weights.header import TensorEntry, build_header, header_length, parse_header, read_header
 from qwenvit.weights.local import CANDIDATES, nothing_error, read_index, vision_tensors
 from qwenvit.weights.names import find_prefix
-from qwenvit.weights.ranges import (
-    TRANSPORT_ERRORS,
-    Chunk,
-    RangeReader,
-    TransferError,
-    cut,
-    download,
-    journal_of,
-)
+from qwenvit.weights.ranges import Chunk, RangeReader, cut, download, journal_of
 
 SINGLE = "model.safetensors"
 CONFIGS = (
@@ -49,11 +29,10 @@ CONFIGS = (
 )
 # A shard's header is usually smaller than this: one request instead of two.
 HEADER_GUESS_BYTES = 256 << 10
+_INFO_TIMEOUT_S = 30.0
 
 Token = str | bool | None
 CacheDir = str | Path | None
-
-_HUB_ERRORS: tuple[type[BaseException], ...] = (EntryNotFoundError, *TRANSPORT_ERRORS)
 
 
 def fetch_tower(
@@ -69,33 +48,40 @@ def fetch_tower(
 
     It holds `model.safetensors` (the tower alone, official names without prefix, the checkpoint's dtypes)
     and those of `CONFIGS` that the repository has. It lies in huggingface_hub's assets cache (or under
-    `<cache_dir>/assets`), one for each commit. If the commit last seen for `revision` is there, no request
-    is sent; `force_download` asks the Hub anew where the branch stands, and downloads if that commit's tower
-    is not there. An interrupted download goes on where it broke off.
+    `<cache_dir>/assets`), one for each commit. A branch stays at the commit it was first fetched at, and once
+    that tower is there no request is sent; `force_download` asks the Hub where the branch stands now, moves
+    there, and downloads if that commit's tower is not there. An interrupted download goes on where it broke
+    off, and until it is whole the branch stays where it was.
 
     Raises FileNotFoundError (no such repository, revision or file; offline and not there), PermissionError
-    (gated), ConnectionError (broke off: call again), and ValueError (only pickles, no vision tensors, a
-    truncated shard, a server that cannot send byte ranges).
+    (gated), ConnectionError (no answer, or broke off: call again), and ValueError (only pickles, no vision
+    tensors, a truncated shard, a server that cannot send byte ranges, `force_download` while offline).
     """
     revision = revision or "main"
-    offline = local_files_only or constants.HF_HUB_OFFLINE
-    if offline or not force_download:
-        commit = _last_seen(repo_id, revision, cache_dir)
-        if commit is not None and _is_whole(directory := _directory(repo_id, commit, cache_dir)):
-            return directory
+    offline = _is_offline(local_files_only, force_download)
+    commit = None if force_download else _pinned(repo_id, revision, cache_dir)
+    if commit is not None and _is_whole(directory := _directory(repo_id, commit, cache_dir)):
+        return directory
     if offline:
         raise FileNotFoundError(
             f"{repo_id} ({revision}): its vision tower is not on this machine, and the network is off "
             "(local_files_only or HF_HUB_OFFLINE); fetch it once with network, or give a local directory"
         )
-    with _explained(repo_id, revision):
-        config = hf_hub_download(repo_id, CONFIGS[0], revision=revision, token=token, cache_dir=cache_dir)
-    commit = Path(config).parent.name
+    if force_download:
+        commit = _current(repo_id, revision, token)
+    elif commit is None:
+        with explained(repo_id, revision):
+            config = hf_hub_download(repo_id, CONFIGS[0], revision=revision, token=token, cache_dir=cache_dir)
+        commit = Path(config).parent.name
     directory = _directory(repo_id, commit, cache_dir)
+    directory.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(directory / ".lock"):
         # Another process may have fetched it while this one waited.
         if not _is_whole(directory):
             _fetch(repo_id, commit, token, cache_dir, directory)
+        # Without being asked to, never move what another process has pinned meanwhile.
+        if force_download or _pinned(repo_id, revision, cache_dir) is None:
+            _pin(repo_id, revision, commit, cache_dir)
     return directory
 
 
@@ -110,32 +96,99 @@ def fetch_config(
 ) -> Path:
     """Return a local directory with the `config.json` of `repo_id`, and nothing else that can be counted on.
 
+    It is of the commit that `fetch_tower` would take, and no request is sent if that tower is there.
+    `force_download` looks at the revision's current commit, and does not move the tower there.
+
     Raises what `fetch_tower` raises for a repository that cannot be reached.
     """
-    with _explained(repo_id, revision or "main"):
-        config = hf_hub_download(
-            repo_id,
-            CONFIGS[0],
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            force_download=force_download,
+    revision = revision or "main"
+    offline = _is_offline(local_files_only, force_download)
+    commit = _current(repo_id, revision, token) if force_download else _pinned(repo_id, revision, cache_dir)
+    if commit is not None and _is_whole(directory := _directory(repo_id, commit, cache_dir)):
+        return directory
+
+    def cached(revision: str) -> Path:
+        with explained(repo_id, revision):
+            return Path(
+                hf_hub_download(
+                    repo_id,
+                    CONFIGS[0],
+                    revision=revision,
+                    token=token,
+                    cache_dir=cache_dir,
+                    local_files_only=offline,
+                )
+            ).parent
+
+    if commit is None or force_download:
+        # By the revision's name, for huggingface_hub to find it by that name when the network is off.
+        snapshot = cached(revision)
+        if commit is None or snapshot.name == commit:
+            return snapshot
+    return cached(commit)
+
+
+def _is_offline(local_files_only: bool, force_download: bool) -> bool:
+    offline = local_files_only or constants.HF_HUB_OFFLINE
+    if offline and force_download:
+        raise ValueError(
+            "force_download=True asks the Hub, and local_files_only=True (or HF_HUB_OFFLINE) forbids that: "
+            "leave one of them out"
         )
-    return Path(config).parent
+    return offline
 
 
-def _last_seen(repo_id: str, revision: str, cache_dir: CacheDir) -> str | None:
-    """Return the commit that `revision` had when huggingface_hub last asked for it."""
+def _info(repo_id: str, revision: str, token: Token) -> ModelInfo:
+    with explained(repo_id, revision):
+        return HfApi().model_info(repo_id, revision=revision, token=token, timeout=_INFO_TIMEOUT_S)
+
+
+def _current(repo_id: str, revision: str, token: Token) -> str:
+    """Return the commit that `revision` has on the Hub now.
+
+    Not through `hf_hub_download`, which falls back to what it has in its cache when the Hub does not answer.
+    """
+    commit = _info(repo_id, revision, token).sha
+    if commit is None:
+        raise ConnectionError(f"{repo_id} ({revision}): {constants.ENDPOINT} does not tell its commit")
+    return commit
+
+
+def _directory(repo_id: str, name: str, cache_dir: CacheDir) -> Path:
+    """Return where `cached_assets_path` puts this, without creating it: looking must leave no trace."""
+    assets = Path(constants.HF_ASSETS_CACHE) if cache_dir is None else Path(cache_dir) / "assets"
+    return assets.expanduser().resolve() / "qwenvit" / repo_id.replace("/", "--") / name
+
+
+def _ref(repo_id: str, revision: str, cache_dir: CacheDir) -> Path:
+    # Hashed, since a branch's name may hold slashes, be long, or differ from another's in case alone.
+    return _directory(repo_id, "refs", cache_dir) / hashlib.sha256(revision.encode()).hexdigest()
+
+
+def _pinned(repo_id: str, revision: str, cache_dir: CacheDir) -> str | None:
+    """Return the commit at which `revision` was last fetched whole.
+
+    huggingface_hub's own refs cannot tell: whatever asks for any file of the repository moves them.
+    """
     if re.fullmatch(r"[0-9a-f]{40}", revision):
         return revision
-    config = try_to_load_from_cache(repo_id, CONFIGS[0], cache_dir=cache_dir, revision=revision)
-    return Path(config).parent.name if isinstance(config, str) else None
+    try:
+        commit = _ref(repo_id, revision, cache_dir).read_text().partition(" ")[0]
+    except FileNotFoundError:
+        return None
+    # A power cut can leave an empty file.
+    return commit if re.fullmatch(r"[0-9a-f]{40}", commit) else None
 
 
-def _directory(repo_id: str, commit: str, cache_dir: CacheDir) -> Path:
-    assets = None if cache_dir is None else Path(cache_dir) / "assets"
-    return cached_assets_path("qwenvit", repo_id, commit, assets_dir=assets)
+def _pin(repo_id: str, revision: str, commit: str, cache_dir: CacheDir) -> None:
+    """Note, in one step, that the tower of `revision` is that of `commit`, whose lock the caller holds."""
+    if revision == commit:
+        return
+    ref = _ref(repo_id, revision, cache_dir)
+    ref.parent.mkdir(exist_ok=True)
+    part = ref.with_name(f"{ref.name}.{commit}")
+    part.write_text(f"{commit} {revision}\n")
+    os.replace(part, ref)
 
 
 def _is_whole(directory: Path) -> bool:
@@ -148,12 +201,10 @@ def _is_whole(directory: Path) -> bool:
 
 def _fetch(repo_id: str, commit: str, token: Token, cache_dir: CacheDir, directory: Path) -> None:
     def cached(name: str) -> Path:
-        with _explained(repo_id, commit):
+        with explained(repo_id, commit):
             return Path(hf_hub_download(repo_id, name, revision=commit, token=token, cache_dir=cache_dir))
 
-    with _explained(repo_id, commit):
-        siblings = HfApi().model_info(repo_id, revision=commit, token=token).siblings or []
-    files = {sibling.rfilename for sibling in siblings}
+    files = {sibling.rfilename for sibling in _info(repo_id, commit, token).siblings or []}
     for name in CONFIGS:
         if name in files:
             shutil.copyfile(cached(name), directory / name)
@@ -164,7 +215,7 @@ def _fetch(repo_id: str, commit: str, token: Token, cache_dir: CacheDir, directo
         return hf_hub_url(repo_id, file.name, revision=commit)
 
     def header_of(file: Path) -> dict[str, TensorEntry]:
-        with _explained(repo_id, commit):
+        with explained(repo_id, commit):
             return _remote_header(reader, url(file), file)
 
     candidates = [Path(repo_id, name) for name in CANDIDATES if name in files]
@@ -177,7 +228,7 @@ def _fetch(repo_id: str, commit: str, token: Token, cache_dir: CacheDir, directo
     head, begins = build_header(entries, source)
     chunks = _chunks([(url(entry.file), entry, begins[name]) for name, entry in entries.items()])
     incomplete = directory / f"{SINGLE}.incomplete"
-    with _explained(repo_id, commit):
+    with explained(repo_id, commit):
         download(reader, chunks, head, incomplete, description=f"{repo_id} (vision tower)")
     read_header(incomplete)
     # Last of all, so that the file's presence under its name means that everything is there.
@@ -204,40 +255,3 @@ def _chunks(tensors: Iterable[tuple[str, TensorEntry, int]]) -> list[Chunk]:
         else:
             runs.append(Chunk(url, entry.start, target, entry.nbytes))
     return [chunk for run in runs for chunk in cut(run)]
-
-
-@contextmanager
-def _explained(repo_id: str, revision: str) -> Iterator[None]:
-    """Turn what goes wrong on the way to the Hub into one line that names the repository and what to do."""
-    try:
-        yield
-    except TransferError as error:
-        raise ConnectionError(
-            f"{repo_id}: the download broke off; what has come is kept, and the next call goes on from there ({error})"
-        ) from error
-    except _HUB_ERRORS as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise  # the disk's, not the network's
-        raise _explanation(error, repo_id, revision) from error
-
-
-def _explanation(error: BaseException, repo_id: str, revision: str) -> OSError:
-    where, page = f"{repo_id} ({revision})", f"{constants.ENDPOINT}/{repo_id}"
-    # Where huggingface_hub finds neither the Hub nor a cached file, the server's own answer is the cause.
-    cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
-    response = getattr(cause, "response", None)
-    status = None if response is None else response.status_code
-    if isinstance(cause, RevisionNotFoundError):
-        return FileNotFoundError(f"{where}: the repository is there, this revision is not")
-    if isinstance(cause, GatedRepoError) or status == 403:
-        return PermissionError(
-            f"{where}: access is restricted: accept the licence at {page}, then pass token=... or run `hf auth login`"
-        )
-    if isinstance(cause, RepositoryNotFoundError) or status == 401:
-        return FileNotFoundError(
-            f"{where}: no such repository, or a private one: check the name at {page}; for a private one "
-            "pass a valid token=... or run `hf auth login`"
-        )
-    if response is not None and status == 404:
-        return FileNotFoundError(f"{where}: has no file {response.url}")
-    return ConnectionError(f"{where}: no answer from {constants.ENDPOINT}: {cause}")

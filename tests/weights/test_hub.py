@@ -1,7 +1,5 @@
-import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -9,62 +7,21 @@ from pathlib import Path
 import pytest
 import torch
 from hub_server import Hub
-from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
-from tiny_towers import Tower, build, save_sharded
+from tiny_towers import Tower, save_sharded
 
 from qwenvit.weights import ranges
 from qwenvit.weights.hub import HEADER_GUESS_BYTES, fetch_tower
 from qwenvit.weights.local import find_tensors, load_tensors
 
-CHUNK = 128 << 10
 SLACK = 64 << 10  # config files, and what is in flight when a connection breaks
 ROOT = Path(__file__).parents[2]
 SINGLE = "model.safetensors"
 
 
-@pytest.fixture(scope="session")
-def big() -> Tower:
-    """About 2 MB of tower, in front of 8 MB of language model."""
-    widths = {"hidden_size": 128, "intermediate_size": 512, "out_hidden_size": 256}
-    return build("qwen3_vl", torch.bfloat16, **widths)
-
-
-@pytest.fixture(scope="session")
-def size(big) -> int:
-    return sum(tensor.nbytes for tensor in big.state.values())
-
-
-@pytest.fixture
-def hub(big, tmp_path, monkeypatch):
-    folder = tmp_path / "served"
-    folder.mkdir()
-    vision = big.model.config.to_dict()
-    (folder / "config.json").write_text(json.dumps({"model_type": "qwen3_vl", "vision_config": vision}))
-    (folder / "preprocessor_config.json").write_text('{"patch_size": 4}')
-    save_file(big.composite() | {"lm_head.weight": torch.ones(8 << 18)}, folder / SINGLE)
-    monkeypatch.setattr(ranges, "CHUNK_BYTES", CHUNK)
-    monkeypatch.setattr(ranges, "RETRY_WAITS_S", (0.0, 0.0, 0.0, 0.0))
-    with Hub(folder) as hub:
-        serve(hub, monkeypatch)
-        yield hub
-
-
-def serve(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    # huggingface_hub reads HF_ENDPOINT when it is imported.
-    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-
-
-@pytest.fixture
-def fetch(hub, tmp_path):
-    return lambda **options: fetch_tower(hub.repo_id, **{"cache_dir": tmp_path / "cache", **options})
-
-
 def start(hub: Hub, home: Path, script: str = "", **environment: str) -> subprocess.Popen[str]:
     code = (
-        f"from qwenvit.weights import hub, ranges; ranges.CHUNK_BYTES = {CHUNK}\n"
+        f"from qwenvit.weights import hub, ranges; ranges.CHUNK_BYTES = {ranges.CHUNK_BYTES}\n"
         f"print(hub.fetch_tower('org/model'{script}))"
     )
     clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
@@ -148,8 +105,8 @@ def test_after_an_interruption_only_the_rest_is_fetched(hub, fetch, big, size, t
     hub.budget = None
     assert_whole(fetch(), big)
     # Chunks in flight on the 8 connections are lost, no more.
-    assert hub.tensor_bytes() - first <= HEADER_GUESS_BYTES + size - size // 2 + 8 * CHUNK
-    assert hub.tensor_bytes() - first < HEADER_GUESS_BYTES + size - CHUNK
+    assert hub.tensor_bytes() - first <= HEADER_GUESS_BYTES + size - size // 2 + 8 * ranges.CHUNK_BYTES
+    assert hub.tensor_bytes() - first < HEADER_GUESS_BYTES + size - ranges.CHUNK_BYTES
 
 
 def test_killed_process_leaves_nothing_under_the_final_name_and_the_next_goes_on(hub, big, size, tmp_path):
@@ -168,7 +125,7 @@ def test_killed_process_leaves_nothing_under_the_final_name_and_the_next_goes_on
     fetched = [r for r in hub.tensor_requests() if r.range != f"bytes=0-{HEADER_GUESS_BYTES - 1}"]
     assert kept > 0
     assert sum(r.served for r in fetched) >= size
-    assert hub.tensor_bytes() - first <= HEADER_GUESS_BYTES + size - (kept - 1) * CHUNK
+    assert hub.tensor_bytes() - first <= HEADER_GUESS_BYTES + size - (kept - 1) * ranges.CHUNK_BYTES
 
 
 def test_changed_source_is_not_mixed_with_what_was_kept(hub, fetch, big, size, tmp_path):
@@ -288,12 +245,10 @@ def test_repository_without_a_vision_tower(hub, fetch):
         fetch()
 
 
-def test_no_answer_is_a_connection_error(hub, fetch, monkeypatch):
+def test_no_answer_is_a_connection_error(hub, fetch, unplug):
     hub.ignores_ranges = True
     with pytest.raises(ValueError, match="cannot send parts"):
         fetch()  # leaves config.json in the cache, without which huggingface_hub itself retries for long
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        hub.url = f"http://127.0.0.1:{closed.getsockname()[1]}"
-    serve(hub, monkeypatch)
+    unplug()
     with pytest.raises(ConnectionError, match=r"org/model \(a+\): no answer from http://127.0.0.1"):
         fetch()

@@ -1,0 +1,156 @@
+"""Which commit a branch stands for: where it was fetched, until the Hub is asked anew and answers."""
+
+import pytest
+from hub_server import Hub
+from huggingface_hub import constants, hf_hub_download
+
+from qwenvit.weights.hub import HEADER_GUESS_BYTES, fetch_config, fetch_tower
+
+A, B = "a" * 40, "b" * 40
+
+
+@pytest.fixture
+def config(hub, tmp_path):
+    return lambda **options: fetch_config(hub.repo_id, **{"cache_dir": tmp_path / "cache", **options})
+
+
+@pytest.fixture(params=["tower", "config"])
+def either(request, fetch, config):
+    return fetch if request.param == "tower" else config
+
+
+def move(hub: Hub, branch: str = "main") -> None:
+    hub.revisions |= {branch: B, "before": A}
+    hub.requests.clear()
+
+
+def test_a_branch_stays_though_another_tool_moves_the_shared_refs(hub, fetch, config, tmp_path):
+    tower = fetch()
+    move(hub)
+    others = hf_hub_download(hub.repo_id, "config.json", cache_dir=tmp_path / "cache")
+    assert B in others
+    hub.requests.clear()
+    assert tower.name == A
+    for options in ({}, {"local_files_only": True}):
+        assert fetch(**options) == config(**options) == tower
+    assert not hub.requests
+
+
+def test_looking_at_the_new_config_does_not_move_the_tower(hub, fetch, config):
+    tower = fetch()
+    move(hub)
+    assert config(force_download=True).name == B
+    hub.requests.clear()
+    assert fetch() == fetch(local_files_only=True) == config() == tower
+    assert not hub.requests
+
+
+def test_a_forced_fetch_moves_the_branch_for_good(hub, fetch, config, unplug):
+    old = fetch()
+    move(hub)
+    new = fetch(force_download=True)
+    assert (old.name, new.name) == (A, B)
+    hub.requests.clear()
+    assert fetch(force_download=True) == new
+    assert not hub.tensor_requests()
+    unplug()
+    assert fetch() == fetch(local_files_only=True) == config() == new
+    assert fetch(revision=A) == old
+
+
+def test_an_interrupted_update_leaves_the_old_tower_in_use(hub, fetch, size):
+    old = fetch()
+    move(hub)
+    hub.budget = HEADER_GUESS_BYTES + size // 2
+    with pytest.raises(ConnectionError, match="broke off"):
+        fetch(force_download=True)
+    hub.requests.clear()
+    assert fetch() == fetch(local_files_only=True) == old
+    assert not hub.requests
+    hub.budget = None
+    new = fetch(force_download=True)
+    assert new.name == B
+    assert fetch(local_files_only=True) == new
+
+
+def test_an_interrupted_first_fetch_pins_nothing(hub, fetch):
+    hub.budget = HEADER_GUESS_BYTES
+    with pytest.raises(ConnectionError, match="broke off"):
+        fetch()
+    hub.budget = None
+    move(hub)
+    assert fetch().name == B
+
+
+def test_a_damaged_tower_is_fetched_again_at_its_own_commit(hub, fetch):
+    tower = fetch()
+    move(hub)
+    (tower / "model.safetensors").write_bytes(b"")
+    assert fetch() == tower
+    assert (tower / "model.safetensors").stat().st_size
+
+
+def test_names_of_branches_are_kept_apart(hub, fetch):
+    pull = "refs%2Fpr%2F1"  # as it comes in a request
+    hub.revisions = {"main": A, "Main": B, pull: "c" * 40}
+    names = {revision: fetch(revision=revision).name for revision in ("main", "Main", "refs/pr/1")}
+    assert names == {"main": A, "Main": B, "refs/pr/1": "c" * 40}
+    move(hub, pull)
+    assert fetch(revision="refs/pr/1").name == "c" * 40
+    assert fetch(revision="refs/pr/1", force_download=True).name == B
+    assert fetch(revision="main").name == A
+
+
+def test_a_torn_ref_counts_as_none(hub, fetch, tmp_path):
+    tower = fetch()
+    (ref,) = (tower.parent / "refs").iterdir()
+    assert ref.read_text() == f"{A} main\n"
+    ref.write_text("")
+    hub.requests.clear()
+    assert fetch() == tower
+    assert not hub.tensor_requests()
+    assert ref.read_text() == f"{A} main\n"
+
+
+@pytest.mark.parametrize("revision", ["main", A])
+def test_forced_without_an_answer_is_an_error(fetch, either, unplug, revision):
+    tower = fetch()
+    unplug()
+    with pytest.raises(ConnectionError, match=rf"org/model \({revision}\): no answer from http://127") as caught:
+        either(force_download=True, revision=revision)
+    assert "Force download failed" not in str(caught.value)
+    assert fetch(local_files_only=True) == tower
+
+
+def test_forced_names_what_is_not_there_as_an_unforced_call_does(hub, either):
+    with pytest.raises(FileNotFoundError, match=r"org/model \(v9\).*this revision is not"):
+        either(force_download=True, revision="v9")
+    hub.token = "hf_secret"
+    with pytest.raises(FileNotFoundError, match=r"no such repository, or a private one.*token="):
+        either(force_download=True)
+    either(force_download=True, token="hf_secret")
+
+
+def test_forced_and_offline_contradict_each_other(hub, either, monkeypatch):
+    with pytest.raises(ValueError, match=r"force_download=True.*local_files_only=True.*HF_HUB_OFFLINE"):
+        either(force_download=True, local_files_only=True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=r"force_download=True.*HF_HUB_OFFLINE"):
+        either(force_download=True)
+    assert not hub.requests
+
+
+def test_a_config_looked_at_by_force_is_found_offline(hub, config):
+    assert config(force_download=True).name == A
+    move(hub)
+    assert config(local_files_only=True).name == A
+    assert config(force_download=True).name == B
+    hub.requests.clear()
+    assert config(local_files_only=True).name == B
+    assert not hub.requests
+
+
+def test_looking_for_what_is_not_there_leaves_no_trace(tmp_path):
+    with pytest.raises(FileNotFoundError, match="network is off"):
+        fetch_tower("org/typo", cache_dir=tmp_path / "cache", local_files_only=True)
+    assert not (tmp_path / "cache").exists()
