@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from huggingface_hub.errors import HfHubHTTPError
 
 from qwenvit import __version__, commands
@@ -22,14 +23,18 @@ MODEL_HELP = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code (0 done, 1 failed, 2 wrong usage)."""
     arguments = _parser().parse_args(argv)
-    warnings.showwarning = lambda message, *_, **__: print(f"qwenvit: warning: {message}", file=sys.stderr)
     try:
-        return int(arguments.run(arguments))
+        with warnings.catch_warnings():  # puts everything back at the end
+            warnings.showwarning = lambda message, *_, **__: print(f"qwenvit: warning: {message}", file=sys.stderr)
+            return int(arguments.run(arguments))
     except KeyboardInterrupt:
         print("qwenvit: interrupted", file=sys.stderr)
         return 130
-    except (CommandError, ValueError, TypeError, OSError, HfHubHTTPError) as error:
+    except (CommandError, ArithmeticError, OSError, TypeError, ValueError, HfHubHTTPError) as error:
         print(f"qwenvit: error: {one_line(error)}", file=sys.stderr)
+        return 1
+    except torch.OutOfMemoryError as error:
+        print(f"qwenvit: error: {one_line(error).split('. ')[0]}; try --max-pixels or --dtype", file=sys.stderr)
         return 1
 
 

@@ -4,7 +4,9 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from qwenvit import demo
-from qwenvit.checkpoint import locate, read_config
+from qwenvit.checkpoint import directory_of, locate, read_config
 from qwenvit.config import VisionConfig
 from qwenvit.cost import flops, parameters
 from qwenvit.encoder import Encoder
@@ -22,11 +24,14 @@ from qwenvit.grid import GridPlan
 from qwenvit.images import open_image
 from qwenvit.outputs import ItemEmbeddings
 from qwenvit.picture import patch_features, pca_picture, side_by_side
-from qwenvit.processing import ImageProcessor
+from qwenvit.processing import ImageProcessor, read_processors
 from qwenvit.registry import PUBLISHED, published_config
 from qwenvit.weights.local import write_safetensors
 
-IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+IMAGE_SUFFIXES = {
+    ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg",
+    ".pgm", ".png", ".ppm", ".tga", ".tif", ".tiff", ".webp",
+}  # fmt: skip
 
 
 class CommandError(Exception):
@@ -35,38 +40,37 @@ class CommandError(Exception):
 
 def encode(arguments: argparse.Namespace) -> int:
     """Embed files and folders; broken files are named and left out, and make the exit code 1."""
-    files = list(_image_files(arguments.inputs))
-    names = [name for _, name in files]
-    if repeated := {name for name in names if names.count(name) > 1}:
-        raise CommandError(f"inputs of the same name would overwrite each other: {', '.join(sorted(repeated))}")
+    files = _image_files(arguments.inputs)
+    into_folder = _prepare_output(arguments.output)
     encoder = _load(arguments)
-    into_folder = arguments.output.suffix != ".safetensors"
+    encoder.image_processor.with_bounds(**_bounds(arguments))  # impossible bounds are told once, not for every file
     whole: dict[str, Tensor] = {}
-    grids: dict[str, list[int]] = {}
-    failed = 0
+    grids: dict[str, tuple[int, ...]] = {}
+    done = 0
     print(f"{'image':<32} {'grid':>9} {'tokens':>7} {'ms':>9} {'norm':>9}")
-    for path, name in tqdm(files, unit="image", disable=None):
-        try:
-            start = time.perf_counter()
-            item = encoder.encode(path, **_bounds(arguments))[0]
-            norm = float(item.tokens.float().norm(dim=1).mean())  # waits for the device
-            milliseconds = (time.perf_counter() - start) * 1e3
-        except (ValueError, TypeError, OSError) as error:
-            failed += 1
-            tqdm.write(f"qwenvit: error: {path}: {one_line(error)}", file=sys.stderr)
-            continue
-        _, rows, columns = item.grid
-        tqdm.write(f"{name[-32:]:<32} {f'{rows}x{columns}':>9} {len(item.tokens):>7} {milliseconds:>9.1f} {norm:>9.2f}")
-        if into_folder:
-            target = arguments.output / f"{name}.safetensors"
-            _save(_tensors(item, ""), {"grids": {name: item.grid}, "model": arguments.model}, target)
-        else:
-            whole |= _tensors(item, f"{name}/")
-            grids[name] = list(item.grid)
-    if whole:
-        _save(whole, {"grids": grids, "model": arguments.model}, arguments.output)
-    print(f"{len(files) - failed} of {len(files)} images -> {arguments.output}")
-    return 1 if failed else 0
+    try:
+        for path, name in tqdm(files, unit="image", disable=None):
+            try:
+                start = time.perf_counter()
+                item = encoder.encode(path, **_bounds(arguments))[0]
+                norm = float(item.tokens.float().norm(dim=1).mean())  # waits for the device
+                milliseconds = (time.perf_counter() - start) * 1e3
+            except (ArithmeticError, OSError, TypeError, ValueError) as error:
+                tqdm.write(f"qwenvit: error: {path}: {one_line(error)}", file=sys.stderr)
+                continue
+            grid = f"{item.grid[1]}x{item.grid[2]}"
+            tqdm.write(f"{name[-32:]:<32} {grid:>9} {len(item.tokens):>7} {milliseconds:>9.1f} {norm:>9.2f}")
+            if into_folder:
+                _save(_tensors(item, ""), {name: item.grid}, arguments, arguments.output / f"{name}.safetensors")
+            else:
+                whole |= _tensors(item, f"{name}/")
+                grids[name] = item.grid
+            done += 1
+    finally:  # what is done is kept, also when the rest is interrupted
+        if whole:
+            _save(whole, grids, arguments, arguments.output)
+        print(f"{done} of {len(files)} images -> {arguments.output}")
+    return 0 if done == len(files) else 1
 
 
 def info(arguments: argparse.Namespace) -> int:
@@ -83,11 +87,10 @@ def info(arguments: argparse.Namespace) -> int:
                 f"{c.out_hidden_size:>6} {size:>11}"
             )
         return 0
-    config = _config(arguments)
+    config, processor = _described(arguments)
     for key, value in config.to_hf().items():
         print(f"{key:<26} {value}")
     print(f"{'parameters':<26} {parameters(config) / 1e6:.1f} M")
-    processor = ImageProcessor.for_family(config.family)
     for size in arguments.size:
         grid = processor.grid_for(*size)
         plan = GridPlan.build([grid], config)
@@ -140,27 +143,58 @@ def _bounds(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"min_pixels": arguments.min_pixels, "max_pixels": arguments.max_pixels}
 
 
-def _config(arguments: argparse.Namespace) -> VisionConfig:
+def _described(arguments: argparse.Namespace) -> tuple[VisionConfig, ImageProcessor]:
+    """Config and preprocessing of a model, without its weights."""
     if arguments.model == demo.NAME:
-        return demo.CONFIG
-    try:
-        return published_config(arguments.model)
-    except ValueError:
-        return read_config(locate(arguments.model, config_only=True, **_hub(arguments)))
+        return demo.CONFIG, demo.image_processor()
+    if not Path(arguments.model).expanduser().exists():
+        with suppress(ValueError):
+            config = published_config(arguments.model)
+            return config, ImageProcessor.for_family(config.family)
+    source = locate(arguments.model, config_only=True, **_hub(arguments))
+    config = read_config(source)
+    return config, read_processors(directory_of(source), config.family)[0]
 
 
-def _image_files(inputs: Sequence[Path]) -> Iterator[tuple[Path, str]]:
-    """Each image file with a name for it: its path as given, below the folder it was found in."""
+def _image_files(inputs: Sequence[Path]) -> list[tuple[Path, str]]:
+    """Each image file with a name for it: its own, or its path below the folder it was found in."""
+    files: list[tuple[Path, str]] = []
     for path in inputs:
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+            inside = sorted(p for p in path.rglob("*") if p.is_file())
+            found = [p for p in inside if p.suffix.lower() in IMAGE_SUFFIXES]
             if not found:
                 raise CommandError(f"{path}: no images in this folder ({', '.join(sorted(IMAGE_SUFFIXES))})")
-            yield from ((p, p.relative_to(path).as_posix()) for p in found)
+            if others := len(inside) - len(found):
+                print(f"qwenvit: {path}: {others} other files passed over", file=sys.stderr)
+            files += [(p, p.relative_to(path).as_posix()) for p in found]
         elif path.is_file():
-            yield path, path.name
+            files.append((path, path.name))
         else:
             raise CommandError(f"{path}: no such file or folder")
+    if repeated := sorted(name for name, count in Counter(name for _, name in files).items() if count > 1):
+        raise CommandError(f"inputs of the same name would overwrite each other: {', '.join(repeated)}")
+    if unwritable := [name for _, name in files if not _is_unicode(name)]:
+        raise CommandError(f"a file name that is not valid Unicode cannot name a tensor: {unwritable[0]!a}")
+    return files
+
+
+def _is_unicode(name: str) -> bool:
+    try:
+        return bool(name.encode())
+    except UnicodeEncodeError:
+        return False
+
+
+def _prepare_output(target: Path) -> bool:
+    """Make the folder that is needed, before any work is done; tells whether the output is a folder."""
+    if target.is_dir() or not target.suffix:
+        target.mkdir(parents=True, exist_ok=True)
+        return True
+    if target.suffix != ".safetensors":
+        raise CommandError(f"--output: expected a folder or a file called *.safetensors, got {target}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return False
 
 
 def _tensors(item: ItemEmbeddings, prefix: str) -> dict[str, Tensor]:
@@ -169,9 +203,11 @@ def _tensors(item: ItemEmbeddings, prefix: str) -> dict[str, Tensor]:
     return {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
 
 
-def _save(tensors: dict[str, Tensor], metadata: dict[str, object], target: Path) -> None:
+def _save(
+    tensors: dict[str, Tensor], grids: Mapping[str, tuple[int, ...]], arguments: argparse.Namespace, target: Path
+) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_safetensors(target, tensors, {key: json.dumps(value) for key, value in metadata.items()})
+    write_safetensors(target, tensors, {"grids": json.dumps(grids), "model": json.dumps(arguments.model)})
 
 
 def one_line(error: Exception) -> str:

@@ -103,7 +103,7 @@ class GridPlan:
 def check_grid(grid_thw: Tensor | Sequence[Sequence[int]], spatial_merge_size: int) -> Tensor:
     """`grid_thw` as `[items, 3]` int64 on the CPU, or a ValueError that says what is wrong with it."""
     try:
-        grid = torch.as_tensor(grid_thw, device=None if isinstance(grid_thw, Tensor) else "cpu")
+        grid = grid_thw if isinstance(grid_thw, Tensor) else torch.as_tensor(grid_thw, device="cpu")
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"grid_thw: expected [items, 3] integers (frames, rows, columns): {error}") from error
     if grid.ndim != 2 or grid.shape[1] != 3 or grid.is_floating_point() or grid.is_complex():

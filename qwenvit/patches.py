@@ -124,7 +124,7 @@ class PatchProcessor:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}: expected a positive integer, got {value!r}")
         if self.min_pixels > self.max_pixels:
-            raise ValueError(f"min_pixels: expected at most max_pixels={self.max_pixels}, got {self.min_pixels}")
+            raise ValueError(f"min_pixels={self.min_pixels} is above max_pixels={self.max_pixels}; pass both")
         for name, low in (("image_mean", -math.inf), ("image_std", 0.0)):
             value = getattr(self, name)
             numbers = isinstance(value, tuple) and all(isinstance(v, int | float) for v in value)
@@ -153,10 +153,8 @@ class PatchProcessor:
         for key, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels)):
             if value is not None and bounds.setdefault(key, value) != value:
                 raise ValueError(f"{key}: expected what size says, {bounds[key]}, got {value}; pass only one")
-        changes: dict[str, Any] = {
-            key: value.item() if isinstance(value, np.integer) else value for key, value in bounds.items()
-        }
-        return replace(self, **changes)
+        plain = {key: value.item() if isinstance(value, np.integer) else value for key, value in bounds.items()}
+        return replace(self, **plain)
 
     def patchify(self, frames: Tensor) -> Tensor:
         """Cut `[T, C, H, W]` into `[patches, C, temporal_patch_size · patch_size²]`, in merge-block order."""
@@ -177,10 +175,7 @@ class PatchProcessor:
         instead, which rounds differently in the last bit.
         """
         values = patches.to(torch.float32, copy=True)  # patches may be a view of the user's image
-        mean, std = (
-            torch.tensor(numbers, dtype=torch.float32, device=values.device)[:, None]
-            for numbers in (self.image_mean, self.image_std)
-        )
+        mean, std = values.new_tensor((self.image_mean, self.image_std))[..., None]
         if patches.dtype == torch.uint8:
             if backend == "pillow":
                 values.div_(255)
@@ -227,6 +222,7 @@ def read_hf(hf: Mapping[str, Any]) -> dict[str, Any]:
     """
     fixed = {"resample": 3, "rescale_factor": 1 / 255}
     fixed |= dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"), True)
+    fixed |= dict.fromkeys(("do_center_crop", "do_pad"), False)
     for key, expected in fixed.items():
         if hf.get(key) is not None and hf[key] != expected:
             raise ValueError(f"{key}: only {expected!r} is supported, got {hf[key]!r}")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +62,11 @@ class ImageProcessor(PatchProcessor):
             TypeError: `config` is not a mapping.
             ValueError: a setting this processor does not have, or impossible values.
         """
-        return cls(**read_hf(hf_part(config, "image_processor")))
+        hf = hf_part(config, "image_processor")
+        kind = hf.get("image_processor_type")
+        if kind is not None and not re.fullmatch(r"Qwen\w*VLImageProcessor\w*", str(kind)):
+            raise ValueError(f"image_processor_type: expected Qwen2VLImageProcessor or a kin of it, got {kind!r}")
+        return cls(**read_hf(hf))
 
     def to_hf(self) -> dict[str, Any]:
         """The `preprocessor_config.json` from which transformers builds an equal processor."""
