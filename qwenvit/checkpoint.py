@@ -84,7 +84,7 @@ def load_tower(source: Path, *, device: torch.device, dtype: torch.dtype | None)
     Args:
         source: a checkpoint's directory or `.safetensors` file.
         device: where the weights go.
-        dtype: what they are converted to; None keeps the checkpoint's most common dtype.
+        dtype: what they are all converted to; None for the checkpoint's most common dtype.
 
     Raises:
         CheckpointError: tensors missing, unexpected or wrongly shaped, all listed.

@@ -67,6 +67,8 @@ class Check:
 
 def exact(name: str, actual: Tensor, expected: Tensor) -> Check:
     """Not a bit of difference: what the reference tower owes the pinned transformers on a CPU."""
+    if actual.dtype != expected.dtype:
+        raise ValueError(f"actual: expected dtype {expected.dtype}, got {actual.dtype}")
     return Check(f"{name}: max_abs", Difference.of(actual, expected).max_abs, 0.0)
 
 

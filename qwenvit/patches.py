@@ -153,7 +153,9 @@ class PatchProcessor:
         for key, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels)):
             if value is not None and bounds.setdefault(key, value) != value:
                 raise ValueError(f"{key}: expected what size says, {bounds[key]}, got {value}; pass only one")
-        plain = {key: value.item() if isinstance(value, np.integer) else value for key, value in bounds.items()}
+        plain: dict[str, Any] = {
+            key: value.item() if isinstance(value, np.integer) else value for key, value in bounds.items()
+        }
         return replace(self, **plain)
 
     def patchify(self, frames: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """The encoder: images, videos and pixel values in, transformers' embeddings out."""
 
 import json
-import threading
 from dataclasses import replace
 
 import numpy as np
@@ -139,16 +138,11 @@ def test_module_level_encode_keeps_its_encoder(monkeypatch):
         Encoder, "from_pretrained", classmethod(lambda cls, *a, **k: loads.append(a) or load(cls, *a, **k))
     )
     monkeypatch.setattr(default, "_current", {"key": None, "encoder": None})
-    threads = [
-        threading.Thread(target=qwenvit.encode, args=(picture(64, 64),), kwargs={"model": "demo"}) for _ in range(4)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    qwenvit.encode(picture(64, 64), model="demo")
+    with ThreadPoolExecutor(4) as pool:
+        outs = list(pool.map(lambda _: qwenvit.encode(picture(64, 64), model="demo", device="cpu"), range(4)))
     assert len(loads) == 1
-    qwenvit.encode(picture(64, 64), model="demo", dtype="bfloat16")
+    assert all(torch.equal(out.packed, outs[0].packed) for out in outs)
+    qwenvit.encode(picture(64, 64), model="demo", device="cpu", dtype="bfloat16")
     assert len(loads) == 2
 
 

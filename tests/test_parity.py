@@ -46,6 +46,11 @@ def test_bounds():
     assert not no_worse("x", truth * 1.01, truth, truth).passed
 
 
+def test_exact_compares_like_with_like():
+    with pytest.raises(ValueError, match=r"expected dtype torch\.float32, got torch\.bfloat16"):
+        exact("x", torch.ones(3, dtype=torch.bfloat16), torch.ones(3))
+
+
 def test_record_and_replay():
     blocks = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
     x = torch.randn(2, 4)
