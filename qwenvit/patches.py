@@ -187,8 +187,7 @@ class PatchProcessor:
 
     def pixel_values(self, frames: Tensor, backend: Backend) -> Tensor:
         """Patches of resized frames `[T, 3, H, W]`: `[patches, C·T·P·P]` float32."""
-        # Bytes are cut before they become floats: a quarter of the memory to move around.
-        return self.normalise(self.patchify(frames), backend)
+        return self.normalise(self.patchify(frames), backend)  # cut as bytes: a quarter of the memory to move
 
 
 def size_bounds(size: Mapping[str, Any] | None) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """The encoder: images, videos and pixel values in, transformers' embeddings out."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
