@@ -70,9 +70,7 @@ def fetch_tower(
     if force_download:
         commit = _current(repo_id, revision, token)
     elif commit is None:
-        with explained(repo_id, revision):
-            config = hf_hub_download(repo_id, CONFIGS[0], revision=revision, token=token, cache_dir=cache_dir)
-        commit = Path(config).parent.name
+        commit = _cached(repo_id, CONFIGS[0], revision, token, cache_dir).parent.name
     directory = _directory(repo_id, commit, cache_dir)
     directory.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(directory / ".lock"):
@@ -106,26 +104,21 @@ def fetch_config(
     commit = _current(repo_id, revision, token) if force_download else _pinned(repo_id, revision, cache_dir)
     if commit is not None and _is_whole(directory := _directory(repo_id, commit, cache_dir)):
         return directory
+    # When forced, by the name all the same: huggingface_hub then finds it by that name when the network is off.
+    name = revision if force_download else commit or revision
+    snapshot = _cached(repo_id, CONFIGS[0], name, token, cache_dir, offline).parent
+    if commit is not None and snapshot.name != commit:
+        snapshot = _cached(repo_id, CONFIGS[0], commit, token, cache_dir).parent
+    return snapshot
 
-    def cached(revision: str) -> Path:
-        with explained(repo_id, revision):
-            return Path(
-                hf_hub_download(
-                    repo_id,
-                    CONFIGS[0],
-                    revision=revision,
-                    token=token,
-                    cache_dir=cache_dir,
-                    local_files_only=offline,
-                )
-            ).parent
 
-    if commit is None or force_download:
-        # By the revision's name, for huggingface_hub to find it by that name when the network is off.
-        snapshot = cached(revision)
-        if commit is None or snapshot.name == commit:
-            return snapshot
-    return cached(commit)
+def _cached(repo_id: str, name: str, revision: str, token: Token, cache_dir: CacheDir, offline: bool = False) -> Path:
+    """Return the file in huggingface_hub's own cache, where the small files go."""
+    with explained(repo_id, revision):
+        file = hf_hub_download(
+            repo_id, name, revision=revision, token=token, cache_dir=cache_dir, local_files_only=offline
+        )
+    return Path(file)
 
 
 def _is_offline(local_files_only: bool, force_download: bool) -> bool:
@@ -173,7 +166,7 @@ def _pinned(repo_id: str, revision: str, cache_dir: CacheDir) -> str | None:
     if re.fullmatch(r"[0-9a-f]{40}", revision):
         return revision
     try:
-        commit = _ref(repo_id, revision, cache_dir).read_text().partition(" ")[0]
+        commit = _ref(repo_id, revision, cache_dir).read_text("utf-8").partition(" ")[0]
     except FileNotFoundError:
         return None
     # A power cut can leave an empty file.
@@ -187,7 +180,7 @@ def _pin(repo_id: str, revision: str, commit: str, cache_dir: CacheDir) -> None:
     ref = _ref(repo_id, revision, cache_dir)
     ref.parent.mkdir(exist_ok=True)
     part = ref.with_name(f"{ref.name}.{commit}")
-    part.write_text(f"{commit} {revision}\n")
+    part.write_text(f"{commit} {revision}\n", "utf-8")
     os.replace(part, ref)
 
 
@@ -200,14 +193,10 @@ def _is_whole(directory: Path) -> bool:
 
 
 def _fetch(repo_id: str, commit: str, token: Token, cache_dir: CacheDir, directory: Path) -> None:
-    def cached(name: str) -> Path:
-        with explained(repo_id, commit):
-            return Path(hf_hub_download(repo_id, name, revision=commit, token=token, cache_dir=cache_dir))
-
     files = {sibling.rfilename for sibling in _info(repo_id, commit, token).siblings or []}
     for name in CONFIGS:
         if name in files:
-            shutil.copyfile(cached(name), directory / name)
+            shutil.copyfile(_cached(repo_id, name, commit, token, cache_dir), directory / name)
 
     reader = RangeReader(build_hf_headers(token=token))
 
@@ -221,7 +210,9 @@ def _fetch(repo_id: str, commit: str, token: Token, cache_dir: CacheDir, directo
     candidates = [Path(repo_id, name) for name in CANDIDATES if name in files]
     if not candidates:
         raise nothing_error(Path(repo_id), sorted(files))
-    entries = vision_tensors(candidates, lambda file: read_index(cached(file.name)), header_of)
+    entries = vision_tensors(
+        candidates, lambda file: read_index(_cached(repo_id, file.name, commit, token, cache_dir)), header_of
+    )
     prefix = find_prefix(entries)
     entries = {name.removeprefix(prefix): entry for name, entry in entries.items()}
     source = {"format": "pt", "source": f"{repo_id}@{commit}", "source_prefix": prefix}
