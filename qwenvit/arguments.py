@@ -18,9 +18,9 @@ def check_device(device: torch.device | str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(device)
-        torch.empty(0, device=found)
+        torch.zeros(1, device=found).item()
     except (AssertionError, NotImplementedError, RuntimeError, TypeError) as error:  # what torch has for the purpose
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = str(error).splitlines()[0].split(". ")[0] if str(error) else type(error).__name__
         raise ValueError(f"device: {str(device)!r} cannot be used on this machine: {reason}") from error
     return found
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,19 @@ def locate(model: str | os.PathLike[str], *, config_only: bool = False, **hub: A
     if name in PUBLISHED:
         name = PUBLISHED[name].repo_id
     organisation, slash, repository = name.partition("/")
-    if not (slash and organisation and repository) or "/" in repository or organisation in (".", "..", "~"):
+    local = "/" in repository or organisation in (".", "..", "~") or repository.endswith(".safetensors")
+    if not (slash and organisation and repository) or local:
+        known = {"demo": "demo"} | {key: key for key in PUBLISHED}
+        known |= {published.repo_id.partition("/")[2]: published.repo_id for published in PUBLISHED.values()}
+        near = get_close_matches(name, known, n=1)
+        hint = f"did you mean {known[near[0]]!r}?" if near else "`qwenvit info` lists the published ones"
         raise ValueError(
-            f"model: {os.fspath(model)!r} is no existing path, no Hub repository (organisation/name) and none of the "
-            f"published towers: {', '.join(PUBLISHED)}"
+            f"model: {name!r} is no existing path, no Hub repository (organisation/name), no known name; {hint}"
         )
-    return fetch_config(name, **hub) if config_only else fetch_tower(name, **hub)
+    try:
+        return fetch_config(name, **hub) if config_only else fetch_tower(name, **hub)
+    except (ConnectionError, FileNotFoundError) as error:
+        raise type(error)(f"{error}; nor is there a local folder {name!r}") from error
 
 
 def directory_of(source: Path) -> Path:

@@ -55,7 +55,7 @@ def encode(arguments: argparse.Namespace) -> int:
                 item = encoder.encode(path, **_bounds(arguments))[0]
                 norm = float(item.tokens.float().norm(dim=1).mean())  # waits for the device
                 milliseconds = (time.perf_counter() - start) * 1e3
-            except (ArithmeticError, OSError, TypeError, ValueError) as error:
+            except (ArithmeticError, MemoryError, OSError, TypeError, ValueError, torch.OutOfMemoryError) as error:
                 tqdm.write(f"qwenvit: error: {path}: {one_line(error)}", file=sys.stderr)
                 continue
             grid = f"{item.grid[1]}x{item.grid[2]}"
@@ -69,7 +69,7 @@ def encode(arguments: argparse.Namespace) -> int:
     finally:  # what is done is kept, also when the rest is interrupted
         if whole:
             _save(whole, grids, arguments, arguments.output)
-        print(f"{done} of {len(files)} images -> {arguments.output}")
+        print(f"{done} of {len(files)} images -> {arguments.output if done else 'nothing written'}")
     return 0 if done == len(files) else 1
 
 
@@ -161,7 +161,8 @@ def _image_files(inputs: Sequence[Path]) -> list[tuple[Path, str]]:
     files: list[tuple[Path, str]] = []
     for path in inputs:
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.is_file())
+            # macOS leaves a `._photo.jpg` of its own beside each photo on foreign disks; it is no image.
+            inside = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("._"))
             found = [p for p in inside if p.suffix.lower() in IMAGE_SUFFIXES]
             if not found:
                 raise CommandError(f"{path}: no images in this folder ({', '.join(sorted(IMAGE_SUFFIXES))})")

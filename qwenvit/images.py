@@ -117,6 +117,8 @@ def _read(source: bytes | str | os.PathLike[str], name: str) -> Image.Image:
         ) from error
     except UnidentifiedImageError as error:
         raise ValueError(f"{name}: expected an image file, got {len(data)} bytes of no format Pillow knows") from error
+    except MemoryError:
+        raise
     except Exception as error:  # Pillow's decoders raise almost anything on broken files
         raise ValueError(f"{name}: broken image file ({type(error).__name__}: {error})") from error
 

@@ -119,3 +119,22 @@ def replay(block: nn.Module, call: BlockCall, x: Tensor) -> Tensor:
     """Call a block as it was called before, on another input (cast to the dtype it had then)."""
     out = block(x.to(call.x.dtype), *call.args, **call.kwargs)
     return out[0] if isinstance(out, tuple) else out
+
+
+def blocks_no_worse(
+    ours: tuple[nn.ModuleList, list[BlockCall]],
+    others: tuple[nn.ModuleList, list[BlockCall]],
+    true_calls: list[BlockCall],
+) -> list[Check]:
+    """Each block of two 16-bit towers, fed the fp32 truth's own input, against the truth's output.
+
+    Args:
+        ours: our blocks, and how they were called.
+        others: the other tower's.
+        true_calls: how the fp32 tower's blocks were called.
+    """
+    checks = []
+    for index, truth in enumerate(true_calls):
+        actual, other = (replay(blocks[index], calls[index], truth.x) for blocks, calls in (ours, others))
+        checks.append(no_worse(f"block {index}", actual, other, truth.out))
+    return checks

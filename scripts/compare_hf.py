@@ -19,14 +19,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
 from hf_towers import build_tower, forward, load_weights, save_tower
 from PIL import Image
 from torch import Tensor, nn
 
 import qwenvit
+from qwenvit import parity
 from qwenvit.checkpoint import locate, read_config
-from qwenvit.parity import MEANINGFUL_ERROR, BlockCall, Check, Difference, close, exact, no_worse, record, replay
+from qwenvit.parity import BlockCall, Check, Difference, record
 from qwenvit.registry import PUBLISHED, published_config
 
 PINNED = "5.23."  # the transformers whose towers the reference tower equals to the last bit on a CPU
@@ -34,7 +34,6 @@ AWKWARD_SIZES = ((448, 448), (1, 1), (30, 1000), (1003, 57), (333, 777), (512, 6
 
 Outputs = list[tuple[str, Tensor]]
 Pairs = list[tuple[str, Tensor, Tensor]]
-Blocks = tuple[nn.ModuleList, list[BlockCall]]
 
 
 def main() -> int:
@@ -42,11 +41,14 @@ def main() -> int:
     try:
         return compare(arguments)
     except (ImportError, OSError, TypeError, ValueError) as error:
-        print(f"compare_hf.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        hint = "; pip install '.[compare]' brings transformers" if isinstance(error, ImportError) else ""
+        print(f"compare_hf.py: error: {' '.join(str(error).split())}{hint}", file=sys.stderr)
         return 2
 
 
 def compare(arguments: argparse.Namespace) -> int:
+    import transformers
+
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     with tempfile.TemporaryDirectory() as folder:
@@ -71,13 +73,13 @@ def compare(arguments: argparse.Namespace) -> int:
     pairs += [(name, a, b) for (name, a), (_, b) in zip(our_outputs, their_outputs, strict=True)]
     show_differences(pairs, len(our_outputs), grid, ours.config.merge_unit, [name for name, _ in pictures])
     if truths is None:
-        checks = [exact(*pair) for pair in pairs]
+        checks = [parity.exact(*pair) for pair in pairs]
     else:
         our_truths, _ = run_ours(truths[0], *inputs)
         true_outputs, true_calls = run_theirs(truths[1], *inputs)
-        checks = [close(name, a, b) for (name, a), (_, b) in zip(our_truths, true_outputs, strict=True)]
+        checks = [parity.close(name, a, b) for (name, a), (_, b) in zip(our_truths, true_outputs, strict=True)]
         if dtype != torch.float32:
-            checks += check_blocks((ours.tower.blocks, our_calls), (theirs.blocks, their_calls), true_calls)
+            checks += parity.blocks_no_worse((ours.tower.blocks, our_calls), (theirs.blocks, their_calls), true_calls)
             checks += check_ends(our_outputs, their_outputs, true_outputs)
     if arguments.rounds:
         show_times(ours, theirs, arguments.rounds)
@@ -102,7 +104,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--impl", choices=("auto", "triton", "reference"), default="auto")
-    parser.add_argument("--rounds", type=int, default=3, help="timed runs of each on one 448x448 image; 0: none")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        choices=range(1000),
+        metavar="N",
+        default=3,
+        help="timed runs of each on one 448x448 image; 0: none",
+    )
     return parser.parse_args()
 
 
@@ -132,22 +141,14 @@ def named(tokens: Tensor, deepstack: list[Tensor]) -> Outputs:
     return [("tokens", tokens), *((f"DeepStack {i}", layer) for i, layer in enumerate(deepstack))]
 
 
-def check_blocks(ours: Blocks, theirs: Blocks, true_calls: list[BlockCall]) -> list[Check]:
-    checks = []
-    for i, truth in enumerate(true_calls):
-        our_out, their_out = (replay(blocks[i], calls[i], truth.x) for blocks, calls in (ours, theirs))
-        checks.append(no_worse(f"block {i}", our_out, their_out, truth.out))
-    return checks
-
-
 def check_ends(ours: Outputs, theirs: Outputs, truths: Outputs) -> list[Check]:
     checks = []
     for (name, our), (_, their), (_, truth) in zip(ours, theirs, truths, strict=True):
         error = Difference.of(their, truth).relative_l2
-        if error <= MEANINGFUL_ERROR:
-            checks.append(no_worse(name, our, their, truth))
+        if error <= parity.MEANINGFUL_ERROR:
+            checks.append(parity.no_worse(name, our, their, truth))
         else:
-            print(f"{name}: transformers' own error is {error:.1%}, more than {MEANINGFUL_ERROR:.0%}: not judged")
+            print(f"{name}: transformers' own error of {error:.1%} is above {parity.MEANINGFUL_ERROR:.0%}: not judged")
     return checks
 
 
@@ -169,16 +170,16 @@ def show(name: str, a: Tensor, b: Tensor) -> None:
 
 def show_times(encoder: qwenvit.Encoder, tower: nn.Module, rounds: int) -> None:
     pixel_values, grid = encoder.image_processor(synthetic(448, 448), min_pixels=448**2, max_pixels=448**2)
-    inputs = pixel_values.to(encoder.device), grid
-    runs = {"qwenvit": lambda: run_ours(encoder, *inputs), "transformers": lambda: run_theirs(tower, *inputs)}
-    times: dict[str, list[float]] = {name: [] for name in runs}
+    inputs = (pixel_values.to(encoder.device), grid)
+    runs = (lambda: run_ours(encoder, *inputs), lambda: run_theirs(tower, *inputs))
+    times: dict[int, list[float]] = {0: [], 1: []}
     for round_number in range(rounds + 1):  # interleaved; the first round warms up
-        for name, run in runs.items():
+        for which, run in enumerate(runs):
             start = time.perf_counter()
             run()[0][0][1].sum().item()  # waits for the device
             if round_number:
-                times[name].append(time.perf_counter() - start)
-    ours, theirs = (statistics.median(times[name]) for name in runs)
+                times[which].append(time.perf_counter() - start)
+    ours, theirs = map(statistics.median, times.values())
     print(
         f"\none 448x448 image, {len(pixel_values)} patches, {torch.get_num_threads()} threads, median of {rounds}: "
         f"qwenvit {ours * 1e3:.1f} ms, transformers (sdpa) {theirs * 1e3:.1f} ms, ratio {theirs / ours:.2f}"
@@ -186,8 +187,7 @@ def show_times(encoder: qwenvit.Encoder, tower: nn.Module, rounds: int) -> None:
 
 
 def verdict(checks: list[Check]) -> int:
-    failed = [check for check in checks if not check.passed]
-    for check in failed:
+    for check in (failed := [check for check in checks if not check.passed]):
         print(f"FAIL {check.name} = {check.value:.3g}, bound {check.bound:.3g}")
     for kind, group in itertools.groupby(checks, key=lambda check: check.name.rpartition(": ")[2]):
         values, bound = zip(*((check.value, check.bound) for check in group), strict=True)

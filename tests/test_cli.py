@@ -54,6 +54,7 @@ def test_encode_into_a_folder_writes_one_file_an_image(capsys, photos, tmp_path)
 
 
 def test_broken_files_are_named_and_the_rest_is_encoded(capsys, photos, tmp_path):
+    (photos / "._a.png").write_bytes(b"what macOS leaves beside a.png")
     (photos / "broken.png").write_bytes((photos / "a.png").read_bytes()[:300])
     target = tmp_path / "out.safetensors"
     code, out, err = run(capsys, "encode", photos, "-m", "demo", "-o", target)

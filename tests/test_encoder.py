@@ -162,6 +162,11 @@ def test_demo_announces_itself_and_is_reached_by_name_only(tmp_path):
     ("arguments", "message"),
     [
         ({"model": "no-such-model"}, "model: 'no-such-model' is no existing path"),
+        ({"model": ""}, "model: '' is no existing path"),
+        ({"model": "Qwen2.5-VL-7B-Instruct"}, "did you mean 'Qwen/Qwen2.5-VL-7B-Instruct'"),
+        ({"model": "Demo"}, "did you mean 'demo'"),
+        ({"model": "tower/model.safetensors"}, "is no existing path"),
+        ({"model": "demo", "device": "meta"}, "device: 'meta' cannot be used"),
         ({"model": "demo", "impl": "triton"}, "impl: 'triton'"),
         ({"model": "demo", "impl": "cuda"}, "impl: expected 'auto', 'triton' or 'reference', got 'cuda'"),
         ({"model": "demo", "dtype": "int8"}, "dtype: expected one of"),
