@@ -118,14 +118,16 @@ def test_killed_process_leaves_nothing_under_the_final_name_and_the_next_goes_on
     process.communicate()
     assert not list(journal.parent.glob(SINGLE))
     kept = len(journal.read_text().splitlines()) - 1
-    first = hub.tensor_bytes()
+    before = len(hub.tensor_requests())
     hub.budget, hub.stalls = None, False
     hub.go_on.set()
     assert_whole(path_from(start(hub, tmp_path)), big)
     fetched = [r for r in hub.tensor_requests() if r.range != f"bytes=0-{HEADER_GUESS_BYTES - 1}"]
     assert kept > 0
     assert sum(r.served for r in fetched) >= size
-    assert hub.tensor_bytes() - first <= HEADER_GUESS_BYTES + size - (kept - 1) * ranges.CHUNK_BYTES
+    # Of the second process alone: the server may still be sending into the first one's broken connections.
+    second = sum(request.served for request in hub.tensor_requests()[before:])
+    assert second <= HEADER_GUESS_BYTES + size - (kept - 1) * ranges.CHUNK_BYTES
 
 
 def test_changed_source_is_not_mixed_with_what_was_kept(hub, fetch, big, size, tmp_path):
