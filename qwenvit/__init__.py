@@ -13,7 +13,17 @@ if (_root / "pyproject.toml").is_file() and (_root / "kernels").is_dir():
 from qwenvit.config import VisionConfig  # noqa: E402  (the path above comes first)
 from qwenvit.default import encode  # noqa: E402
 from qwenvit.encoder import Encoder  # noqa: E402
+from qwenvit.mrope import rope_index  # noqa: E402
 from qwenvit.outputs import Embeddings, ItemEmbeddings, TowerOutput  # noqa: E402
 from qwenvit.sampling import sample_frames  # noqa: E402
 
-__all__ = ["Embeddings", "Encoder", "ItemEmbeddings", "TowerOutput", "VisionConfig", "encode", "sample_frames"]
+__all__ = [
+    "Embeddings",
+    "Encoder",
+    "ItemEmbeddings",
+    "TowerOutput",
+    "VisionConfig",
+    "encode",
+    "rope_index",
+    "sample_frames",
+]

@@ -1,0 +1,1 @@
+"""qwenvit inside other frameworks; each module imports its own."""

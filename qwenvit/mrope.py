@@ -1,0 +1,244 @@
+"""M-RoPE positions: where each token of a text-and-vision sequence stands in time, height and width."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from qwenvit import ops
+from qwenvit.config import VisionConfig
+from qwenvit.families import FAMILY_OF_MODEL_TYPE
+from qwenvit.hf_config import positive_integer
+
+TYPES = 1, 2
+"""How `mm_token_type_ids` mark image and video tokens; 0 is text."""
+
+
+class HFConfig(Protocol):
+    """A transformers config object."""
+
+    model_type: str
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How a family places vision tokens."""
+
+    image_token_id: int = 151655
+    video_token_id: int = 151656
+    tokens_per_second: int | None = None
+    """Temporal positions per second of video; None where frames are numbered."""
+    frames_apart: bool = False
+    """Whether timestamps stand between a video's frame groups, each of which then starts anew like an image."""
+    spatial_merge_size: int = 2
+
+
+# Token ids and tokens_per_second as the published config.json files of each family have them.
+RULES = {
+    "qwen2_vl": Rules(),
+    "qwen2_5_vl": Rules(tokens_per_second=2),
+    "qwen3_vl": Rules(frames_apart=True),
+    "qwen3_5": Rules(image_token_id=248056, video_token_id=248057, frames_apart=True),
+}
+
+
+def rope_index(
+    *,
+    input_ids: Tensor | None = None,
+    mm_token_type_ids: Tensor | None = None,
+    image_grid_thw: Tensor | None = None,
+    video_grid_thw: Tensor | None = None,
+    second_per_grid_ts: Tensor | Sequence[float] | None = None,
+    attention_mask: Tensor | None = None,
+    family: str | VisionConfig | HFConfig | Mapping[str, Any],
+    tokens_per_second: int | None = None,
+    image_token_id: int | None = None,
+    video_token_id: int | None = None,
+    spatial_merge_size: int | None = None,
+    validate: bool | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Positions of each token on the three axes of M-RoPE, as transformers' `get_rope_index` gives them.
+
+    Text counts on along all three axes. An image or video (in families whose videos carry timestamps: each of its
+    frame groups) starts at the position that the next text token would have had; its tokens add their frame group,
+    row and column to that, and what follows starts after its longer side. Where `second_per_grid_ts` is given, frame
+    group `i` of a video adds `floor(i * second_per_grid_ts * tokens_per_second)` instead of `i`. Tokens that the mask
+    leaves out are passed over and get 0. Images that touch, which transformers refuses, are told apart by their grids.
+
+    On a CUDA device nothing is read back: the call does not synchronise and can be captured in a CUDA graph (with
+    `second_per_grid_ts` a CUDA tensor). Elsewhere it is computed on the CPU.
+
+    Args:
+        input_ids: `[B, S]` token ids, which mark vision tokens where there are no `mm_token_type_ids`.
+        mm_token_type_ids: `[B, S]`, 0 for text, 1 for image, 2 for video tokens, as processors return them.
+        image_grid_thw: `[images, 3]` integers, frame groups x rows x columns of patches, in order of appearance.
+        video_grid_thw: `[videos, 3]`, likewise.
+        second_per_grid_ts: `[videos]` seconds between frame groups, for `qwen2_5_vl` alone; None means 1 each.
+        attention_mask: `[B, S]`, nonzero (True) where a token counts; any padding. None where every token does.
+        family: `"qwen2_vl"`, `"qwen2_5_vl"`, `"qwen3_vl"` or `"qwen3_5"` (3.5 and later); or a VisionConfig, a
+            transformers config or its dict, whose own values then replace the family's published ones.
+        tokens_per_second: temporal positions per second, for `qwen2_5_vl` alone.
+        image_token_id: the id that marks image tokens in `input_ids`.
+        video_token_id: the id that marks video tokens in `input_ids`.
+        spatial_merge_size: patches merged into one token along each side; 2 unless a config says otherwise.
+        validate: whether to look at the values. None: where looking is free, on the CPU; there they are looked at in
+            any case. On a CUDA device True synchronises, and without it grids that do not fit their tokens give
+            positions that mean nothing (vision tokens past the last grid all get the position that follows it), but
+            never a write outside the result.
+
+    Returns:
+        `position_ids`, `[3, B, S]` int64, and `deltas`, `[B, 1]` int64: the next position of each row less the number
+        of its unmasked tokens (0 for a row without any). Both on the device of the inputs.
+
+    Raises:
+        TypeError: an argument is no tensor, or `family` no family or config.
+        ValueError: a shape, dtype or device that does not fit, a scale given to a family without one, or (where
+            values are looked at) token types other than 0, 1, 2 and grids that do not stand for the tokens there are.
+    """
+    rules = rules_of(family, tokens_per_second, image_token_id, video_token_id, spatial_merge_size)
+    if mm_token_type_ids is None:
+        tokens, (image_token, video_token) = input_ids, (rules.image_token_id, rules.video_token_id)
+        if tokens is None:
+            raise ValueError("input_ids: expected them or mm_token_type_ids, got neither")
+        _check_tokens("input_ids", tokens)
+    else:
+        tokens, (image_token, video_token) = mm_token_type_ids, TYPES
+        _check_tokens("mm_token_type_ids", tokens)
+        if input_ids is not None and input_ids.shape != tokens.shape:
+            raise ValueError(
+                f"mm_token_type_ids: expected the shape of input_ids, {list(input_ids.shape)}, got {list(tokens.shape)}"
+            )
+    if attention_mask is not None:
+        _check_beside("attention_mask", attention_mask, tokens, tokens.shape)
+    for name, grid in (("image_grid_thw", image_grid_thw), ("video_grid_thw", video_grid_thw)):
+        if grid is not None:
+            _check_beside(name, grid, tokens, (len(grid), 3))
+            if grid.is_floating_point() or grid.dtype == torch.bool:
+                raise ValueError(f"{name}: expected integers, got {grid.dtype}")
+    interval = _interval(second_per_grid_ts, rules, video_grid_thw, tokens)
+    merge = rules.spatial_merge_size
+    arguments = (image_grid_thw, video_grid_thw, interval, merge, rules.frames_apart)
+    if validate or not tokens.is_cuda:
+        _look(mm_token_type_ids, attention_mask, image_grid_thw, video_grid_thw, second_per_grid_ts, merge)
+    if validate and tokens.is_cuda:
+        ops.rope_index(tokens, image_token, video_token, attention_mask, *arguments, impl="reference")
+    return ops.rope_index(tokens, image_token, video_token, attention_mask, *arguments)
+
+
+def rules_of(
+    family: str | VisionConfig | HFConfig | Mapping[str, Any],
+    tokens_per_second: int | None = None,
+    image_token_id: int | None = None,
+    video_token_id: int | None = None,
+    spatial_merge_size: int | None = None,
+) -> Rules:
+    """The family's rules with what its config and the caller say instead; arguments and errors as `rope_index`."""
+    stated: dict[str, int | None] = {}
+    if isinstance(family, str):
+        name: object = family
+    elif isinstance(family, VisionConfig):
+        name = family.family
+        stated = {"spatial_merge_size": family.spatial_merge_size, "tokens_per_second": family.tokens_per_second}
+    else:
+        read = family.get if isinstance(family, Mapping) else lambda key: getattr(family, key, None)
+        if (model_type := read("model_type")) is None:
+            raise TypeError(
+                f"family: expected a name, VisionConfig or transformers config, got {type(family).__name__}"
+            )
+        name = FAMILY_OF_MODEL_TYPE.get(model_type, model_type)
+        vision = read("vision_config") or family
+        read_vision = vision.get if isinstance(vision, Mapping) else lambda key: getattr(vision, key, None)
+        stated = {key: read(key) for key in ("image_token_id", "video_token_id")}
+        stated |= {key: read_vision(key) for key in ("spatial_merge_size", "tokens_per_second")}
+    if name not in RULES:
+        raise ValueError(f"family: expected one of {', '.join(RULES)}, got {name!r}")
+    rules = RULES[str(name)]
+    if rules.tokens_per_second is None:
+        stated.pop("tokens_per_second", None)
+        if tokens_per_second is not None:
+            raise ValueError(f"tokens_per_second: {name} numbers frames and has no time scale; leave it out")
+    asked = {
+        "tokens_per_second": tokens_per_second,
+        "image_token_id": image_token_id,
+        "video_token_id": video_token_id,
+        "spatial_merge_size": spatial_merge_size,
+    }
+    stated |= {key: value for key, value in asked.items() if value is not None}
+    if not (stated := {key: value for key, value in stated.items() if value is not None}):
+        return rules
+    for key in ("tokens_per_second", "spatial_merge_size"):
+        if key in stated:
+            positive_integer(key, stated[key])
+    rules = replace(rules, **stated)  # type: ignore[arg-type]  # keys are field names, values integers
+    if rules.image_token_id == rules.video_token_id:
+        raise ValueError(
+            f"video_token_id: expected another id than image_token_id, got {rules.video_token_id} for both"
+        )
+    return rules
+
+
+def _interval(
+    seconds: Tensor | Sequence[float] | None, rules: Rules, video_grid_thw: Tensor | None, tokens: Tensor
+) -> Tensor | int:
+    """Temporal positions between frame groups, of each video or one for all, in the dtype transformers would have."""
+    scale = rules.tokens_per_second
+    if seconds is None:
+        return 1 if scale is None else scale
+    if scale is None:
+        raise ValueError("second_per_grid_ts: only qwen2_5_vl places frames by seconds; leave it out")
+    if not isinstance(seconds, Tensor):
+        interval = torch.tensor([scale * float(second) for second in seconds], dtype=torch.float32)
+        interval = interval.to(tokens.device, non_blocking=True)  # from unpinned memory: staged, no synchronisation
+    else:
+        interval = scale * seconds
+    videos = 0 if video_grid_thw is None else len(video_grid_thw)
+    _check_beside("second_per_grid_ts", interval, tokens, (videos,))
+    return interval
+
+
+def _check_tokens(name: str, tokens: Tensor) -> None:
+    if not isinstance(tokens, Tensor):
+        raise TypeError(f"{name}: expected a tensor [batch, sequence], got {type(tokens).__name__}")
+    if tokens.ndim != 2 or not tokens.numel() or tokens.is_floating_point() or tokens.dtype == torch.bool:
+        raise ValueError(
+            f"{name}: expected integers [batch, sequence], at least one, got {list(tokens.shape)} {tokens.dtype}"
+        )
+
+
+def _check_beside(name: str, tensor: Tensor, tokens: Tensor, shape: tuple[int, ...]) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if tensor.shape != shape:
+        raise ValueError(f"{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
+    if tensor.device != tokens.device:
+        raise ValueError(f"{name}: expected it on {tokens.device}, where the tokens are, got {tensor.device}")
+
+
+def _look(
+    types: Tensor | None,
+    mask: Tensor | None,
+    image_grid_thw: Tensor | None,
+    video_grid_thw: Tensor | None,
+    seconds: Tensor | Sequence[float] | None,
+    merge: int,
+) -> None:
+    """Refuse values that no sequence could have; whether grids and tokens agree, the reference says."""
+    if types is not None:
+        values = types.cpu().numpy()  # numpy's minimum of 32k integers takes 6 µs, torch's comparisons 170
+        if values.min() < 0 or values.max() > max(TYPES):
+            kept = values if mask is None else values[mask.cpu().numpy() != 0]
+            if (odd := kept[(kept < 0) | (kept > max(TYPES))]).size:
+                raise ValueError(f"mm_token_type_ids: expected 0 (text), 1 (image) or 2 (video), got {odd[0]}")
+    for name, grid in (("image_grid_thw", image_grid_thw), ("video_grid_thw", video_grid_thw)):
+        for item, (t, h, w) in enumerate([] if grid is None else grid.tolist()):
+            if min(t, h, w) < 1 or h % merge or w % merge:
+                raise ValueError(
+                    f"{name}: expected positive sizes, rows and columns multiples of {merge}; item {item}: {[t, h, w]}"
+                )
+    if seconds is not None:
+        for item, second in enumerate(seconds.tolist() if isinstance(seconds, Tensor) else seconds):
+            if not 0 <= second < math.inf:
+                raise ValueError(f"second_per_grid_ts: expected seconds, 0 or more, got {second} for video {item}")

@@ -1,0 +1,62 @@
+"""The one door to the kernels: each operation here runs in Triton or as its reference, with the same meaning.
+
+`impl="auto"` chooses by the tensors' device alone: Triton on a CUDA device, the reference elsewhere. An explicit
+choice never falls back. (Triton's interpreter, `TRITON_INTERPRET=1`, runs `impl="triton"` on CPU tensors.)
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from qwenvit import mrope_host
+from qwenvit.arguments import Impl
+
+
+def _use_triton(impl: str, tensor: Tensor) -> bool:
+    if impl not in ("auto", "triton", "reference"):
+        raise ValueError(f"impl: expected 'auto', 'triton' or 'reference', got {impl!r}")
+    return impl == "triton" or (impl == "auto" and tensor.is_cuda)
+
+
+def _on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def rope_index(
+    tokens: Tensor,
+    image_token: int,
+    video_token: int,
+    mask: Tensor | None,
+    image_grid_thw: Tensor | None,
+    video_grid_thw: Tensor | None,
+    interval: Tensor | int,
+    merge: int,
+    frames_apart: bool,
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor]:
+    """M-RoPE positions of each token; `qwenvit.rope_index` is the same with the families' rules and checks.
+
+    Args:
+        tokens: `[B, S]` integers, token ids or token types.
+        image_token: the value of `tokens` that marks image tokens.
+        video_token: the value that marks video tokens.
+        mask: `[B, S]`, nonzero where a token counts; None for all.
+        image_grid_thw: `[images, 3]` integers in patches, in order of appearance; None for none.
+        video_grid_thw: `[videos, 3]`, likewise.
+        interval: temporal positions between a video's frame groups, `[videos]` or one for all.
+        merge: patches merged into one token, along each side.
+        frames_apart: whether text stands between a video's frame groups, so that each is placed like an image.
+        impl: `"triton"` trusts its inputs; `"reference"` looks at them and raises ValueError where they disagree.
+
+    Returns:
+        Positions `[3, B, S]` (temporal, height, width) and deltas `[B, 1]`, int64, on the device of `tokens`.
+    """
+    arguments = (tokens, image_token, video_token, mask, image_grid_thw, video_grid_thw, interval, merge, frames_apart)
+    if not _use_triton(impl, tokens):
+        return mrope_host.rope_index(*arguments)
+    from qwenvit.kernels.rope_index import rope_index as launch  # triton is there on Linux alone, and slow to import
+
+    with _on_device_of(tokens):
+        return launch(*arguments)
