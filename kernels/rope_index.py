@@ -15,9 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-CHUNK = 512
-"""Tokens a program: 32 programs at 16k tokens, each with two levels of scan. 256 and 1024 measured no faster."""
-SCAN = 128
+CHUNK = tl.constexpr(256)
+"""Tokens a program. GPU time of both launches on an H200, 8k to 32k tokens: 128: 9–12 µs, 256: 10–13, 512: 13–16,
+1024: 18–22; but the sum over earlier chunks grows with their square, so not the smallest."""
+SCAN = tl.constexpr(128)
 """Chunk counts, grids or rows read at a time by the loops over them."""
 
 
@@ -28,7 +29,6 @@ def _tabulate(
     table_ptr,  # int64, shape (2, n + 1): tokens, and extents, of the items before each item
     MERGE: tl.constexpr,
     FRAMES_APART: tl.constexpr,
-    SCAN: tl.constexpr,
 ):
     tokens = tl.zeros([], tl.int64)
     extent = tl.zeros([], tl.int64)
@@ -71,7 +71,7 @@ def _kinds(
     return m_kept, m_image, m_video
 
 
-@triton.jit(do_not_specialize=["S", "n_chunks", "n_rows", "n_images", "n_videos", "image_token", "video_token"])
+@triton.jit(do_not_specialize=["S", "n_images", "n_videos", "image_token", "video_token"])
 def _count(
     tokens_ptr,
     mask_ptr,
@@ -80,19 +80,17 @@ def _count(
     counts_ptr,  # int64, shape (3, n_rows * n_chunks): text, image and video tokens of each chunk; then both tables
     deltas_ptr,  # int64, shape (n_rows,)
     S,
-    n_chunks,
-    n_rows,
     n_images,
     n_videos,
     image_token,
     video_token,
     MERGE: tl.constexpr,
     FRAMES_APART: tl.constexpr,
-    CHUNK: tl.constexpr,
-    SCAN: tl.constexpr,
 ):
     i_chunk = tl.program_id(0)
-    n_counts = n_chunks * n_rows
+    n_chunks = tl.cdiv(S, CHUNK)
+    n_counts = tl.num_programs(0) - 1  # the last program tabulates
+    n_rows = n_counts // n_chunks
     if i_chunk < n_counts:
         o_token = (i_chunk % n_chunks) * CHUNK + tl.arange(0, CHUNK)
         m_kept, m_image, m_video = _kinds(
@@ -103,11 +101,11 @@ def _count(
         tl.store(counts_ptr + i_chunk, tl.sum(m_kept.to(tl.int64), 0) - images - videos)
         tl.store(counts_ptr + n_counts + i_chunk, images)
         tl.store(counts_ptr + 2 * n_counts + i_chunk, videos)
-    else:  # one program more than there are chunks
+    else:
         image_table_ptr = counts_ptr + 3 * n_counts
         video_table_ptr = image_table_ptr + 2 * (n_images + 1)
-        _tabulate(image_grid_ptr, n_images, image_table_ptr, MERGE, False, SCAN)
-        _tabulate(video_grid_ptr, n_videos, video_table_ptr, MERGE, FRAMES_APART, SCAN)
+        _tabulate(image_grid_ptr, n_images, image_table_ptr, MERGE, False)
+        _tabulate(video_grid_ptr, n_videos, video_table_ptr, MERGE, FRAMES_APART)
         for i_first in range(0, n_rows, SCAN):
             o_row = i_first + tl.arange(0, SCAN)
             tl.store(deltas_ptr + o_row, tl.full([SCAN], -(2**63), tl.int64), mask=o_row < n_rows)
@@ -146,32 +144,29 @@ def _locate(
     return b_item, b_frame, b_y, b_x, b_extent
 
 
-@triton.jit(do_not_specialize=["S", "n_chunks", "n_rows", "n_images", "n_videos", "image_token", "video_token"])
+@triton.jit(do_not_specialize=["scale", "S", "n_images", "n_videos", "image_token", "video_token"])
 def _place(
     tokens_ptr,
     mask_ptr,
     image_grid_ptr,
     video_grid_ptr,
-    interval_ptr,  # temporal positions between frame groups of each video, shape (n_videos,); None where `interval`
+    seconds_ptr,  # seconds between frame groups of each video, shape (n_videos,); None for 1 each
     counts_ptr,
     positions_ptr,  # int64, shape (3, n_rows, S)
     deltas_ptr,
-    interval,
+    scale,  # temporal positions a second
     S,
-    n_chunks,
-    n_rows,
     n_images,
     n_videos,
     image_token,
     video_token,
     MERGE: tl.constexpr,
     FRAMES_APART: tl.constexpr,
-    CHUNK: tl.constexpr,
-    SCAN: tl.constexpr,
 ):
     i_chunk = tl.program_id(0)
+    n_chunks = tl.cdiv(S, CHUNK)
+    n_counts = tl.num_programs(0)
     i_row = i_chunk // n_chunks
-    n_counts = n_chunks * n_rows
     i_row_chunk = i_row * n_chunks
     text_before = tl.zeros([], tl.int64)
     images_before = tl.zeros([], tl.int64)
@@ -215,19 +210,19 @@ def _place(
 
     if FRAMES_APART:
         b_time = b_vfr * 0
-    elif interval_ptr is not None:
-        # In the interval's own dtype and rounded down there, as transformers does.
-        b_interval = tl.load(interval_ptr + b_vid, mask=m_video & (b_vid < n_videos), other=0)
-        b_time = (b_vfr.to(b_interval.dtype) * b_interval).to(tl.int64)
+    elif seconds_ptr is not None:  # each product rounded in the dtype of the seconds, as in transformers
+        b_seconds = tl.load(seconds_ptr + b_vid, mask=m_video & (b_vid < n_videos), other=0)
+        b_interval = b_seconds * scale.to(b_seconds.dtype)
+        b_time = (b_vfr.to(b_seconds.dtype) * b_interval).to(tl.int64)
     else:
-        b_time = b_vfr * interval
+        b_time = b_vfr * scale
     b_time = b_start + tl.where(m_image, b_ifr, tl.where(m_video, b_time, 0))
     b_y = b_start + tl.where(m_image, b_iy, tl.where(m_video, b_vy, 0))
     b_x = b_start + tl.where(m_image, b_ix, tl.where(m_video, b_vx, 0))
 
     m_token = o_token < S
     o_flat = i_row.to(tl.int64) * S + o_token
-    o_axis = n_rows.to(tl.int64) * S
+    o_axis = (n_counts // n_chunks).to(tl.int64) * S
     tl.store(positions_ptr + o_flat, tl.where(m_kept, b_time, 0), mask=m_token)
     tl.store(positions_ptr + o_axis + o_flat, tl.where(m_kept, b_y, 0), mask=m_token)
     tl.store(positions_ptr + 2 * o_axis + o_flat, tl.where(m_kept, b_x, 0), mask=m_token)
@@ -245,7 +240,8 @@ def rope_index(
     mask: Tensor | None,
     image_grid_thw: Tensor | None,
     video_grid_thw: Tensor | None,
-    interval: Tensor | int,
+    seconds: Tensor | None,
+    scale: int,
     merge: int,
     frames_apart: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -255,23 +251,18 @@ def rope_index(
     log2(n) cached reads a token.
     """
     n_rows, S = tokens.shape
-    n_chunks = triton.cdiv(S, CHUNK)
     n_images = 0 if image_grid_thw is None else image_grid_thw.shape[0]
     n_videos = 0 if video_grid_thw is None else video_grid_thw.shape[0]
-    n_counts = n_chunks * n_rows
+    n_counts = triton.cdiv(S, CHUNK.value) * n_rows
     tokens = tokens.contiguous()
     mask = None if mask is None else mask.contiguous()
     image_grid = tokens if image_grid_thw is None else image_grid_thw.contiguous()  # never read where there is none
     video_grid = tokens if video_grid_thw is None else video_grid_thw.contiguous()
-    spacing = interval.contiguous() if isinstance(interval, Tensor) else None
+    seconds = None if seconds is None else seconds.contiguous()
     counts = tokens.new_empty(3 * n_counts + 2 * (n_images + 1) + 2 * (n_videos + 1), dtype=torch.int64)
     positions = tokens.new_empty((3, n_rows, S), dtype=torch.int64)
     deltas = tokens.new_empty((n_rows, 1), dtype=torch.int64)
-    sizes = (S, n_chunks, n_rows, n_images, n_videos, image_token, video_token)
-    constants = {"MERGE": merge, "FRAMES_APART": frames_apart, "CHUNK": CHUNK, "SCAN": SCAN}
-    _count[(n_counts + 1,)](tokens, mask, image_grid, video_grid, counts, deltas, *sizes, **constants)
-    _place[(n_counts,)](
-        tokens, mask, image_grid, video_grid, spacing, counts, positions, deltas,
-        1 if spacing is not None else interval, *sizes, **constants,
-    )  # fmt: skip
+    sizes = (S, n_images, n_videos, image_token, video_token, merge, frames_apart)
+    _count[(n_counts + 1,)](tokens, mask, image_grid, video_grid, counts, deltas, *sizes)
+    _place[(n_counts,)](tokens, mask, image_grid, video_grid, seconds, counts, positions, deltas, scale, *sizes)
     return positions, deltas

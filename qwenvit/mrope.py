@@ -118,9 +118,9 @@ def rope_index(
             _check_beside(name, grid, tokens, (len(grid), 3))
             if grid.is_floating_point() or grid.dtype == torch.bool:
                 raise ValueError(f"{name}: expected integers, got {grid.dtype}")
-    interval = _interval(second_per_grid_ts, rules, video_grid_thw, tokens)
+    seconds, scale = _seconds(second_per_grid_ts, rules, video_grid_thw, tokens)
     merge = rules.spatial_merge_size
-    arguments = (image_grid_thw, video_grid_thw, interval, merge, rules.frames_apart)
+    arguments = (image_grid_thw, video_grid_thw, seconds, scale, merge, rules.frames_apart)
     if validate or not tokens.is_cuda:
         _look(mm_token_type_ids, attention_mask, image_grid_thw, video_grid_thw, second_per_grid_ts, merge)
     if validate and tokens.is_cuda:
@@ -180,23 +180,21 @@ def rules_of(
     return rules
 
 
-def _interval(
+def _seconds(
     seconds: Tensor | Sequence[float] | None, rules: Rules, video_grid_thw: Tensor | None, tokens: Tensor
-) -> Tensor | int:
-    """Temporal positions between frame groups, of each video or one for all, in the dtype transformers would have."""
+) -> tuple[Tensor | None, int]:
+    """Seconds between the frame groups of each video, and temporal positions a second."""
     scale = rules.tokens_per_second
     if seconds is None:
-        return 1 if scale is None else scale
+        return None, 1 if scale is None else scale
     if scale is None:
         raise ValueError("second_per_grid_ts: only qwen2_5_vl places frames by seconds; leave it out")
-    if not isinstance(seconds, Tensor):
-        interval = torch.tensor([scale * float(second) for second in seconds], dtype=torch.float32)
-        interval = interval.to(tokens.device, non_blocking=True)  # from unpinned memory: staged, no synchronisation
-    else:
-        interval = scale * seconds
-    videos = 0 if video_grid_thw is None else len(video_grid_thw)
-    _check_beside("second_per_grid_ts", interval, tokens, (videos,))
-    return interval
+    if not isinstance(seconds, Tensor):  # scaled in double precision, then rounded, as transformers does with floats
+        seconds = torch.tensor([scale * float(second) for second in seconds], dtype=torch.float32)
+        seconds = seconds.to(tokens.device, non_blocking=True)  # from unpinned memory: staged, no synchronisation
+        scale = 1
+    _check_beside("second_per_grid_ts", seconds, tokens, (0 if video_grid_thw is None else len(video_grid_thw),))
+    return seconds, scale
 
 
 def _check_tokens(name: str, tokens: Tensor) -> None:

@@ -2,8 +2,8 @@
 
 Tokens are many and runs of equal kind (text, image, video, padding) few, so all arithmetic happens on the runs, then on
 their frame groups, then on their rows of tokens; what is left for the tokens is to write down where positions jump,
-and one running sum. In numpy rather than torch, on the tensors' own memory: the run tables have some dozen entries, and
-forty torch calls on them took 350 µs where numpy takes 100.
+and one running sum. In numpy rather than torch, on the tensors' own memory: the run tables have some dozen entries, on
+which the same in torch took 350 to 480 µs a call where this takes 190 to 270, and it waits for no thread pool.
 """
 
 from typing import Any
@@ -25,7 +25,8 @@ def rope_index(
     mask: Tensor | None,
     image_grid_thw: Tensor | None,
     video_grid_thw: Tensor | None,
-    interval: Tensor | int,
+    seconds: Tensor | None,
+    scale: int,
     merge: int,
     frames_apart: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -41,6 +42,7 @@ def rope_index(
     if mask is not None:
         np.putmask(kinds, mask.cpu().reshape(-1).numpy() == 0, PADDING)
     items = {IMAGE: _items(image_grid_thw, merge, False), VIDEO: _items(video_grid_thw, merge, frames_apart)}
+    interval = scale if seconds is None else scale * seconds.cpu()  # between the frame groups of a video
     positions, deltas = _positions(kinds.reshape(tokens.shape), items, 1 if frames_apart else interval)
     return torch.from_numpy(positions).to(tokens.device), torch.from_numpy(deltas).to(tokens.device)
 
@@ -59,8 +61,8 @@ def _items(grid_thw: Tensor | None, merge: int, frames_apart: bool) -> Ints:
 def _positions(kinds: Ints, items: dict[int, Ints], interval: Tensor | int) -> tuple[Ints, Ints]:
     rows, columns = kinds.shape
     start, length, kind = _runs(kinds, items)
-    text, padding = kind == TEXT, kind == PADDING
-    if (padding & (start % columns != 0) & ((start + length) % columns != 0)).any():
+    row, text, padding = start // columns, kind == TEXT, kind == PADDING
+    if (padding[1:-1] & (row[:-2] == row[2:])).any():  # padding between kept tokens of one row
         return _closed_up(kinds, items, interval)
 
     # Every run as a grid: text and padding as one row of tokens.
@@ -80,8 +82,8 @@ def _positions(kinds: Ints, items: dict[int, Ints], interval: Tensor | int) -> t
     extent = np.maximum(h, w)
     extent[padding] = 0
     base = extent.cumsum() - extent
-    first = np.searchsorted(start, np.arange(0, kinds.size, columns))  # the first run of each row
-    base -= base[first][start // columns]
+    first = (start % columns == 0).nonzero()[0]  # the first run of each row
+    base -= base[first][row]
     base[padding] = 0
 
     # Frame groups: positions of their first tokens, and how far their last ones lie above them.
@@ -111,8 +113,7 @@ def _positions(kinds: Ints, items: dict[int, Ints], interval: Tensor | int) -> t
     step[2, at] = 1 - width
     value[:, 1:] -= (value + rise[:, run])[:, :-1]
     step[:, at[height.cumsum() - height]] = value
-    torch.from_numpy(step).cumsum_(1)  # half of numpy's time
-    return step.reshape(3, rows, columns), deltas[:, None]
+    return np.cumsum(step, axis=1, out=step).reshape(3, rows, columns), deltas[:, None]
 
 
 def _runs(kinds: Ints, items: dict[int, Ints]) -> tuple[Ints, Ints, Ints]:
@@ -137,10 +138,10 @@ def _times(number: Ints, video: Ints, frames: Ints, interval: Tensor | int) -> I
     if not isinstance(interval, Tensor):
         number[video] *= interval
     elif interval.dtype == torch.bfloat16:  # which numpy lacks
-        spaced = torch.from_numpy(number[video]) * interval.cpu().repeat_interleave(torch.from_numpy(frames))
+        spaced = torch.from_numpy(number[video]) * interval.repeat_interleave(torch.from_numpy(frames))
         number[video] = spaced.long().numpy()
     else:  # in the interval's own dtype and rounded towards zero, as transformers does
-        spacing = np.repeat(interval.cpu().numpy(), frames)
+        spacing = np.repeat(interval.numpy(), frames)
         number[video] = number[video].astype(spacing.dtype) * spacing
     return number
 

@@ -21,7 +21,9 @@ def _use_triton(impl: str, tensor: Tensor) -> bool:
 
 def _on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(tensor.device)
 
 
 def rope_index(
@@ -31,7 +33,8 @@ def rope_index(
     mask: Tensor | None,
     image_grid_thw: Tensor | None,
     video_grid_thw: Tensor | None,
-    interval: Tensor | int,
+    seconds: Tensor | None,
+    scale: int,
     merge: int,
     frames_apart: bool,
     impl: Impl = "auto",
@@ -45,7 +48,8 @@ def rope_index(
         mask: `[B, S]`, nonzero where a token counts; None for all.
         image_grid_thw: `[images, 3]` integers in patches, in order of appearance; None for none.
         video_grid_thw: `[videos, 3]`, likewise.
-        interval: temporal positions between a video's frame groups, `[videos]` or one for all.
+        seconds: `[videos]` between a video's frame groups, of any real dtype; None for 1 each.
+        scale: temporal positions a second.
         merge: patches merged into one token, along each side.
         frames_apart: whether text stands between a video's frame groups, so that each is placed like an image.
         impl: `"triton"` trusts its inputs; `"reference"` looks at them and raises ValueError where they disagree.
@@ -53,7 +57,8 @@ def rope_index(
     Returns:
         Positions `[3, B, S]` (temporal, height, width) and deltas `[B, 1]`, int64, on the device of `tokens`.
     """
-    arguments = (tokens, image_token, video_token, mask, image_grid_thw, video_grid_thw, interval, merge, frames_apart)
+    grids = (image_grid_thw, video_grid_thw)
+    arguments = (tokens, image_token, video_token, mask, *grids, seconds, scale, merge, frames_apart)
     if not _use_triton(impl, tokens):
         return mrope_host.rope_index(*arguments)
     from qwenvit.kernels.rope_index import rope_index as launch  # triton is there on Linux alone, and slow to import
