@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-CHUNK = tl.constexpr(256)
+CHUNK = 256
 """Tokens a program. GPU time of both launches on an H200, 8k to 32k tokens: 128: 9–12 µs, 256: 10–13, 512: 13–16,
 1024: 18–22; but the sum over earlier chunks grows with their square, so not the smallest."""
-SCAN = tl.constexpr(128)
+SCAN = 128
 """Chunk counts, grids or rows read at a time by the loops over them."""
 
 
@@ -29,6 +29,7 @@ def _tabulate(
     table_ptr,  # int64, shape (2, n + 1): tokens, and extents, of the items before each item
     MERGE: tl.constexpr,
     FRAMES_APART: tl.constexpr,
+    SCAN: tl.constexpr,
 ):
     tokens = tl.zeros([], tl.int64)
     extent = tl.zeros([], tl.int64)
@@ -86,6 +87,8 @@ def _count(
     video_token,
     MERGE: tl.constexpr,
     FRAMES_APART: tl.constexpr,
+    CHUNK: tl.constexpr = CHUNK,
+    SCAN: tl.constexpr = SCAN,
 ):
     i_chunk = tl.program_id(0)
     n_chunks = tl.cdiv(S, CHUNK)
@@ -104,8 +107,8 @@ def _count(
     else:
         image_table_ptr = counts_ptr + 3 * n_counts
         video_table_ptr = image_table_ptr + 2 * (n_images + 1)
-        _tabulate(image_grid_ptr, n_images, image_table_ptr, MERGE, False)
-        _tabulate(video_grid_ptr, n_videos, video_table_ptr, MERGE, FRAMES_APART)
+        _tabulate(image_grid_ptr, n_images, image_table_ptr, MERGE, False, SCAN)
+        _tabulate(video_grid_ptr, n_videos, video_table_ptr, MERGE, FRAMES_APART, SCAN)
         for i_first in range(0, n_rows, SCAN):
             o_row = i_first + tl.arange(0, SCAN)
             tl.store(deltas_ptr + o_row, tl.full([SCAN], -(2**63), tl.int64), mask=o_row < n_rows)
@@ -162,6 +165,8 @@ def _place(
     video_token,
     MERGE: tl.constexpr,
     FRAMES_APART: tl.constexpr,
+    CHUNK: tl.constexpr = CHUNK,
+    SCAN: tl.constexpr = SCAN,
 ):
     i_chunk = tl.program_id(0)
     n_chunks = tl.cdiv(S, CHUNK)
@@ -210,10 +215,14 @@ def _place(
 
     if FRAMES_APART:
         b_time = b_vfr * 0
-    elif seconds_ptr is not None:  # each product rounded in the dtype of the seconds, as in transformers
+    elif seconds_ptr is not None:  # both products in torch's own type promotion and rounding, as in transformers
         b_seconds = tl.load(seconds_ptr + b_vid, mask=m_video & (b_vid < n_videos), other=0)
-        b_interval = b_seconds * scale.to(b_seconds.dtype)
-        b_time = (b_vfr.to(b_seconds.dtype) * b_interval).to(tl.int64)
+        if b_seconds.dtype.is_floating():
+            high: tl.constexpr = tl.float64 if b_seconds.dtype == tl.float64 else tl.float32
+            b_interval = (b_seconds.to(high) * scale.to(high)).to(b_seconds.dtype)
+            b_time = (b_vfr.to(b_seconds.dtype).to(high) * b_interval.to(high)).to(b_seconds.dtype).to(tl.int64)
+        else:
+            b_time = b_vfr * (b_seconds * scale.to(b_seconds.dtype))
     else:
         b_time = b_vfr * scale
     b_time = b_start + tl.where(m_image, b_ifr, tl.where(m_video, b_time, 0))
@@ -253,7 +262,7 @@ def rope_index(
     n_rows, S = tokens.shape
     n_images = 0 if image_grid_thw is None else image_grid_thw.shape[0]
     n_videos = 0 if video_grid_thw is None else video_grid_thw.shape[0]
-    n_counts = triton.cdiv(S, CHUNK.value) * n_rows
+    n_counts = -(-S // CHUNK) * n_rows
     tokens = tokens.contiguous()
     mask = None if mask is None else mask.contiguous()
     image_grid = tokens if image_grid_thw is None else image_grid_thw.contiguous()  # never read where there is none

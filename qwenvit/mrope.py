@@ -99,24 +99,23 @@ def rope_index(
             values are looked at) token types other than 0, 1, 2 and grids that do not stand for the tokens there are.
     """
     rules = rules_of(family, tokens_per_second, image_token_id, video_token_id, spatial_merge_size)
-    if mm_token_type_ids is None:
-        tokens, (image_token, video_token) = input_ids, (rules.image_token_id, rules.video_token_id)
-        if tokens is None:
-            raise ValueError("input_ids: expected them or mm_token_type_ids, got neither")
-        _check_tokens("input_ids", tokens)
+    if input_ids is not None:
+        _check_tokens("input_ids", input_ids)
+    if mm_token_type_ids is not None:
+        _check_tokens("mm_token_type_ids", mm_token_type_ids)
+        if input_ids is not None:
+            _check_beside("mm_token_type_ids", mm_token_type_ids, input_ids, input_ids.shape)
+        tokens, image_token, video_token = mm_token_type_ids, *TYPES
+    elif input_ids is not None:
+        tokens, image_token, video_token = input_ids, rules.image_token_id, rules.video_token_id
     else:
-        tokens, (image_token, video_token) = mm_token_type_ids, TYPES
-        _check_tokens("mm_token_type_ids", tokens)
-        if input_ids is not None and input_ids.shape != tokens.shape:
-            raise ValueError(
-                f"mm_token_type_ids: expected the shape of input_ids, {list(input_ids.shape)}, got {list(tokens.shape)}"
-            )
+        raise ValueError("input_ids: expected them or mm_token_type_ids, got neither")
     if attention_mask is not None:
         _check_beside("attention_mask", attention_mask, tokens, tokens.shape)
     for name, grid in (("image_grid_thw", image_grid_thw), ("video_grid_thw", video_grid_thw)):
         if grid is not None:
-            _check_beside(name, grid, tokens, (len(grid), 3))
-            if grid.is_floating_point() or grid.dtype == torch.bool:
+            _check_beside(name, grid, tokens, (*getattr(grid, "shape", ())[:1], 3))
+            if not _holds_integers(grid):
                 raise ValueError(f"{name}: expected integers, got {grid.dtype}")
     seconds, scale = _seconds(second_per_grid_ts, rules, video_grid_thw, tokens)
     merge = rules.spatial_merge_size
@@ -169,9 +168,11 @@ def rules_of(
     stated |= {key: value for key, value in asked.items() if value is not None}
     if not (stated := {key: value for key, value in stated.items() if value is not None}):
         return rules
-    for key in ("tokens_per_second", "spatial_merge_size"):
-        if key in stated:
-            positive_integer(key, stated[key])
+    for key, value in stated.items():
+        if key in ("tokens_per_second", "spatial_merge_size"):
+            positive_integer(key, value)
+        elif not isinstance(value, int) or isinstance(value, bool):
+            raise ValueError(f"{key}: expected an integer, got {value!r}")
     rules = replace(rules, **stated)  # type: ignore[arg-type]  # keys are field names, values integers
     if rules.image_token_id == rules.video_token_id:
         raise ValueError(
@@ -190,17 +191,23 @@ def _seconds(
     if scale is None:
         raise ValueError("second_per_grid_ts: only qwen2_5_vl places frames by seconds; leave it out")
     if not isinstance(seconds, Tensor):  # scaled in double precision, then rounded, as transformers does with floats
-        seconds = torch.tensor([scale * float(second) for second in seconds], dtype=torch.float32)
+        if not isinstance(seconds, Sequence) or not all(isinstance(second, int | float) for second in seconds):
+            raise TypeError(f"second_per_grid_ts: expected a tensor or a sequence of numbers, got {seconds!r}")
+        seconds = torch.tensor([scale * second for second in seconds], dtype=torch.float32)
         seconds = seconds.to(tokens.device, non_blocking=True)  # from unpinned memory: staged, no synchronisation
         scale = 1
     _check_beside("second_per_grid_ts", seconds, tokens, (0 if video_grid_thw is None else len(video_grid_thw),))
     return seconds, scale
 
 
+def _holds_integers(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+
+
 def _check_tokens(name: str, tokens: Tensor) -> None:
     if not isinstance(tokens, Tensor):
         raise TypeError(f"{name}: expected a tensor [batch, sequence], got {type(tokens).__name__}")
-    if tokens.ndim != 2 or not tokens.numel() or tokens.is_floating_point() or tokens.dtype == torch.bool:
+    if tokens.ndim != 2 or not tokens.numel() or not _holds_integers(tokens):
         raise ValueError(
             f"{name}: expected integers [batch, sequence], at least one, got {list(tokens.shape)} {tokens.dtype}"
         )

@@ -58,7 +58,10 @@ def _items(grid_thw: Tensor | None, merge: int, frames_apart: bool) -> Ints:
     return items
 
 
-def _positions(kinds: Ints, items: dict[int, Ints], interval: Tensor | int) -> tuple[Ints, Ints]:
+def _positions(
+    kinds: Ints, items: dict[int, Ints], interval: Tensor | int, given: Ints | None = None
+) -> tuple[Ints, Ints]:
+    """Positions and deltas of `kinds`; errors count in the rows as `given`, where these were moved together."""
     rows, columns = kinds.shape
     start, length, kind = _runs(kinds, items)
     row, text, padding = start // columns, kind == TEXT, kind == PADDING
@@ -71,12 +74,12 @@ def _positions(kinds: Ints, items: dict[int, Ints], interval: Tensor | int) -> t
     for which, sizes in items.items():
         of_kind = kind == which
         if np.count_nonzero(of_kind) != len(sizes):
-            raise ValueError(_misfit(kinds, which, sizes))
+            raise ValueError(_misfit(kinds if given is None else given, which, sizes))
         grid[:, of_kind] = sizes.T
     t, h, w = grid
     if (misfit := t * h * w != length).any():
         which = int(kind[misfit.argmax()])
-        raise ValueError(_misfit(kinds, which, items[which]))
+        raise ValueError(_misfit(kinds if given is None else given, which, items[which]))
 
     # Where each run starts: after the runs before it in its row, each as long as its longer side.
     extent = np.maximum(h, w)
@@ -142,14 +145,15 @@ def _times(number: Ints, video: Ints, frames: Ints, interval: Tensor | int) -> I
         number[video] = spaced.long().numpy()
     else:  # in the interval's own dtype and rounded towards zero, as transformers does
         spacing = np.repeat(interval.numpy(), frames)
-        number[video] = number[video].astype(spacing.dtype) * spacing
+        floating = np.issubdtype(spacing.dtype, np.floating)
+        number[video] = number[video].astype(spacing.dtype if floating else np.int64) * spacing
     return number
 
 
 def _closed_up(kinds: Ints, items: dict[int, Ints], interval: Tensor | int) -> tuple[Ints, Ints]:
     """Rows with masked tokens between kept ones: moved together, placed, and spread out again."""
     order = np.argsort(kinds == PADDING, axis=1, kind="stable")
-    positions, deltas = _positions(np.take_along_axis(kinds, order, axis=1), items, interval)
+    positions, deltas = _positions(np.take_along_axis(kinds, order, axis=1), items, interval, given=kinds)
     spread = np.zeros_like(positions)
     np.put_along_axis(spread, order[None], positions, axis=2)
     return spread, deltas
@@ -158,14 +162,16 @@ def _closed_up(kinds: Ints, items: dict[int, Ints], interval: Tensor | int) -> t
 def _misfit(kinds: Ints, which: int, sizes: Ints) -> str:
     """What to tell the user about grids that are not those of the tokens."""
     name, size = NAMES[which], sizes.prod(axis=1)
-    places = (kinds.reshape(-1) == which).nonzero()[0]
+    kept = (kinds.reshape(-1) != PADDING).nonzero()[0]
+    ranks = (kinds.reshape(-1)[kept] == which).nonzero()[0]
+    places = kept[ranks]
     if size.sum() != len(places):
         return (
             f"{name}_grid_thw: its grids stand for {size.sum()} {name} tokens, the sequences hold {len(places)} "
             "(tokens that attention_mask leaves out do not count)"
         )
-    runs_on = np.diff(places, append=-1) == 1
-    runs_on &= (places + 1) % kinds.shape[1] != 0
+    rows = places // kinds.shape[1]
+    runs_on = (np.diff(ranks, append=-1) == 1) & (np.diff(rows, append=-1) == 0)
     runs_on[size.cumsum() - 1] = True
     broken = int((~runs_on).argmax())
     item = int(np.searchsorted(size.cumsum(), broken, side="right"))

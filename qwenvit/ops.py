@@ -4,7 +4,10 @@
 choice never falls back. (Triton's interpreter, `TRITON_INTERPRET=1`, runs `impl="triton"` on CPU tensors.)
 """
 
+import functools
+import importlib
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +20,12 @@ def _use_triton(impl: str, tensor: Tensor) -> bool:
     if impl not in ("auto", "triton", "reference"):
         raise ValueError(f"impl: expected 'auto', 'triton' or 'reference', got {impl!r}")
     return impl == "triton" or (impl == "auto" and tensor.is_cuda)
+
+
+@functools.cache
+def _kernels(name: str) -> Any:
+    """A module of kernels, imported at its first use: triton is there on Linux alone, and slow to import."""
+    return importlib.import_module(f"qwenvit.kernels.{name}")
 
 
 def _on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
@@ -61,7 +70,5 @@ def rope_index(
     arguments = (tokens, image_token, video_token, mask, *grids, seconds, scale, merge, frames_apart)
     if not _use_triton(impl, tokens):
         return mrope_host.rope_index(*arguments)
-    from qwenvit.kernels.rope_index import rope_index as launch  # triton is there on Linux alone, and slow to import
-
     with _on_device_of(tokens):
-        return launch(*arguments)
+        return _kernels("rope_index").rope_index(*arguments)
