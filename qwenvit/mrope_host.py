@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Ints = NDArray[Any]
+Interval = NDArray[Any] | Tensor | int
 TEXT, IMAGE, VIDEO, PADDING = range(4)
 NAMES = {IMAGE: "image", VIDEO: "video"}
 
@@ -42,9 +43,17 @@ def rope_index(
     if mask is not None:
         np.putmask(kinds, mask.cpu().reshape(-1).numpy() == 0, PADDING)
     items = {IMAGE: _items(image_grid_thw, merge, False), VIDEO: _items(video_grid_thw, merge, frames_apart)}
-    interval = scale if seconds is None else scale * seconds.cpu()  # between the frame groups of a video
-    positions, deltas = _positions(kinds.reshape(tokens.shape), items, 1 if frames_apart else interval)
+    positions, deltas = _positions(kinds.reshape(tokens.shape), items, _interval(seconds, scale))
     return torch.from_numpy(positions).to(tokens.device), torch.from_numpy(deltas).to(tokens.device)
+
+
+def _interval(seconds: Tensor | None, scale: int) -> Interval:
+    """Temporal positions between the frame groups of each video, or of all."""
+    if seconds is None:
+        return scale
+    if seconds.dtype in (torch.float32, torch.float64):
+        return seconds.cpu().numpy() * scale
+    return seconds.cpu() * scale  # torch's own promotion and rounding; numpy has no bfloat16
 
 
 def _items(grid_thw: Tensor | None, merge: int, frames_apart: bool) -> Ints:
@@ -58,9 +67,7 @@ def _items(grid_thw: Tensor | None, merge: int, frames_apart: bool) -> Ints:
     return items
 
 
-def _positions(
-    kinds: Ints, items: dict[int, Ints], interval: Tensor | int, given: Ints | None = None
-) -> tuple[Ints, Ints]:
+def _positions(kinds: Ints, items: dict[int, Ints], interval: Interval, given: Ints | None = None) -> tuple[Ints, Ints]:
     """Positions and deltas of `kinds`; errors count in the rows as `given`, where these were moved together."""
     rows, columns = kinds.shape
     start, length, kind = _runs(kinds, items)
@@ -95,7 +102,7 @@ def _positions(
     value = np.empty((3, len(run)), np.int64)
     value[:] = base[run]
     number = np.arange(len(run)) - (last - t + 1)[run]  # of each frame group in its item
-    if len(items[VIDEO]):
+    if len(items[VIDEO]) and len(run) > len(kind):
         number = _times(number, kind[run] == VIDEO, t[kind == VIDEO], interval)
     value[0] += number
     rise = grid - 1
@@ -136,21 +143,19 @@ def _runs(kinds: Ints, items: dict[int, Ints]) -> tuple[Ints, Ints, Ints]:
     return edges[:-1], np.diff(edges), flat[edges[:-1]]
 
 
-def _times(number: Ints, video: Ints, frames: Ints, interval: Tensor | int) -> Ints:
+def _times(number: Ints, video: Ints, frames: Ints, interval: Interval) -> Ints:
     """Temporal place of each frame group in its item: its number, times the interval of its video."""
-    if not isinstance(interval, Tensor):
+    if isinstance(interval, int):
         number[video] *= interval
-    elif interval.dtype == torch.bfloat16:  # which numpy lacks
+    elif isinstance(interval, Tensor):
         spaced = torch.from_numpy(number[video]) * interval.repeat_interleave(torch.from_numpy(frames))
         number[video] = spaced.long().numpy()
     else:  # in the interval's own dtype and rounded towards zero, as transformers does
-        spacing = np.repeat(interval.numpy(), frames)
-        floating = np.issubdtype(spacing.dtype, np.floating)
-        number[video] = number[video].astype(spacing.dtype if floating else np.int64) * spacing
+        number[video] = number[video].astype(interval.dtype) * np.repeat(interval, frames)
     return number
 
 
-def _closed_up(kinds: Ints, items: dict[int, Ints], interval: Tensor | int) -> tuple[Ints, Ints]:
+def _closed_up(kinds: Ints, items: dict[int, Ints], interval: Interval) -> tuple[Ints, Ints]:
     """Rows with masked tokens between kept ones: moved together, placed, and spread out again."""
     order = np.argsort(kinds == PADDING, axis=1, kind="stable")
     positions, deltas = _positions(np.take_along_axis(kinds, order, axis=1), items, interval, given=kinds)

@@ -28,11 +28,10 @@ QUEUE = 4096
 
 
 def contenders(family: str, inputs: dict[str, torch.Tensor]) -> dict[str, Callable[[], tuple[torch.Tensor, ...]]]:
-    theirs = transformers_rope_index(family)
     keyed = {key: value for key, value in inputs.items() if key != "input_ids"}
     return {
         "qwenvit": lambda: qwenvit.rope_index(family=family, **keyed),
-        "transformers": lambda: theirs(**inputs),
+        "transformers": lambda: transformers_rope_index(family, **inputs),
         "numpy": lambda: numpy_rope_index(family, inputs),
     }
 

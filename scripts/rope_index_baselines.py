@@ -1,7 +1,7 @@
 """What `qwenvit.rope_index` is measured against: transformers' function, a numpy version, and the set-ups of both."""
 
 import functools
-from collections.abc import Callable
+import importlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,19 +12,16 @@ from torchvision_cpu import define_torchvision_schemas
 
 define_torchvision_schemas()  # before transformers imports torchvision
 
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel  # noqa: E402
-from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel  # noqa: E402
-from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5Model  # noqa: E402
-from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel  # noqa: E402
-
-MODELS: dict[str, Any] = {
-    "qwen2_vl": Qwen2VLModel,
-    "qwen2_5_vl": Qwen2_5_VLModel,
-    "qwen3_vl": Qwen3VLModel,
-    "qwen3_5": Qwen3_5Model,
+MODELS = {
+    "qwen2_vl": "Qwen2VLModel",
+    "qwen2_5_vl": "Qwen2_5_VLModel",
+    "qwen3_vl": "Qwen3VLModel",
+    "qwen3_vl_moe": "Qwen3VLMoeModel",
+    "qwen3_5": "Qwen3_5Model",
 }
-FRAMES_APART = ("qwen3_vl", "qwen3_5")
-TOKEN_IDS = {name: (248056, 248057) if name == "qwen3_5" else (151655, 151656) for name in MODELS}
+"""transformers' class of each family that has the function."""
+FRAMES_APART = ("qwen3_vl", "qwen3_vl_moe", "qwen3_5")
+"""Families whose videos carry a timestamp before each frame group."""
 SETUPS = {  # rows, tokens a row, images and videos of the batch, frame groups of a video
     "mixed": (2, 4096, 8, 2, 8),
     "batch": (4, 8192, 16, 4, 8),
@@ -32,8 +29,8 @@ SETUPS = {  # rows, tokens a row, images and videos of the batch, frame groups o
 }
 
 
-def setup(name: str, family: str, seed: int = 0) -> dict[str, Tensor]:
-    """Inputs as a processor returns them: shuffled images and videos of many sizes, the last rows right-padded.
+def setup(name: str, family: str, seed: int = 0, padding: str = "right") -> dict[str, Tensor]:
+    """Inputs as a processor returns them: shuffled images and videos of many sizes, the last rows padded.
 
     Vision tokens are about 85 % of a row; a few text tokens lie between them, and timestamps between frame groups
     where the family has them.
@@ -61,9 +58,11 @@ def setup(name: str, family: str, seed: int = 0) -> dict[str, Tensor]:
         at += 40
         if row >= rows / 2:  # the shorter half of a batch is padded
             mask[row, at:] = 0
+            if padding == "left":
+                types[row], mask[row] = (np.roll(array[row], length - at) for array in (types, mask))
     ids = rng.integers(1000, 100_000, (rows, length))
     for kind in grids:
-        ids[types == kind] = TOKEN_IDS[family][kind - 1]
+        ids[types == kind] = vision_ids(family)[kind - 1]
     inputs = {
         "input_ids": torch.from_numpy(ids),
         "mm_token_type_ids": torch.from_numpy(types),
@@ -77,19 +76,39 @@ def setup(name: str, family: str, seed: int = 0) -> dict[str, Tensor]:
     return inputs
 
 
+def vision_ids(family: str) -> tuple[int, int]:
+    """The published ids of image and video tokens."""
+    return (248056, 248057) if family == "qwen3_5" else (151655, 151656)
+
+
+@functools.cache
+def model_class(family: str) -> Any:
+    """transformers' class that has the family's `get_rope_index`."""
+    return getattr(importlib.import_module(f"transformers.models.{family}.modeling_{family}"), MODELS[family])
+
+
 def transformers_rope_index(
-    family: str, spatial_merge_size: int = 2, tokens_per_second: int = 2
-) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The installed transformers' own `get_rope_index`, without building a model around it."""
-    model = MODELS[family]
-    vision = SimpleNamespace(spatial_merge_size=spatial_merge_size, tokens_per_second=tokens_per_second)
-    stand_in = SimpleNamespace(config=SimpleNamespace(vision_config=vision))
-    stand_in.get_vision_position_ids = functools.partial(model.get_vision_position_ids, stand_in)
-    return functools.partial(model.get_rope_index, stand_in)
+    family: str,
+    *,
+    input_ids: Tensor | None = None,
+    mm_token_type_ids: Tensor,
+    merge: int = 2,
+    tokens_per_second: int = 2,
+    **inputs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Positions and deltas by transformers' own function, which reads from its model no more than given here."""
+    model = model_class(family)
+    vision_config = SimpleNamespace(spatial_merge_size=merge, tokens_per_second=tokens_per_second)
+    this = SimpleNamespace(
+        config=SimpleNamespace(vision_config=vision_config),
+        get_vision_position_ids=functools.partial(model.get_vision_position_ids, None),
+    )
+    input_ids = mm_token_type_ids if input_ids is None else input_ids  # of which it takes shape and dtype alone
+    return model.get_rope_index(this, input_ids=input_ids, mm_token_type_ids=mm_token_type_ids, **inputs)
 
 
 def numpy_rope_index(
-    family: str, inputs: dict[str, Tensor], spatial_merge_size: int = 2, tokens_per_second: int = 2
+    family: str, inputs: dict[str, Tensor], merge: int = 2, tokens_per_second: int = 2
 ) -> tuple[Tensor, Tensor]:
     """The same on the host: everything pulled in one copy, numpy by runs of equal tokens, one copy back."""
     types = inputs["mm_token_type_ids"]
@@ -121,7 +140,7 @@ def numpy_rope_index(
                 top = max(top, start)
                 continue
             t, h, w = next(grids[kind])
-            h, w = h // spatial_merge_size, w // spatial_merge_size
+            h, w = h // merge, w // merge
             time = np.arange(t) * (interval if kind == 2 else 1) + start
             side = np.arange(start, start + max(h, w))
             place[0, first:last].reshape(t, h * w)[:] = time[:, None]

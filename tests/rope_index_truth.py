@@ -1,67 +1,21 @@
-"""What the rope index is held to: transformers' own function, a token-by-token reading, and sequences to compare on.
+"""What the rope index is held to beside transformers: a token-by-token reading, and sequences to compare on.
 
 Nothing here comes from qwenvit, so that a mistake there cannot hide in its own expectation.
 """
 
-import functools
-import importlib
-import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Any
 
 import torch
+from rope_index_baselines import FRAMES_APART, vision_ids
 from torch import Tensor
 
-MODELS = {
-    "qwen2_vl": "Qwen2VLModel",
-    "qwen2_5_vl": "Qwen2_5_VLModel",
-    "qwen3_vl": "Qwen3VLModel",
-    "qwen3_vl_moe": "Qwen3VLMoeModel",
-    "qwen3_5": "Qwen3_5Model",
-}
-"""transformers' class of each family that has the function."""
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
-FRAMES_APART = ("qwen3_vl", "qwen3_vl_moe", "qwen3_5")
-"""Families whose videos carry a timestamp before each frame group."""
 TEXT_IDS = 150_000
 """Ids below this stand for text in every family."""
 
 Size = tuple[int, int, int]
 Row = Sequence[tuple[str, int | Size]]
-
-
-def vision_ids(family: str) -> tuple[int, int]:
-    """The published ids of image and video tokens."""
-    return (248056, 248057) if family == "qwen3_5" else (151655, 151656)
-
-
-@functools.cache
-def model_class(family: str) -> Any:
-    """transformers' class that has the family's `get_rope_index`."""
-    return getattr(importlib.import_module(f"transformers.models.{family}.modeling_{family}"), MODELS[family])
-
-
-def transformers_rope_index(
-    family: str,
-    *,
-    input_ids: Tensor | None = None,
-    mm_token_type_ids: Tensor,
-    merge: int = 2,
-    tokens_per_second: int = 2,
-    **inputs: Any,
-) -> tuple[Tensor, Tensor]:
-    """Positions and deltas by transformers' own function, which reads from its model no more than given here."""
-    model = model_class(family)
-    vision_config = SimpleNamespace(spatial_merge_size=merge, tokens_per_second=tokens_per_second)
-    this = SimpleNamespace(
-        config=SimpleNamespace(vision_config=vision_config),
-        get_vision_position_ids=functools.partial(model.get_vision_position_ids, None),
-    )
-    input_ids = mm_token_type_ids if input_ids is None else input_ids  # of which it takes shape and dtype alone
-    return model.get_rope_index(this, input_ids=input_ids, mm_token_type_ids=mm_token_type_ids, **inputs)
 
 
 def brute_force(
@@ -218,59 +172,3 @@ def random_rows(integer: Callable[[int, int], int], *, touching: bool = False, m
             row.append((what, (frames, merge * integer(1, 5), merge * integer(1, 5))))
         rows.append(row)
     return rows
-
-
-@dataclass(frozen=True)
-class SetUp:
-    """A batch of realistic size; images and videos are counted per row, sides are in patches."""
-
-    rows: int
-    length: int
-    images: int
-    videos: int
-    frames: int
-    image_sides: tuple[int, ...] = ()
-    video_sides: tuple[int, ...] = (16, 18, 20)
-
-
-SET_UPS = {
-    "mixed": SetUp(2, 4096, images=4, videos=1, frames=8, image_sides=(16, 22, 28, 34, 40)),
-    "batch": SetUp(4, 8192, images=4, videos=1, frames=16, image_sides=(32, 38, 44, 50, 56)),
-    "video": SetUp(1, 16384, images=0, videos=8, frames=16),
-}
-"""8 images + 2 videos; 16 + 4; 8 videos."""
-
-
-def setup(name: str, family: str, seed: int = 0, padding: str = "left") -> dict[str, Tensor]:
-    """Inputs of `rope_index` as a processor gives them for one of `SET_UPS`: the first row full, the others shorter."""
-    rng = random.Random(seed)
-    shape = SET_UPS[name]
-    rows = []
-    for i_row in range(shape.rows):
-        items: list[tuple[str, Size]] = [
-            ("image", (1, rng.choice(shape.image_sides), rng.choice(shape.image_sides))) for _ in range(shape.images)
-        ]
-        items += [
-            ("video", (shape.frames, rng.choice(shape.video_sides), rng.choice(shape.video_sides)))
-            for _ in range(shape.videos)
-        ]
-        rng.shuffle(items)
-        length = shape.length - (rng.randint(1, shape.length // 8) if i_row else 0)
-        rows.append(_with_text(items, length, family, rng))
-    inputs = sequence(rows, family, padding=padding, length=shape.length, junk=False, timestamps=(7, 7), seed=seed)
-    if family == "qwen2_5_vl":
-        inputs["second_per_grid_ts"] = torch.ones(shape.rows * shape.videos)
-    return {key: value for key, value in inputs.items() if value is not None}
-
-
-def _with_text(items: Sequence[tuple[str, Size]], length: int, family: str, rng: random.Random) -> Row:
-    """A row of `length` tokens: the items with random lengths of text before, between and after them."""
-    vision = sum(t * h * w // 4 for _, (t, h, w) in items)
-    stamps = sum(7 * (t - 1) for what, (t, _, _) in items if what == "video" and family in FRAMES_APART)
-    text = length - vision - stamps
-    cuts = sorted(rng.sample(range(1, text), len(items)))
-    texts = [after - before for before, after in itertools.pairwise([0, *cuts, text])]
-    row: list[tuple[str, int | Size]] = [("text", texts[0])]
-    for item, words in zip(items, texts[1:], strict=True):
-        row += [item, ("text", words)]
-    return row

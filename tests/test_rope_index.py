@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from rope_index_truth import FAMILIES, SET_UPS, same, sequence, setup, transformers_rope_index, vision_ids
+from rope_index_baselines import SETUPS, setup, transformers_rope_index, vision_ids
+from rope_index_truth import FAMILIES, same, sequence
 from towers import FULL
 
 from qwenvit import rope_index
@@ -39,7 +40,7 @@ def agree(family, inputs, **scale):
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
-@pytest.mark.parametrize("name", SET_UPS)
+@pytest.mark.parametrize("name", SETUPS)
 def test_batches_of_realistic_size(family, name, padding):
     agree(family, setup(name, family, padding=padding))
 

@@ -4,7 +4,8 @@ import random
 
 import pytest
 import torch
-from rope_index_truth import FAMILIES, SET_UPS, brute_force, random_rows, same, sequence, setup
+from rope_index_baselines import SETUPS, setup
+from rope_index_truth import FAMILIES, brute_force, random_rows, same, sequence
 
 from qwenvit import rope_index
 
@@ -55,7 +56,7 @@ def on_gpu(inputs):
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
-@pytest.mark.parametrize("name", SET_UPS)
+@pytest.mark.parametrize("name", SETUPS)
 def test_batches_of_realistic_size(family, name, padding):
     inputs = setup(name, family, padding=padding)
     got = rope_index(family=family, **on_gpu(inputs))

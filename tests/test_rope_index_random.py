@@ -4,7 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rope_index_truth import FAMILIES, brute_force, random_rows, same, sequence, transformers_rope_index
+from rope_index_baselines import transformers_rope_index
+from rope_index_truth import FAMILIES, brute_force, random_rows, same, sequence
 
 from qwenvit import rope_index
 

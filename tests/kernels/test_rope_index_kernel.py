@@ -7,7 +7,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from rope_index_truth import FAMILIES, FRAMES_APART, TEXT_IDS, brute_force, random_rows, same, sequence, vision_ids
+from rope_index_baselines import FRAMES_APART, vision_ids
+from rope_index_truth import FAMILIES, TEXT_IDS, brute_force, random_rows, same, sequence
 
 from qwenvit import ops
 
@@ -16,7 +17,7 @@ kernels = importlib.import_module("qwenvit.kernels.rope_index")
 CHUNK, SCAN = (int(getattr(size, "value", size)) for size in (kernels.CHUNK, kernels.SCAN))
 """The kernels' own; sizes here lie on both sides of them."""
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-GUARD, POISON = 1024, -(2**50) - 7
+GUARD, POISON = 1024, 2**50 + 7  # above every position and delta: maxima keep it
 
 
 @pytest.fixture(params=["qwen2_5_vl", "qwen3_vl"])
@@ -167,6 +168,8 @@ def test_dtypes_and_strides(family):
     types, mask = inputs["mm_token_type_ids"], inputs["attention_mask"]
     for dtype in (torch.bool, torch.uint8, torch.int32, torch.float32, torch.bfloat16):
         same(kernel(family, inputs, attention_mask=mask.to(dtype)), expected)
+    for kept in (2, -1, 0.5):  # any value but 0
+        same(kernel(family, inputs, attention_mask=mask * kept), expected)
     for dtype in (torch.uint8, torch.int8, torch.int32):
         same(kernel(family, inputs, mm_token_type_ids=types.to(dtype)), expected)
     same(kernel(family, inputs, mm_token_type_ids=None), expected)
