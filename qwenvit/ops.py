@@ -184,8 +184,8 @@ def activation_(x: Tensor, act: str, impl: Impl = "auto") -> Tensor:
 def swiglu(x: Tensor, gate_up_weight: Tensor, gate_up_bias: Tensor | None, impl: Impl = "auto") -> Tensor:
     """silu(gate) · up of one projection with alternating rows (`qwenvit.packing.pack_gate_up`; arXiv:2002.05202).
 
-    16-bit tensors go through one kernel: it reads S·C + 2·I·C elements and writes S·I. float32 goes through cuBLAS
-    and `swiglu_pass`, 4·S·I elements more. 4·S·C·I FLOPs.
+    16-bit tensors go through one kernel where it wins (see `qwenvit.kernels.mlp`): it reads S·C + 2·I·C elements and
+    writes S·I. Others go through cuBLAS and `swiglu_pass`, 4·S·I elements more. 4·S·C·I FLOPs.
 
     Args:
         x: `[S, C]`, contiguous, bfloat16, float16 or float32.

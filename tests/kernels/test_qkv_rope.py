@@ -103,14 +103,14 @@ def test_op_agrees_with_fp64(dtype, impl, interleaved):
 def test_fused_kernel_at_any_shape(M, H, D, K, group, tma, with_bias):
     """Tiles that end outside, that mix K and V, and both ways of loading."""
     if 3 * H * D % math.lcm(D, group):
-        group = kernel.fused_config(3 * H * D, D)[1]
+        group = kernel.group_of(3 * H * D, D)
     x, weight, bias, cos, sin = problem(M, H, D, K, torch.float16 if ON_GPU else torch.float32, seed=M)
     bias = bias if with_bias else None
     expected = truth(x, weight, bias, cos, sin, H)
     cos[:, D // 2 :] = sin[:, D // 2 :] = float("nan")  # the second half is not read
     with pytest.MonkeyPatch.context() as patch:
         if not tma:
-            patch.setattr(kernel, "has_tma", lambda _: False)
+            patch.setattr(kernel, "uses_tma", lambda *_: False)
         poison(M, 3 * H * D, dtype=x.dtype)
         got = kernel.project_and_rotate(x, weight, bias, cos, sin, H, SMALL, group)
     assert error(got, expected) <= (1e-3 if ON_GPU else 1e-6)
@@ -165,10 +165,9 @@ def test_models_own_shapes(D, K, H, dtype):
         got = [ops.qkv_rope(x, weight, bias, cos, sin, H)]
         if dtype != torch.float32:
             poison(M, 3 * H * D, dtype=dtype)
-            tile, group = kernel.fused_config(3 * H * D, D)
-            got += [kernel.project_and_rotate(x, weight, bias, cos, sin, H, tile, group) for _ in range(2)]
+            got += [kernel.project_and_rotate(x, weight, bias, cos, sin, H) for _ in range(2)]
             assert torch.equal(got[1], got[2])
-            alone = kernel.project_and_rotate(x[:1], weight, bias, cos[:1], sin[:1], H, tile, group)
+            alone = kernel.project_and_rotate(x[:1], weight, bias, cos[:1], sin[:1], H)
             assert torch.equal(alone, got[1][:1])
         for y in got:
             assert error(y, expected) <= limit
