@@ -158,7 +158,7 @@ def fused_wins(x: Tensor, weight: Tensor, act: str) -> bool:
 
     SwiGLU does where rounds are 80 % full (8 of 8 cases, M = 1024 to 16384: 1.14 to 1.22 times) and not below (M = 256
     and 784: 0.88 to 0.91). The plain activations, whose pass costs less, want a single round to be 95 % full (0.94 to
-    0.99 at 85 and 90 %, 1.15 at 97 %) and several to be 80 % full (20 cases: 0.99 to 1.22 times; of 10 below, 0.73 to
+    0.99 at 85 and 90 %, 1.15 at 97 %) and several to be 80 % full (19 cases: 0.99 to 1.22 times; of 9 below, 0.73 to
     1.08). Exact GELU never does: 5120 × 5120, as in mergers, gives 0.55 to 0.94.
     """
     if act == "gelu":
