@@ -4,35 +4,14 @@
 choice never falls back. (Triton's interpreter, `TRITON_INTERPRET=1`, runs `impl="triton"` on CPU tensors.)
 """
 
-import functools
-import importlib
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
-
-import torch
 from torch import Tensor
 
 from qwenvit import mrope_host
 from qwenvit.arguments import Impl
+from qwenvit.dispatch import kernels, on_device_of, use_triton
+from qwenvit.projection_ops import activation_, linear_act, qkv_rope, rotate_qk_, swiglu, swiglu_pass
 
-
-def _use_triton(impl: str, tensor: Tensor) -> bool:
-    if impl not in ("auto", "triton", "reference"):
-        raise ValueError(f"impl: expected 'auto', 'triton' or 'reference', got {impl!r}")
-    return impl == "triton" or (impl == "auto" and tensor.is_cuda)
-
-
-@functools.cache
-def _kernels(name: str) -> Any:
-    """A module of kernels, imported at its first use: triton is there on Linux alone, and slow to import."""
-    return importlib.import_module(f"qwenvit.kernels.{name}")
-
-
-def _on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be the tensor's."""
-    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(tensor.device)
+__all__ = ["activation_", "linear_act", "qkv_rope", "rope_index", "rotate_qk_", "swiglu", "swiglu_pass"]
 
 
 def rope_index(
@@ -68,7 +47,7 @@ def rope_index(
     """
     grids = (image_grid_thw, video_grid_thw)
     arguments = (tokens, image_token, video_token, mask, *grids, seconds, scale, merge, frames_apart)
-    if not _use_triton(impl, tokens):
+    if not use_triton(impl, tokens):
         return mrope_host.rope_index(*arguments)
-    with _on_device_of(tokens):
-        return _kernels("rope_index").rope_index(*arguments)
+    with on_device_of(tokens):
+        return kernels("rope_index").rope_index(*arguments)

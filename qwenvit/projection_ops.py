@@ -1,0 +1,158 @@
+"""Operations around the tower's large matrix products: QKV with rotary embedding, and the first half of the MLP."""
+
+from torch import Tensor
+
+from qwenvit import op_references
+from qwenvit.arguments import Impl
+from qwenvit.dispatch import kernels, use_triton
+from qwenvit.op_checks import check, check_act, check_matrix, check_projection, check_rotation
+
+
+def qkv_rope(
+    hidden_states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    num_heads: int,
+    interleaved: bool = True,
+    impl: Impl = "auto",
+) -> Tensor:
+    """Packed QKV projection with Q and K rotated, in fp32 angles (2-D RoPE: `qwenvit.rope`).
+
+    16-bit tensors with `interleaved=True` go through one kernel where it wins (see `qwenvit.kernels.qkv_rope`): it
+    reads S·C + 3·H·D·C elements and S·D fp32 angles, writes S·3·H·D elements, and rotates before rounding. Others go
+    through cuBLAS and one pass in place over Q and K, which moves 4·S·H·D elements more. 6·S·C·H·D FLOPs.
+
+    Args:
+        hidden_states: `[S, C]`, contiguous, bfloat16, float16 or float32.
+        weight: `[3·H·D, C]`, Q above K above V; for `interleaved=True` as `qwenvit.packing.pack_qkv` gives it.
+        bias: `[3·H·D]`, or None.
+        cos: `[S, D]` fp32, the second half of each row like the first.
+        sin: same.
+        num_heads: H.
+        interleaved: rotary pairs are channels 2i and 2i + 1 of a head; False: i and i + D / 2.
+        impl: `"triton"`, `"reference"` or `"auto"`.
+
+    Returns:
+        `[S, 3·H·D]` in the dtype of `hidden_states`.
+
+    Raises:
+        TypeError: another dtype than these.
+        ValueError: shapes, dtypes, devices or strides that do not fit together.
+    """
+    check_projection(hidden_states, "hidden_states", weight, bias)
+    check_rotation(weight.shape[0], "weight", cos, sin, num_heads, hidden_states)
+    if not use_triton(impl, hidden_states):
+        return op_references.qkv_rope(hidden_states, weight, bias, cos, sin, num_heads, interleaved)
+    return kernels("qkv_rope").qkv_rope_op(hidden_states, weight, bias, cos, sin, num_heads, interleaved)
+
+
+def rotate_qk_(
+    qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, interleaved: bool = True, impl: Impl = "auto"
+) -> Tensor:
+    """Rotate Q and K of a packed projection in place. Moves 4·S·H·D elements and S·D fp32 angles; 6·S·H·D FLOPs.
+
+    Args:
+        qkv: `[S, 3·H·D]`, contiguous, bfloat16, float16 or float32; Q, K and V each as `[H, D]`.
+        cos: `[S, D]` fp32, the second half of each row like the first.
+        sin: same.
+        num_heads: H.
+        interleaved: rotary pairs are channels 2i and 2i + 1 of a head; False: i and i + D / 2.
+        impl: `"triton"`, `"reference"` or `"auto"`.
+
+    Returns:
+        `qkv`.
+
+    Raises:
+        TypeError: another dtype than these.
+        ValueError: shapes, dtypes, devices or strides that do not fit together.
+    """
+    check_matrix(qkv, "qkv")
+    check_rotation(qkv.shape[1], "qkv", cos, sin, num_heads, qkv)
+    if not use_triton(impl, qkv):
+        return op_references.rotate_qk_(qkv, cos, sin, num_heads, interleaved)
+    kernels("qkv_rope").rotate_qk_op(qkv, cos, sin, num_heads, interleaved)
+    return qkv
+
+
+def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, act: str, impl: Impl = "auto") -> Tensor:
+    """`act(x @ weight.T + bias)`.
+
+    16-bit tensors go through one kernel where it wins (see `qwenvit.kernels.mlp`): it reads S·C + N·C elements and
+    writes S·N. Others go through cuBLAS and one pass in place, 2·S·N elements more. 2·S·C·N FLOPs.
+
+    Args:
+        x: `[S, C]`, contiguous, bfloat16, float16 or float32.
+        weight: `[N, C]`.
+        bias: `[N]`, or None.
+        act: `"gelu_tanh"`, `"quick_gelu"` (x · sigmoid(1.702 x)) or `"gelu"` (exact).
+        impl: `"triton"`, `"reference"` or `"auto"`.
+
+    Returns:
+        `[S, N]` in the dtype of `x`.
+
+    Raises:
+        TypeError: another dtype than these.
+        ValueError: unknown activation; shapes, dtypes, devices or strides that do not fit together.
+    """
+    check_projection(x, "x", weight, bias)
+    check_act(act)
+    if not use_triton(impl, x):
+        return op_references.linear_act(x, weight, bias, act)
+    return kernels("mlp").linear_act_op(x, weight, bias, act)
+
+
+def activation_(x: Tensor, act: str, impl: Impl = "auto") -> Tensor:
+    """`act` of each element, in place: one read and one write of `x`, which must be a contiguous matrix.
+
+    Raises:
+        TypeError: another dtype than bfloat16, float16 or float32.
+        ValueError: unknown activation, or not a contiguous matrix.
+    """
+    check_matrix(x, "x")
+    check_act(act)
+    if not use_triton(impl, x):
+        return op_references.activation_(x, act)
+    kernels("mlp").activation_op(x, act)
+    return x
+
+
+def swiglu(x: Tensor, gate_up_weight: Tensor, gate_up_bias: Tensor | None, impl: Impl = "auto") -> Tensor:
+    """silu(gate) · up of one projection with alternating rows (`qwenvit.packing.pack_gate_up`; arXiv:2002.05202).
+
+    16-bit tensors go through one kernel where it wins (see `qwenvit.kernels.mlp`): it reads S·C + 2·I·C elements and
+    writes S·I. Others go through cuBLAS and `swiglu_pass`, 4·S·I elements more. 4·S·C·I FLOPs.
+
+    Args:
+        x: `[S, C]`, contiguous, bfloat16, float16 or float32.
+        gate_up_weight: `[2·I, C]`, row 2i the gate's row i and row 2i + 1 the up projection's.
+        gate_up_bias: `[2·I]`, or None.
+        impl: `"triton"`, `"reference"` or `"auto"`.
+
+    Returns:
+        `[S, I]` in the dtype of `x`.
+
+    Raises:
+        TypeError: another dtype than these.
+        ValueError: shapes, dtypes, devices or strides that do not fit together.
+    """
+    check_projection(x, "x", gate_up_weight, gate_up_bias, "gate_up_")
+    check(gate_up_weight.shape[0] % 2 == 0, "gate_up_weight", "an even number of rows", gate_up_weight.shape[0])
+    if not use_triton(impl, x):
+        return op_references.swiglu(x, gate_up_weight, gate_up_bias)
+    return kernels("mlp").swiglu_op(x, gate_up_weight, gate_up_bias)
+
+
+def swiglu_pass(gate_up: Tensor, impl: Impl = "auto") -> Tensor:
+    """`[S, 2·I]`, gate and up in alternate columns -> silu(gate) · up, `[S, I]`. Reads 2·S·I elements, writes S·I.
+
+    Raises:
+        TypeError: another dtype than bfloat16, float16 or float32.
+        ValueError: not a contiguous matrix with an even number of columns.
+    """
+    check_matrix(gate_up, "gate_up")
+    check(gate_up.shape[1] % 2 == 0, "gate_up", "an even number of columns", gate_up.shape[1])
+    if not use_triton(impl, gate_up):
+        return op_references.swiglu_pass(gate_up)
+    return kernels("mlp").swiglu_pass_op(gate_up)
