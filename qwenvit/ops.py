@@ -5,12 +5,16 @@ choice never falls back. (Triton's interpreter, `TRITON_INTERPRET=1`, runs `impl
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from qwenvit import mrope_host
-from qwenvit.arguments import Impl
+from qwenvit import mrope_host, op_references
+from qwenvit.arguments import DTYPES, Impl
+from qwenvit.config import NORM_EPS
+
+NormKind = Literal["rms", "layer"]
 
 
 def _use_triton(impl: str, tensor: Tensor) -> bool:
@@ -60,3 +64,176 @@ def rope_index(
 
     with _on_device_of(tokens):
         return launch(*arguments)
+
+
+def _check(name: str, tensor: Tensor, shape: tuple[int | None, ...], dtype: torch.dtype | None, like: Tensor) -> None:
+    """Refuse what a kernel would misread: shape (None: any size, `...` sizes in front), dtype, device, layout."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+    got = tuple(tensor.shape)
+    if len(got) != len(shape) or any(want not in (None, size) for want, size in zip(shape, got, strict=True)):
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name}: expected shape [{wanted}], got {list(got)}")
+    if dtype is not None and tensor.dtype != dtype:
+        raise TypeError(f"{name}: expected {dtype}, got {tensor.dtype}")
+    if tensor.device != like.device:
+        raise ValueError(f"{name}: expected on {like.device}, got {tensor.device}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name}: expected contiguous, got strides {tensor.stride()} for shape {list(got)}")
+
+
+def _check_floating(name: str, tensor: Tensor, dims: str) -> None:
+    if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPES.values():
+        got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise TypeError(f"{name}: expected a float32, bfloat16 or float16 tensor {dims}, got {got}")
+
+
+def _check_norm(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, width: int) -> None:
+    if not x.ndim:
+        raise ValueError("x: expected shape [..., C], got a scalar")
+    _check("x", x, tuple(x.shape), None, x)
+    if kind not in ("rms", "layer"):
+        raise ValueError(f"kind: expected 'rms' or 'layer', got {kind!r}")
+    _check("weight", weight, (width,), x.dtype, x)
+    if bias is not None:
+        if kind == "rms":
+            raise ValueError(f"bias: RMSNorm has none, expected None, got a tensor {list(bias.shape)}")
+        _check("bias", bias, (width,), x.dtype, x)
+
+
+def norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    kind: NormKind = "rms",
+    eps: float = NORM_EPS,
+    impl: Impl = "auto",
+) -> Tensor:
+    """RMSNorm (arXiv:1910.07467) or LayerNorm (arXiv:1607.06450) over the last dimension, statistics in fp32.
+
+    Args:
+        x: `[..., C]`, contiguous, float32, bfloat16 or float16.
+        weight: `[C]` in the dtype of `x`.
+        bias: same, for LayerNorm; None for none.
+        kind: which norm.
+        eps: added to the mean square or the variance.
+        impl: see the module; `"triton"` is for inference, no gradient flows through it.
+
+    Returns:
+        Same shape and dtype as `x`. I/O: reads x, writes as much; about 6 FLOPs an element.
+    """
+    _check_floating("x", x, "[..., C]")
+    _check_norm(x, weight, bias, kind, x.shape[-1] if x.ndim else 1)
+    if not _use_triton(impl, x):
+        return op_references.norm(x, weight, bias, kind, eps)
+    from qwenvit.kernels.norm import norm_op
+
+    return norm_op(x, weight, bias, kind, eps)
+
+
+def add_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    kind: NormKind = "rms",
+    eps: float = NORM_EPS,
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The norm of `x + residual`, and that sum.
+
+    Args:
+        x: `[..., C]`, as for `norm`.
+        residual: as `x`.
+        weight: as for `norm`, like the arguments after it.
+        bias: see there.
+        kind: see there.
+        eps: see there.
+        impl: see there.
+
+    Returns:
+        The norm and the sum, each as `x`. `"triton"` normalises the sum before rounding it, `"reference"` after.
+        I/O: reads x and residual, writes as much; about 7 FLOPs an element.
+    """
+    _check_floating("x", x, "[..., C]")
+    _check_norm(x, weight, bias, kind, x.shape[-1])
+    _check("residual", residual, tuple(x.shape), x.dtype, x)
+    if not _use_triton(impl, x):
+        return op_references.add_norm(x, residual, weight, bias, kind, eps)
+    from qwenvit.kernels.norm import add_norm_op
+
+    return add_norm_op(x, residual, weight, bias, kind, eps)
+
+
+def merge_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    restore_index: Tensor | None = None,
+    kind: NormKind = "rms",
+    eps: float = NORM_EPS,
+    norm_merged: bool = False,
+    merge_unit: int = 4,
+    impl: Impl = "auto",
+) -> Tensor:
+    """A merger up to its first GEMM: norm, patches joined into tokens, tokens put back into reading order.
+
+    Args:
+        x: `[patches, C]` as for `norm`, the patches of a token neighbours.
+        weight: `[C]`, or `[merge_unit * C]` where the joined token is normalised.
+        bias: likewise; None for none.
+        restore_index: `[tokens]` int64, the token to put at each place (`GridPlan.restore_index`); its values are
+            trusted. None where tokens lie in reading order.
+        kind: which norm.
+        eps: as for `norm`.
+        norm_merged: whether joined tokens are normalised, as by DeepStack's mergers, and not patches.
+        merge_unit: patches in a token.
+        impl: see `norm`.
+
+    Returns:
+        `[patches / merge_unit, merge_unit * C]`. I/O: reads x, writes as much; about 6 FLOPs an element.
+    """
+    _check_floating("x", x, "[patches, C]")
+    _check("x", x, (None, None), None, x)
+    patches, width = x.shape
+    if merge_unit < 1 or patches % merge_unit:
+        raise ValueError(f"merge_unit: expected a divisor of x's {patches} patches, got {merge_unit}")
+    _check_norm(x, weight, bias, kind, merge_unit * width if norm_merged else width)
+    if restore_index is not None:
+        _check("restore_index", restore_index, (patches // merge_unit,), torch.int64, x)
+    arguments = (x, weight, bias, restore_index, kind, eps, norm_merged, merge_unit)
+    if not _use_triton(impl, x):
+        return op_references.merge_norm(*arguments)
+    from qwenvit.kernels.spatial_merge import merge_norm_op
+
+    return merge_norm_op(*arguments)
+
+
+def spatial_merge(
+    x: Tensor, mode: Literal["concat", "average"] = "concat", merge_size: int = 2, impl: Impl = "auto"
+) -> Tensor:
+    """Join square blocks of a feature map.
+
+    Args:
+        x: `[H, W, C]` or `[T, H, W, C]`, float32, bfloat16 or float16, with unit stride along C.
+        mode: `"concat"` joins the channels of a block in reading order, `"average"` takes their mean.
+        merge_size: side of a block; divides H and W.
+        impl: see `norm`.
+
+    Returns:
+        `[(T,) H / merge_size, W / merge_size, C']` where C' is `merge_size² * C` or C. I/O: reads x, writes the result.
+    """
+    _check_floating("x", x, "[H, W, C] or [T, H, W, C]")
+    if x.ndim not in (3, 4):
+        raise ValueError(f"x: expected shape [H, W, C] or [T, H, W, C], got {list(x.shape)}")
+    if mode not in ("concat", "average"):
+        raise ValueError(f"mode: expected 'concat' or 'average', got {mode!r}")
+    if merge_size < 1 or x.shape[-3] % merge_size or x.shape[-2] % merge_size:
+        raise ValueError(f"merge_size: expected a divisor of H and W in x {list(x.shape)}, got {merge_size}")
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
+        raise ValueError(f"x: expected unit stride along C, got strides {x.stride()} for shape {list(x.shape)}")
+    if not _use_triton(impl, x):
+        return op_references.spatial_merge(x, mode, merge_size)
+    from qwenvit.kernels.spatial_merge import spatial_merge_op
+
+    return spatial_merge_op(x, mode, merge_size) if x.ndim == 4 else spatial_merge_op(x[None], mode, merge_size)[0]
