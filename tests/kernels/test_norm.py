@@ -24,15 +24,17 @@ def _outputs_start_as_nan():
     torch.use_deterministic_algorithms(False)
 
 
-def draw(rows, C, dtype, offset=0.5):
+def draw(rows, width, dtype, offset=0.5):
     """Rows with some channels a hundred times larger, as real checkpoints have, and a mean that is not zero."""
-    x = torch.randn(rows, C, device=DEVICE) + offset
-    x[:, :: max(C // 5, 1)] *= 100
+    x = torch.randn(rows, width, device=DEVICE) + offset
+    x[:, :: max(width // 5, 1)] *= 100
     return x.to(dtype)
 
 
-def weights(C, kind, dtype):
-    return torch.randn(C, device=DEVICE).to(dtype), torch.randn(C, device=DEVICE).to(dtype) if kind == "layer" else None
+def weights(width, kind, dtype):
+    return torch.randn(width, device=DEVICE).to(dtype), torch.randn(width, device=DEVICE).to(
+        dtype
+    ) if kind == "layer" else None
 
 
 def truth(x, weight, bias, kind):
@@ -51,11 +53,11 @@ def assert_no_worse(actual, reference, expected):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("C", [1280, 1152, 1024, 768, 5120, 1000])
-def test_error_is_no_larger_than_torchs(C, kind, dtype):
+@pytest.mark.parametrize("width", [1280, 1152, 1024, 768, 5120, 1000])
+def test_error_is_no_larger_than_torchs(width, kind, dtype):
     rows = 32
-    x, residual = draw(rows, C, dtype), draw(rows, C, dtype)
-    weight, bias = weights(C, kind, dtype)
+    x, residual = draw(rows, width, dtype), draw(rows, width, dtype)
+    weight, bias = weights(width, kind, dtype)
     y = ops.norm(x, weight, bias, kind, impl="triton")
     assert_no_worse(y, ops.norm(x, weight, bias, kind, impl="reference"), truth(x, weight, bias, kind))
     y, total = ops.add_norm(x, residual, weight, bias, kind, impl="triton")
@@ -66,9 +68,9 @@ def test_error_is_no_larger_than_torchs(C, kind, dtype):
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 6), st.integers(1, 300), st.sampled_from(KINDS), st.booleans())
-def test_any_shape(rows, C, kind, with_bias):
-    x, residual = torch.randn(rows, C, device=DEVICE), torch.randn(rows, C, device=DEVICE)
-    weight, bias = weights(C, kind, torch.float32)
+def test_any_shape(rows, width, kind, with_bias):
+    x, residual = torch.randn(rows, width, device=DEVICE), torch.randn(rows, width, device=DEVICE)
+    weight, bias = weights(width, kind, torch.float32)
     bias = bias if with_bias else None
     for actual, expected in (
         ([ops.norm(x, weight, bias, kind, impl="triton")], [ops.norm(x, weight, bias, kind, impl="reference")]),
@@ -168,11 +170,11 @@ def test_bad_residual():
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("kind", "C"), [("rms", 1280), ("layer", 1280), ("layer", 1152), ("layer", 768)])
+@pytest.mark.parametrize(("kind", "width"), [("rms", 1280), ("layer", 1280), ("layer", 1152), ("layer", 768)])
 @pytest.mark.parametrize("rows", [1, 784, 7056, 16384])
-def test_the_models_shapes(rows, kind, C, dtype):
-    x, residual = draw(rows, C, dtype), draw(rows, C, dtype)
-    weight, bias = weights(C, kind, dtype)
+def test_the_models_shapes(rows, kind, width, dtype):
+    x, residual = draw(rows, width, dtype), draw(rows, width, dtype)
+    weight, bias = weights(width, kind, dtype)
     y, total = ops.add_norm(x, residual, weight, bias, kind)
     expected, expected_total = ops.add_norm(x, residual, weight, bias, kind, impl="reference")
     assert_no_worse(y, expected, truth(x.double() + residual.double(), weight, bias, kind))
@@ -181,8 +183,8 @@ def test_the_models_shapes(rows, kind, C, dtype):
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
 def test_beyond_32_bit_addresses():
-    C = 1280
-    x = torch.ones(2**31 // C + 9, C, device=DEVICE, dtype=torch.bfloat16)
-    x[-1] = torch.randn(C, device=DEVICE)
-    weight, _ = weights(C, "rms", torch.bfloat16)
+    width = 1280
+    x = torch.ones(2**31 // width + 9, width, device=DEVICE, dtype=torch.bfloat16)
+    x[-1] = torch.randn(width, device=DEVICE)
+    weight, _ = weights(width, "rms", torch.bfloat16)
     assert torch.equal(ops.norm(x, weight)[-1], ops.norm(x[-1], weight))
