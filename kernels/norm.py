@@ -39,57 +39,55 @@ def store_row(p_row, b_main, b_tail, C: tl.constexpr, MAIN: tl.constexpr, TAIL: 
 
 
 @triton.jit
-def normalize(
-    b_main,
-    b_tail,
-    weight_ptr,  # shape (C,)
-    bias_ptr,  # shape (C,); None where there is none
-    eps,
-    CENTERED: tl.constexpr,
-    C: tl.constexpr,
-    MAIN: tl.constexpr,
-    TAIL: tl.constexpr,
-):
-    """A row's LayerNorm (CENTERED) or RMSNorm; square root and divisions rounded as IEEE says, once a row."""
+def _standardize(b_main, b_tail, eps, CENTERED: tl.constexpr, C: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr):
+    """A row divided by its root mean square, or (CENTERED) less its mean and divided by its deviation."""
     if CENTERED:
-        mean = tl.div_rn(tl.sum(b_main, 0) + tl.sum(b_tail, 0), C * 1.0)
+        mean = (tl.sum(b_main, 0) + tl.sum(b_tail, 0)) * (1.0 / C)
         b_main = tl.where(tl.arange(0, MAIN) < C, b_main - mean, 0.0)
         b_tail = tl.where(MAIN + tl.arange(0, TAIL) < C, b_tail - mean, 0.0)
     square = tl.sum(b_main * b_main, 0) + tl.sum(b_tail * b_tail, 0)
-    scale = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(square, C * 1.0) + eps))
-    b_weight_main, b_weight_tail = load_row(weight_ptr, C, MAIN, TAIL)
-    b_main = b_main * scale * b_weight_main
-    b_tail = b_tail * scale * b_weight_tail
-    if bias_ptr is not None:
-        b_bias_main, b_bias_tail = load_row(bias_ptr, C, MAIN, TAIL)
-        b_main += b_bias_main
-        b_tail += b_bias_tail
-    return b_main, b_tail
+    scale = tl.rsqrt(square * (1.0 / C) + eps)
+    return b_main * scale, b_tail * scale
 
 
 @triton.jit
-def _norm(
+def norm_rows(
     x_ptr,  # shape (rows, C)
     residual_ptr,  # shape (rows, C); None where nothing is added
     weight_ptr,  # shape (C,)
     bias_ptr,  # shape (C,); None where there is none
+    index_ptr,  # int64, shape (rows / UNIT,): the group of UNIT rows to read for each written; None for their own order
     y_ptr,  # shape (rows, C)
     total_ptr,  # x + residual, shape (rows, C); None where nothing is added
     eps,
     CENTERED: tl.constexpr,
+    UNIT: tl.constexpr,
     C: tl.constexpr,
     MAIN: tl.constexpr,
     TAIL: tl.constexpr,
 ):
-    o_row = tl.program_id(0).to(tl.int64) * C
-    b_main, b_tail = load_row(x_ptr + o_row, C, MAIN, TAIL)
+    """One row: LayerNorm (CENTERED) or RMSNorm. Every load is on its way before the first sum waits for one."""
+    i_out = tl.program_id(0).to(tl.int64)
+    i_in = i_out
+    if index_ptr is not None:
+        i_in = tl.load(index_ptr + i_out // UNIT) * UNIT + i_out % UNIT
+    b_main, b_tail = load_row(x_ptr + i_in * C, C, MAIN, TAIL)
     if residual_ptr is not None:
-        b_residual_main, b_residual_tail = load_row(residual_ptr + o_row, C, MAIN, TAIL)
+        b_residual_main, b_residual_tail = load_row(residual_ptr + i_in * C, C, MAIN, TAIL)
+    b_weight_main, b_weight_tail = load_row(weight_ptr, C, MAIN, TAIL)
+    if bias_ptr is not None:
+        b_bias_main, b_bias_tail = load_row(bias_ptr, C, MAIN, TAIL)
+    if residual_ptr is not None:
         b_main += b_residual_main
         b_tail += b_residual_tail
-        store_row(total_ptr + o_row, b_main, b_tail, C, MAIN, TAIL)
-    b_main, b_tail = normalize(b_main, b_tail, weight_ptr, bias_ptr, eps, CENTERED, C, MAIN, TAIL)
-    store_row(y_ptr + o_row, b_main, b_tail, C, MAIN, TAIL)
+        store_row(total_ptr + i_in * C, b_main, b_tail, C, MAIN, TAIL)
+    b_main, b_tail = _standardize(b_main, b_tail, eps, CENTERED, C, MAIN, TAIL)
+    b_main *= b_weight_main
+    b_tail *= b_weight_tail
+    if bias_ptr is not None:
+        b_main += b_bias_main
+        b_tail += b_bias_tail
+    store_row(y_ptr + i_out * C, b_main, b_tail, C, MAIN, TAIL)
 
 
 @dataclass(frozen=True)
@@ -104,7 +102,7 @@ class RowConfig:
 def row_config(C: int) -> RowConfig:
     """The split of a row of C elements."""
     main = max(triton.next_power_of_2(C) // 2, 1)
-    return RowConfig(main, triton.next_power_of_2(max(C - main, 1)), 1 if C <= 2048 else 4)
+    return RowConfig(main, triton.next_power_of_2(max(C - main, 1)), 2 if C <= 2048 else 4)
 
 
 def _launch(
@@ -115,9 +113,9 @@ def _launch(
     config = row_config(C)
     if rows := x.numel() // C:
         with torch.cuda.device_of(x):  # Triton launches on the current device, which need not be the tensor's
-            _norm[(rows,)](
-                x, residual, weight, bias, y, total, eps,
-                CENTERED=kind == "layer", C=C, MAIN=config.main, TAIL=config.tail, num_warps=config.num_warps,
+            norm_rows[(rows,)](
+                x, residual, weight, bias, None, y, total, eps, CENTERED=kind == "layer", UNIT=1, C=C,
+                MAIN=config.main, TAIL=config.tail, num_warps=config.num_warps,
             )  # fmt: skip
 
 

@@ -11,33 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwenvit.kernels.norm import load_row, normalize, row_config, store_row
+from qwenvit.kernels.norm import norm_rows, row_config
 
-BLOCK = 2048
-"""Elements a program of the map's kernels writes."""
-
-
-@triton.jit
-def _merge_norm(
-    x_ptr,  # shape (rows, C)
-    weight_ptr,  # shape (C,)
-    bias_ptr,  # shape (C,); None where there is none
-    index_ptr,  # int64, shape (rows / UNIT,): the group of UNIT rows to read for each group; None for their own order
-    y_ptr,  # shape (rows, C)
-    eps,
-    CENTERED: tl.constexpr,
-    UNIT: tl.constexpr,
-    C: tl.constexpr,
-    MAIN: tl.constexpr,
-    TAIL: tl.constexpr,
-):
-    i_out = tl.program_id(0).to(tl.int64)
-    i_in = i_out
-    if index_ptr is not None:
-        i_in = tl.load(index_ptr + i_out // UNIT) * UNIT + i_out % UNIT
-    b_main, b_tail = load_row(x_ptr + i_in * C, C, MAIN, TAIL)
-    b_main, b_tail = normalize(b_main, b_tail, weight_ptr, bias_ptr, eps, CENTERED, C, MAIN, TAIL)
-    store_row(y_ptr + i_out * C, b_main, b_tail, C, MAIN, TAIL)
+CONCAT_BLOCK = 2048
+AVERAGE_BLOCK = 512
+"""Elements a program writes, in four warps. Averages of 2048, with four loads for each, take 2 % to 6 % longer."""
 
 
 @triton.jit(do_not_specialize=["H_OUT", "W_OUT"])
@@ -121,8 +99,8 @@ def merge_norm(
     config = row_config(C)
     if patches:
         with torch.cuda.device_of(x):  # Triton launches on the current device, which need not be the tensor's
-            _merge_norm[(x.numel() // C,)](
-                x, weight, bias, restore_index, y, eps, CENTERED=kind == "layer", UNIT=unit, C=C,
+            norm_rows[(x.numel() // C,)](
+                x, None, weight, bias, restore_index, y, None, eps, CENTERED=kind == "layer", UNIT=unit, C=C,
                 MAIN=config.main, TAIL=config.tail, num_warps=config.num_warps,
             )  # fmt: skip
     return y
@@ -136,11 +114,14 @@ def spatial_merge(x: Tensor, mode: str, merge_size: int) -> Tensor:
     T, H, W, C = x.shape
     y = _merged_map(x, mode, merge_size)
     _, H_out, W_out, _ = y.shape
-    kernel, rows, row_length = (_concat, T * H, W * C) if mode == "concat" else (_average, T * H_out, W_out * C)
+    if mode == "concat":
+        kernel, rows, row_length, block = _concat, T * H, W * C, CONCAT_BLOCK
+    else:
+        kernel, rows, row_length, block = _average, T * H_out, W_out * C, AVERAGE_BLOCK
     if y.numel():
         with torch.cuda.device_of(x):
-            kernel[(rows, triton.cdiv(row_length, BLOCK))](
-                x, y, H_out, W_out, *x.stride()[:3], SIZE=merge_size, C=C, BLOCK=BLOCK
+            kernel[(rows, triton.cdiv(row_length, block))](
+                x, y, H_out, W_out, *x.stride()[:3], SIZE=merge_size, C=C, BLOCK=block
             )
     return y
 

@@ -247,12 +247,12 @@ def _check_positions(
     _check("tap_weights", tap_weights, (len(taps), 4), torch.float32, like)
 
 
-def _check_order(window_index: Tensor | None, patches: int, merge_unit: int, like: Tensor) -> None:
-    if window_index is None:
+def _check_order(restore_index: Tensor | None, patches: int, merge_unit: int, like: Tensor) -> None:
+    if restore_index is None:
         return
     if merge_unit < 1 or patches % merge_unit:
         raise ValueError(f"merge_unit: expected a divisor of {patches} patches, got {merge_unit}")
-    _check("window_index", window_index, (patches // merge_unit,), torch.int64, like)
+    _check("restore_index", restore_index, (patches // merge_unit,), torch.int64, like)
 
 
 def interpolate_positions(table: Tensor, taps: Tensor, tap_weights: Tensor, impl: Impl = "auto") -> Tensor:
@@ -282,7 +282,7 @@ def add_positions(
     table: Tensor,
     taps: Tensor,
     tap_weights: Tensor,
-    window_index: Tensor | None = None,
+    restore_index: Tensor | None = None,
     merge_unit: int = 4,
     impl: Impl = "auto",
 ) -> Tensor:
@@ -293,8 +293,8 @@ def add_positions(
         table: `[entries, C]` in the dtype of `x`; see `interpolate_positions`, also for the next two.
         taps: `[patches, 4]`.
         tap_weights: `[patches, 4]`.
-        window_index: `[patches / merge_unit]` int64, the token at each place (`GridPlan.window_index`); its values
-            are trusted. None for reading order.
+        restore_index: `[patches / merge_unit]` int64, the place in the tower's order of each token in reading order
+            (`GridPlan.restore_index`); trusted to be a permutation. None for reading order.
         merge_unit: patches in a token.
         impl: see `norm`.
 
@@ -305,12 +305,12 @@ def add_positions(
     _check_floating("x", x, "[patches, C]")
     _check("x", x, (None, None), None, x)
     _check_positions(table, taps, tap_weights, x.shape[0], x.shape[1], x)
-    _check_order(window_index, x.shape[0], merge_unit, x)
+    _check_order(restore_index, x.shape[0], merge_unit, x)
     if not _use_triton(impl, x):
-        return op_references.add_positions(x, table, taps, tap_weights, window_index, merge_unit)
+        return op_references.add_positions(x, table, taps, tap_weights, restore_index, merge_unit)
     from qwenvit.kernels.patch_embed import add_positions_op
 
-    return add_positions_op(x, table, taps, tap_weights, window_index, merge_unit)
+    return add_positions_op(x, table, taps, tap_weights, restore_index, merge_unit)
 
 
 def patch_embed(
@@ -320,7 +320,7 @@ def patch_embed(
     table: Tensor | None = None,
     taps: Tensor | None = None,
     tap_weights: Tensor | None = None,
-    window_index: Tensor | None = None,
+    restore_index: Tensor | None = None,
     merge_unit: int = 4,
     impl: Impl = "auto",
 ) -> Tensor:
@@ -334,7 +334,7 @@ def patch_embed(
         table: as for `add_positions`, with the next two; None for no learned positions.
         taps: see there.
         tap_weights: see there.
-        window_index: see there.
+        restore_index: see there.
         merge_unit: patches in a token.
         impl: see `norm`.
 
@@ -356,8 +356,8 @@ def patch_embed(
     elif table is not None or taps is not None or tap_weights is not None:
         given = [name for name, x in (("table", table), ("taps", taps), ("tap_weights", tap_weights)) if x is not None]
         raise ValueError(f"table, taps, tap_weights: expected all three or none, got {', '.join(given)}")
-    _check_order(window_index, patches, merge_unit, weight)
-    arguments = (pixel_values, weight, bias, table, taps, tap_weights, window_index, merge_unit)
+    _check_order(restore_index, patches, merge_unit, weight)
+    arguments = (pixel_values, weight, bias, table, taps, tap_weights, restore_index, merge_unit)
     if not _use_triton(impl, weight):
         return op_references.patch_embed(*arguments)
     from qwenvit.kernels.patch_embed import patch_embed_op

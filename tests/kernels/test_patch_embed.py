@@ -42,17 +42,17 @@ def positions_of(grids, side, width, dtype):
     return outliers(side**2, width, dtype=dtype), plan.position_taps, plan.position_weights
 
 
-def window_index_of(patches):
+def restore_index_of(patches):
     return torch.randperm(patches // 4).to(DEVICE)
 
 
-def truth(pixel_values, weight, bias, table, taps, tap_weights, window_index):
+def truth(pixel_values, weight, bias, table, taps, tap_weights, restore_index):
     """In fp64, of the pixel values as the tower's dtype rounds them."""
     x = pixel_values.to(weight.dtype).double() @ weight.double().T
     x = x if bias is None else x + bias.double()
     if table is not None:
         x = x + torch.einsum("pt,ptc->pc", tap_weights.double(), table.double()[taps])
-    return x if window_index is None else torch.cat([x[4 * i : 4 * i + 4] for i in window_index.tolist()])
+    return x if restore_index is None else torch.cat([x[4 * i : 4 * i + 4] for i in restore_index.argsort().tolist()])
 
 
 def assert_no_worse(actual, reference, expected):
@@ -62,8 +62,8 @@ def assert_no_worse(actual, reference, expected):
     assert error <= max(ERROR_FACTOR * Difference.of(reference, expected).relative_l2, floor)
 
 
-def check_patch_embed(pixel_values, weight, bias, positions, window_index):
-    arguments = (pixel_values, weight, bias, *positions, window_index)
+def check_patch_embed(pixel_values, weight, bias, positions, restore_index):
+    arguments = (pixel_values, weight, bias, *positions, restore_index)
     actual, reference = (ops.patch_embed(*arguments, impl=impl) for impl in ("triton", "reference"))
     assert actual.shape == reference.shape
     assert actual.dtype == reference.dtype == weight.dtype
@@ -81,7 +81,7 @@ def test_error_is_no_larger_than_torchs(reorder, learned, dtype, pixel_dtype):
     pixel_values, weight = outliers(patches, patch_dim, dtype=pixel_dtype), outliers(width, patch_dim, dtype=dtype) / 16
     positions = positions_of(grids, 9, width, dtype) if learned else (None, None, None)
     bias = outliers(width, dtype=dtype) if learned else None
-    check_patch_embed(pixel_values, weight, bias, positions, window_index_of(patches) if reorder else None)
+    check_patch_embed(pixel_values, weight, bias, positions, restore_index_of(patches) if reorder else None)
 
 
 @pytest.mark.parametrize("impl", ["triton", "reference"])
@@ -101,7 +101,7 @@ def test_it_is_what_the_reference_tower_does_before_its_first_block(name, impl):
         tower.pos_embed.weight if hasattr(tower, "pos_embed") else None,
         plan.position_taps,
         plan.position_weights,
-        plan.window_index,
+        plan.restore_index,
         impl=impl,
     )
     torch.testing.assert_close(actual, first[0], rtol=1e-5, atol=1e-5)
@@ -127,14 +127,14 @@ def test_positions_alone_and_added(width, dtype):
     )
     expected = torch.einsum("pt,ptc->pc", tap_weights.double(), table.double()[taps])
     assert_no_worse(alone, reference, expected)
-    x, index = outliers(len(taps), width, dtype=dtype), window_index_of(len(taps))
+    x, index = outliers(len(taps), width, dtype=dtype), restore_index_of(len(taps))
     before = x.clone()
     for order in (None, index):
         added, reference = (
             ops.add_positions(x, table, taps, tap_weights, order, impl=impl) for impl in ("triton", "reference")
         )
         total = x.double() + expected
-        total = total if order is None else total.unflatten(0, (-1, 4))[order].flatten(0, 1)
+        total = total if order is None else total.unflatten(0, (-1, 4))[order.argsort()].flatten(0, 1)
         assert_no_worse(added, reference, total)
     assert torch.equal(x, before)
 
@@ -154,7 +154,7 @@ def test_a_patch_is_the_same_alone_and_in_every_run(dtype):
 def test_torch_compile_passes_through():
     table, taps, tap_weights = positions_of(GRIDS, 9, 24, torch.float32)
     pixel_values, weight, bias = torch.randn(len(taps), 30, device=DEVICE), outliers(24, 30), outliers(24)
-    index = window_index_of(len(taps))
+    index = restore_index_of(len(taps))
 
     def all_three(pixel_values):
         x = ops.patch_embed(pixel_values, weight, bias, table, taps, tap_weights, index, impl="triton")
@@ -188,7 +188,7 @@ TAPS, TAP_WEIGHTS = torch.zeros(8, 4, dtype=torch.int64), torch.zeros(8, 4)
         (ValueError, r"taps: expected shape \[8, 4\], got \[7, 4\]", (P, W, None, TABLE, TAPS[:7], TAP_WEIGHTS[:7])),
         (TypeError, "taps: expected torch.int64", (P, W, None, TABLE, TAPS.int(), TAP_WEIGHTS)),
         (TypeError, "tap_weights: expected torch.float32", (P, W, None, TABLE, TAPS, TAP_WEIGHTS.half())),
-        (ValueError, r"window_index: expected shape \[2\]", (P, W, None, None, None, None, torch.arange(8))),
+        (ValueError, r"restore_index: expected shape \[2\]", (P, W, None, None, None, None, torch.arange(8))),
         (ValueError, "merge_unit: expected a divisor", (P, W, None, None, None, None, torch.arange(8), 3)),
     ],
 )
@@ -214,4 +214,4 @@ def test_the_models_shapes(side, patch_dim, width, learned, dtype, pixel_dtype):
     )
     positions = positions_of(grids, 48, width, dtype) if learned else (None, None, None)
     bias = outliers(width, dtype=dtype) if learned else None
-    check_patch_embed(pixel_values, weight, bias, positions, None if learned else window_index_of(patches))
+    check_patch_embed(pixel_values, weight, bias, positions, None if learned else restore_index_of(patches))
