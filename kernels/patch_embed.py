@@ -77,37 +77,6 @@ def _stage(
     store_row(y_ptr + _place(i_in, place_ptr, UNIT) * stride_y, b_main, b_tail, K, MAIN, TAIL)
 
 
-@triton.jit
-def _finish(
-    b_y,  # fp32 products, shape (BLOCK_S, WIDTH)
-    o_in,
-    o_out,
-    i_n,
-    bias_ptr,
-    table_ptr,
-    taps_ptr,
-    tap_weights_ptr,
-    y_ptr,
-    S,
-    N: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """Add bias and positions to a piece of a tile, and write it."""
-    o_n = i_n + tl.arange(0, WIDTH)
-    m_in = o_in < S
-    m_n = o_n < N
-    m_y = m_in[:, None] & m_n[None, :]
-    if bias_ptr is not None:
-        b_y += tl.load(bias_ptr + o_n, mask=m_n, other=0)[None, :].to(tl.float32)
-    if table_ptr is not None:
-        for i_tap in tl.range(4, num_stages=1):
-            b_entry = tl.load(taps_ptr + o_in.to(tl.int64) * 4 + i_tap, mask=m_in, other=0)
-            b_tap_weight = tl.load(tap_weights_ptr + o_in.to(tl.int64) * 4 + i_tap, mask=m_in, other=0)
-            b_tap = tl.load(table_ptr + b_entry[:, None] * N + o_n[None, :], mask=m_y, other=0)
-            b_y += b_tap_weight[:, None] * b_tap.to(tl.float32)
-    tl.store(y_ptr + o_out[:, None] * N + o_n[None, :], b_y.to(y_ptr.dtype.element_ty), mask=m_y)
-
-
 @triton.jit(do_not_specialize=["S"])
 def _fused(
     pixel,  # shape (S, K); a descriptor of (BLOCK_S, BLOCK_K) blocks if TMA, else a pointer
@@ -119,21 +88,19 @@ def _fused(
     place_ptr,  # int64, shape (S / UNIT,); None for the rows' own order
     y_ptr,  # shape (S, N)
     S,
-    stride_weight,
+    stride_weight,  # between rows; for a pointer alone
     UNIT: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    PERSISTENT: tl.constexpr,
     TMA: tl.constexpr,
-    PARTS: tl.constexpr,
 ):
     n_across: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     n_tiles = tl.cdiv(S, BLOCK_S) * n_across
     o_k = tl.arange(0, BLOCK_K)
-    for i_tile in tl.range(tl.program_id(0), n_tiles, tl.num_programs(0), flatten=PERSISTENT):
+    for i_tile in tl.range(tl.program_id(0), n_tiles, tl.num_programs(0), flatten=TMA):
         i_s = i_tile // n_across * BLOCK_S
         i_n = i_tile % n_across * BLOCK_N
         o_in = i_s + tl.arange(0, BLOCK_S)
@@ -153,37 +120,63 @@ def _fused(
                 b_weight = tl.load(p_weight + i_k, mask=m_k, other=0)
             b_y = tl.dot(b_pixel.to(b_weight.dtype), b_weight.T, b_y, input_precision="ieee")
         o_out = _place(tl.minimum(o_in, S - 1), place_ptr, UNIT)
-        if PARTS == 1:
-            _finish(b_y, o_in, o_out, i_n, bias_ptr, table_ptr, taps_ptr, tap_weights_ptr, y_ptr, S, N, BLOCK_N)
-        else:  # half a tile at a time needs fewer registers
-            HALF: tl.constexpr = BLOCK_N // 2
-            b_left, b_right = tl.split(b_y.reshape(BLOCK_S, 2, HALF).permute(0, 2, 1))
-            _finish(b_left, o_in, o_out, i_n, bias_ptr, table_ptr, taps_ptr, tap_weights_ptr, y_ptr, S, N, HALF)
-            _finish(b_right, o_in, o_out, i_n + HALF, bias_ptr, table_ptr, taps_ptr, tap_weights_ptr, y_ptr, S, N, HALF)
+        o_n = i_n + tl.arange(0, BLOCK_N)
+        m_in = o_in < S
+        m_n = o_n < N
+        m_y = m_in[:, None] & m_n[None, :]
+        if bias_ptr is not None:
+            b_y += tl.load(bias_ptr + o_n, mask=m_n, other=0)[None, :].to(tl.float32)
+        if table_ptr is not None:
+            for i_tap in tl.range(4, num_stages=1):
+                b_entry = tl.load(taps_ptr + o_in.to(tl.int64) * 4 + i_tap, mask=m_in, other=0)
+                b_tap_weight = tl.load(tap_weights_ptr + o_in.to(tl.int64) * 4 + i_tap, mask=m_in, other=0)
+                b_tap = tl.load(table_ptr + b_entry[:, None] * N + o_n[None, :], mask=m_y, other=0)
+                b_y += b_tap_weight[:, None] * b_tap.to(tl.float32)
+        tl.store(y_ptr + o_out[:, None] * N + o_n[None, :], b_y.to(y_ptr.dtype.element_ty), mask=m_y)
 
 
 @dataclass(frozen=True)
 class GemmConfig:
-    """Tile and schedule of the fused GEMM."""
+    """The fused GEMM's tile, and how many programs share the tiles (0: one program a tile)."""
 
     block_s: int
     block_n: int
     block_k: int
     num_warps: int
     num_stages: int
-    tma: bool
-    persistent: bool
-    parts: int
+    tma: bool = False
+    programs: int = 0
 
 
-def fused_config(dtype: torch.dtype) -> GemmConfig | None:
+IEEE = GemmConfig(64, 128, 16, num_warps=4, num_stages=3)
+"""626 µs at S = 4096, K = 1176, N = 1280 on an H200, where five other tiles took 702 to 926 and cuBLAS 322."""
+
+
+def fused_config(S: int, pixel_values: Tensor, weight: Tensor, learned: bool, reorder: bool) -> GemmConfig | None:
     """The fused GEMM's tile; None where passes around a cuBLAS GEMM are faster."""
-    if dtype == torch.float32:  # cuBLAS may use TF32, by a switch that is not ours
-        return GemmConfig(64, 64, 16, 4, 4, tma=False, persistent=False, parts=1)
-    return None
+    if weight.dtype == torch.float32:  # cuBLAS may use TF32 there, by a switch that is not ours
+        return IEEE
+    # With learned positions, cuBLAS onto the interpolated positions takes 46 µs at S = 7056 on an H200, this kernel's
+    # best tile 52. Rows to be converted would have to pass through registers: 67 µs and more, against 64 for `_stage`
+    # and cuBLAS (S = 9216). Without positions and order, cuBLAS is the whole of it.
+    if learned or not reorder or pixel_values.dtype != weight.dtype or not weight.is_cuda:
+        return None
+    # 128 bytes of a row that starts within a line cost two lines: with weights not padded to whole lines this kernel
+    # takes 54 µs, with padded ones 45 (S = 9216, K = 1176, no order).
+    if weight.stride(0) * weight.itemsize % 128 or pixel_values.stride(0) * pixel_values.itemsize % 16:
+        return None
+    device = torch.cuda.get_device_properties(weight.device)
+    if device.major != 9:
+        return None
+    # Tiles are large, so the last wave decides: 0.82 of the time of a pass and cuBLAS at S = 9216 (waves 91 % full) and
+    # 16384 (97 %), 0.95 at 2304 (68 %), but 1.18 at 4096 (61 %) and 1.6 at 1024 (30 %).
+    tiles, programs = triton.cdiv(S, 128) * triton.cdiv(weight.shape[0], 256), device.multi_processor_count
+    if 3 * tiles < 2 * programs * triton.cdiv(tiles, programs):
+        return None
+    return GemmConfig(128, 256, 64, num_warps=8, num_stages=4, tma=True, programs=programs)
 
 
-def launch_fused(
+def _launch_fused(
     config: GemmConfig,
     pixel_values: Tensor,
     weight: Tensor,
@@ -194,25 +187,20 @@ def launch_fused(
     restore_index: Tensor | None,
     merge_unit: int,
 ) -> Tensor:
-    S, K = pixel_values.shape
-    N = weight.shape[0]
+    (S, K), N = pixel_values.shape, weight.shape[0]
     y = weight.new_empty((S, N))
-    tiles = triton.cdiv(S, config.block_s) * triton.cdiv(N, config.block_n)
     if not S:
         return y
+    tiles = triton.cdiv(S, config.block_s) * triton.cdiv(N, config.block_n)
     pixel, weights = pixel_values, weight
     if config.tma:
         pixel = TensorDescriptor.from_tensor(pixel_values, [config.block_s, config.block_k])
         weights = TensorDescriptor.from_tensor(weight, [config.block_n, config.block_k])
-    programs = tiles
-    if config.persistent:
-        programs = min(tiles, torch.cuda.get_device_properties(y.device).multi_processor_count)
     with torch.cuda.device_of(y):  # Triton launches on the current device, which need not be the tensor's
-        _fused[(programs,)](
+        _fused[(min(tiles, config.programs or tiles),)](
             pixel, weights, bias, table, taps, tap_weights, restore_index, y, S, weight.stride(0), UNIT=merge_unit,
-            N=N, K=K, BLOCK_S=config.block_s, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
-            PERSISTENT=config.persistent, TMA=config.tma, PARTS=config.parts, num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            N=N, K=K, BLOCK_S=config.block_s, BLOCK_N=config.block_n, BLOCK_K=config.block_k, TMA=config.tma,
+            num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     return y
 
@@ -285,21 +273,20 @@ def patch_embed(
     """Patches embedded; see `qwenvit.ops.patch_embed`.
 
     I/O: reads pixel_values, weight and table, writes y; around cuBLAS, rows to be converted or reordered are written
-    and read once more, and so is y where there are positions. 2·S·K·N FLOPs.
+    and read once more, and so are positions. 2·S·K·N FLOPs.
     """
-    config = fused_config(weight.dtype)
+    S = pixel_values.shape[0]
+    config = fused_config(S, pixel_values, weight, table is not None, restore_index is not None)
     if config is not None:
-        return launch_fused(
-            config, pixel_values, weight, bias, table, taps, tap_weights, restore_index, merge_unit
-        )  # fmt: skip
+        positions = (table, taps, tap_weights)
+        return _launch_fused(config, pixel_values, weight, bias, *positions, restore_index, merge_unit)
     rows = pixel_values
-    if rows.dtype != weight.dtype or restore_index is not None and table is None:
-        rows = _stage_rows(rows, restore_index if table is None else None, merge_unit, weight.dtype)
-    x = F.linear(rows, weight, bias)
+    if rows.dtype != weight.dtype or restore_index is not None:
+        rows = _stage_rows(rows, restore_index, merge_unit, weight.dtype)
     if table is None or taps is None or tap_weights is None:
-        return x
-    y = x if restore_index is None else torch.empty_like(x)
-    return _write_positions(y, x, table, taps, tap_weights, None, restore_index, merge_unit)
+        return F.linear(rows, weight, bias)
+    y = weight.new_empty((S, weight.shape[0]))
+    return _write_positions(y, None, table, taps, tap_weights, bias, restore_index, merge_unit).addmm_(rows, weight.T)
 
 
 LIBRARY = torch.library.Library("qwenvit", "FRAGMENT")

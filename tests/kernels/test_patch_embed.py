@@ -84,6 +84,20 @@ def test_error_is_no_larger_than_torchs(reorder, learned, dtype, pixel_dtype):
     check_patch_embed(pixel_values, weight, bias, positions, restore_index_of(patches) if reorder else None)
 
 
+@pytest.mark.parametrize("tma", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_the_fused_kernel_when_it_is_not_the_fastest(dtype, tma, monkeypatch):
+    from qwenvit.kernels import patch_embed
+
+    config = patch_embed.GemmConfig(16, 32, 16, num_warps=4, num_stages=2, tma=tma, programs=3)
+    monkeypatch.setattr(patch_embed, "fused_config", lambda *_: config)
+    patches = sum(t * h * w for t, h, w in GRIDS)
+    pixel_values, weight = outliers(patches, 72, dtype=dtype), outliers(56, 72, dtype=dtype) / 8
+    positions, bias = positions_of(GRIDS, 9, 56, dtype), outliers(56, dtype=dtype)
+    check_patch_embed(pixel_values, weight, bias, positions, restore_index_of(patches))
+    check_patch_embed(pixel_values, weight, None, (None, None, None), None)
+
+
 @pytest.mark.parametrize("impl", ["triton", "reference"])
 @pytest.mark.parametrize("name", TOWERS)
 def test_it_is_what_the_reference_tower_does_before_its_first_block(name, impl):
@@ -204,7 +218,7 @@ def test_bad_arguments(impl, error, message, arguments):
 @pytest.mark.parametrize(
     ("patch_dim", "width", "learned"), [(1176, 1280, False), (1536, 1152, True), (1536, 768, True)]
 )
-@pytest.mark.parametrize("side", [2, 28, 84])
+@pytest.mark.parametrize("side", [2, 28, 84, 96])
 def test_the_models_shapes(side, patch_dim, width, learned, dtype, pixel_dtype):
     grids = [[1, side, side], [1, 2, 6]]
     patches = side**2 + 12
@@ -212,6 +226,7 @@ def test_the_models_shapes(side, patch_dim, width, learned, dtype, pixel_dtype):
         torch.randn(patches, patch_dim, device=DEVICE).to(pixel_dtype),
         outliers(width, patch_dim, dtype=dtype) / 32,
     )
+    weight = torch.nn.functional.pad(weight, (0, -patch_dim % 64))[:, :patch_dim]  # as the fused kernel wants it
     positions = positions_of(grids, 48, width, dtype) if learned else (None, None, None)
     bias = outliers(width, dtype=dtype) if learned else None
     check_patch_embed(pixel_values, weight, bias, positions, None if learned else restore_index_of(patches))
