@@ -168,6 +168,8 @@ def fused_config(S: int, pixel_values: Tensor, weight: Tensor, learned: bool, re
     # takes 54 µs, with padded ones 45 (S = 9216, K = 1176, order left as it is).
     if weight.stride(0) * weight.itemsize % 128 or pixel_values.stride(0) * pixel_values.itemsize % 16:
         return None
+    if (pixel_values.data_ptr() | weight.data_ptr()) % 16:  # a descriptor cannot start there
+        return None
     device = torch.cuda.get_device_properties(weight.device)
     if device.major != 9:
         return None
