@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from qwenvit.arguments import DTYPES
 from qwenvit.op_references import ACTIVATIONS
 
 
@@ -58,3 +59,28 @@ def check_rotation(width: int, name: str, cos: Tensor, sin: Tensor, num_heads: i
 def check_act(act: str) -> None:
     """Refuse an activation that is not known."""
     check(act in ACTIVATIONS, "act", f"one of {ACTIVATIONS}", repr(act))
+
+
+def check_tensor(
+    name: str, tensor: Tensor, shape: tuple[int | None, ...], dtype: torch.dtype | None, like: Tensor
+) -> None:
+    """Refuse what a kernel would misread: shape (None: any size, `...` sizes in front), dtype, device, layout."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+    got = tuple(tensor.shape)
+    if len(got) != len(shape) or any(want not in (None, size) for want, size in zip(shape, got, strict=True)):
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name}: expected shape [{wanted}], got {list(got)}")
+    if dtype is not None and tensor.dtype != dtype:
+        raise TypeError(f"{name}: expected {dtype}, got {tensor.dtype}")
+    if tensor.device != like.device:
+        raise ValueError(f"{name}: expected on {like.device}, got {tensor.device}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name}: expected contiguous, got strides {tensor.stride()} for shape {list(got)}")
+
+
+def check_floating(name: str, tensor: Tensor, dims: str) -> None:
+    """Refuse anything but a tensor of a dtype that the kernels know."""
+    if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPES.values():
+        got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise TypeError(f"{name}: expected a float32, bfloat16 or float16 tensor {dims}, got {got}")

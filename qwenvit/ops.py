@@ -9,9 +9,26 @@ from torch import Tensor
 from qwenvit import mrope_host
 from qwenvit.arguments import Impl
 from qwenvit.dispatch import kernels, on_device_of, use_triton
+from qwenvit.norm_ops import add_norm, merge_norm, norm, spatial_merge
+from qwenvit.patch_ops import add_positions, interpolate_positions, patch_embed
 from qwenvit.projection_ops import activation_, linear_act, qkv_rope, rotate_qk_, swiglu, swiglu_pass
 
-__all__ = ["activation_", "linear_act", "qkv_rope", "rope_index", "rotate_qk_", "swiglu", "swiglu_pass"]
+__all__ = [
+    "activation_",
+    "add_norm",
+    "add_positions",
+    "interpolate_positions",
+    "linear_act",
+    "merge_norm",
+    "norm",
+    "patch_embed",
+    "qkv_rope",
+    "rope_index",
+    "rotate_qk_",
+    "spatial_merge",
+    "swiglu",
+    "swiglu_pass",
+]
 
 
 def rope_index(

@@ -1,0 +1,141 @@
+"""Joining patches into tokens: the mergers' norm, merge and reordering in one pass, and the merge of a map alone.
+
+The patches of a token are neighbours in the tower, so merging is a matter of shape: row r of the norm's output is row
+r of the merger's first GEMM input, cut finer. Reordering moves whole tokens: the row to read is found through the
+index, the row to write is the program's own. In a map `[T, H, W, C]` the patches of a token lie in `merge_size` rows;
+there a program copies (concat) or averages a piece of one output row.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qwenvit.kernels.norm import norm_rows, row_config
+
+CONCAT_BLOCK = 2048
+AVERAGE_BLOCK = 512
+"""Elements a program writes, in four warps. 1024 to 4096 copy alike within 3 %; averages of 2048 take 2 % longer."""
+
+
+@triton.jit(do_not_specialize=["H_OUT", "W_OUT"])
+def _concat(
+    x_ptr,  # shape (T, H, W, C), any strides but the last
+    y_ptr,  # shape (T, H / SIZE, W / SIZE, SIZE * SIZE * C)
+    H_OUT,
+    W_OUT,
+    stride_t,
+    stride_h,
+    stride_w,
+    SIZE: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i_row = tl.program_id(0)  # of the map's rows, all frames'
+    i_token_row = i_row // SIZE
+    i_t = (i_token_row // H_OUT).to(tl.int64)
+    i_h = (i_row - i_t * H_OUT * SIZE).to(tl.int64)
+    o_flat = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # of the row's W * C elements
+    m_flat = o_flat < W_OUT * SIZE * C
+    o_in = (o_flat // C).to(tl.int64) * stride_w + o_flat % C
+    b_x = tl.load(x_ptr + i_t * stride_t + i_h * stride_h + o_in, mask=m_flat)
+    i_token = i_token_row.to(tl.int64) * W_OUT + o_flat // (SIZE * C)
+    o_out = (i_token * SIZE + i_row % SIZE) * (SIZE * C) + o_flat % (SIZE * C)
+    tl.store(y_ptr + o_out, b_x, mask=m_flat)
+
+
+@triton.jit(do_not_specialize=["H_OUT", "W_OUT"])
+def _average(
+    x_ptr,  # shape (T, H, W, C), any strides but the last
+    y_ptr,  # shape (T, H / SIZE, W / SIZE, C)
+    H_OUT,
+    W_OUT,
+    stride_t,
+    stride_h,
+    stride_w,
+    SIZE: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i_row = tl.program_id(0).to(tl.int64)  # of the output's rows, all frames'
+    i_t = i_row // H_OUT
+    i_h = (i_row - i_t * H_OUT) * SIZE
+    o_flat = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # of the output row's W_OUT * C elements
+    m_flat = o_flat < W_OUT * C
+    p_x = x_ptr + i_t * stride_t + i_h * stride_h + (o_flat // C * SIZE).to(tl.int64) * stride_w + o_flat % C
+    b_sum = tl.zeros([BLOCK], tl.float32)
+    for i_y in tl.static_range(SIZE):
+        for i_x in tl.static_range(SIZE):
+            b_sum += tl.load(p_x + i_y * stride_h + i_x * stride_w, mask=m_flat, other=0).to(tl.float32)
+    tl.store(y_ptr + i_row * W_OUT * C + o_flat, tl.div_rn(b_sum, SIZE * SIZE * 1.0), mask=m_flat)
+
+
+def _merged_rows(x: Tensor, merge_unit: int) -> Tensor:
+    return x.new_empty((x.shape[0] // merge_unit, merge_unit * x.shape[1]))
+
+
+def _merged_map(x: Tensor, mode: str, merge_size: int) -> Tensor:
+    T, H, W, C = x.shape
+    return x.new_empty((T, H // merge_size, W // merge_size, merge_size**2 * C if mode == "concat" else C))
+
+
+def merge_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    restore_index: Tensor | None,
+    kind: str,
+    eps: float,
+    norm_merged: bool,
+    merge_unit: int,
+) -> Tensor:
+    """The input of a merger's first GEMM; see `qwenvit.ops.merge_norm`.
+
+    I/O: reads x and, where given, 8 bytes of index a token; writes as much as x. About 6 FLOPs an element.
+    """
+    patches, width = x.shape
+    C, unit = (width * merge_unit, 1) if norm_merged else (width, merge_unit)
+    y = _merged_rows(x, merge_unit)
+    config = row_config(C)
+    if patches:
+        with torch.cuda.device_of(x):  # Triton launches on the current device, which need not be the tensor's
+            norm_rows[(x.numel() // C,)](
+                x, None, weight, bias, restore_index, y, None, eps, CENTERED=kind == "layer", UNIT=unit, C=C,
+                MAIN=config.main, TAIL=config.tail, num_warps=config.num_warps,
+            )  # fmt: skip
+    return y
+
+
+def spatial_merge(x: Tensor, mode: str, merge_size: int) -> Tensor:
+    """Merge blocks of a map `[T, H, W, C]`; see `qwenvit.ops.spatial_merge`.
+
+    I/O: reads x; writes as much (concat), or 1 / merge_size² of it (average).
+    """
+    T, H, W, C = x.shape
+    y = _merged_map(x, mode, merge_size)
+    _, H_out, W_out, _ = y.shape
+    if mode == "concat":
+        kernel, rows, row_length, block = _concat, T * H, W * C, CONCAT_BLOCK
+    else:
+        kernel, rows, row_length, block = _average, T * H_out, W_out * C, AVERAGE_BLOCK
+    if y.numel():
+        with torch.cuda.device_of(x):
+            kernel[(rows, triton.cdiv(row_length, block))](
+                x, y, H_out, W_out, *x.stride()[:3], SIZE=merge_size, C=C, BLOCK=block
+            )
+    return y
+
+
+LIBRARY = torch.library.Library("qwenvit", "FRAGMENT")
+LIBRARY.define(
+    "merge_norm(Tensor x, Tensor weight, Tensor? bias, Tensor? restore_index, str kind, float eps, bool norm_merged, "
+    "int merge_unit) -> Tensor"
+)
+LIBRARY.define("spatial_merge(Tensor x, str mode, int merge_size) -> Tensor")
+for _device in ("CUDA", "CPU"):  # on a CPU, Triton's interpreter
+    LIBRARY.impl("merge_norm", merge_norm, _device)
+    LIBRARY.impl("spatial_merge", spatial_merge, _device)
+torch.library.register_fake("qwenvit::merge_norm", lambda x, *args: _merged_rows(x, args[-1]), lib=LIBRARY)
+torch.library.register_fake("qwenvit::spatial_merge", _merged_map, lib=LIBRARY)
+merge_norm_op = torch.ops.qwenvit.merge_norm.default
+spatial_merge_op = torch.ops.qwenvit.spatial_merge.default

@@ -1,0 +1,190 @@
+"""RMSNorm and LayerNorm in Triton: against fp64, and as steady as a norm should be."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qwenvit import op_references, ops
+from qwenvit.parity import ERROR_FACTOR, Difference
+from qwenvit.reference import RMSNorm
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]
+EPS = 1e-6
+KINDS = ["rms", "layer"]
+
+
+@pytest.fixture(autouse=True)
+def _outputs_start_as_nan():
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def draw(rows, width, dtype, offset=0.5):
+    """Rows with some channels a hundred times larger, as real checkpoints have, and a mean that is not zero."""
+    x = torch.randn(rows, width, device=DEVICE) + offset
+    x[:, :: max(width // 5, 1)] *= 100
+    return x.to(dtype)
+
+
+def weights(width, kind, dtype):
+    return torch.randn(width, device=DEVICE).to(dtype), torch.randn(width, device=DEVICE).to(
+        dtype
+    ) if kind == "layer" else None
+
+
+def truth(x, weight, bias, kind):
+    wide = x.double()
+    if kind == "layer":
+        wide = wide - wide.mean(-1, keepdim=True)
+    wide = wide / (wide.pow(2).mean(-1, keepdim=True) + EPS).sqrt() * weight.double()
+    return wide if bias is None else wide + bias.double()
+
+
+def assert_no_worse(actual, reference, expected):
+    """Than plain torch; where both are within a unit of fp32's last place, the order of a sum decides, and may."""
+    error = Difference.of(actual, expected).relative_l2
+    assert error <= max(ERROR_FACTOR * Difference.of(reference, expected).relative_l2, torch.finfo(torch.float32).eps)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("width", [1280, 1152, 1024, 768, 5120, 1000])
+def test_error_is_no_larger_than_torchs(width, kind, dtype):
+    rows = 32
+    x, residual = draw(rows, width, dtype), draw(rows, width, dtype)
+    weight, bias = weights(width, kind, dtype)
+    y = ops.norm(x, weight, bias, kind, impl="triton")
+    assert_no_worse(y, ops.norm(x, weight, bias, kind, impl="reference"), truth(x, weight, bias, kind))
+    y, total = ops.add_norm(x, residual, weight, bias, kind, impl="triton")
+    expected, expected_total = ops.add_norm(x, residual, weight, bias, kind, impl="reference")
+    assert_no_worse(y, expected, truth(x.double() + residual.double(), weight, bias, kind))
+    assert torch.equal(total, expected_total)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 6), st.integers(1, 300), st.sampled_from(KINDS), st.booleans())
+def test_any_shape(rows, width, kind, with_bias):
+    x, residual = torch.randn(rows, width, device=DEVICE), torch.randn(rows, width, device=DEVICE)
+    weight, bias = weights(width, kind, torch.float32)
+    bias = bias if with_bias else None
+    for actual, expected in (
+        ([ops.norm(x, weight, bias, kind, impl="triton")], [ops.norm(x, weight, bias, kind, impl="reference")]),
+        (
+            ops.add_norm(x, residual, weight, bias, kind, impl="triton"),
+            ops.add_norm(x, residual, weight, bias, kind, impl="reference"),
+        ),
+    ):
+        for ours, theirs in zip(actual, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mean_far_from_zero_costs_no_digits(kind):
+    """The variance of centred values, not the difference of two large sums."""
+    x = torch.randn(16, 1280, device=DEVICE) + 1000
+    weight, bias = weights(1280, kind, torch.float32)
+    actual = ops.norm(x, weight, bias, kind, impl="triton")
+    assert Difference.of(actual, truth(x, weight, bias, kind)).relative_l2 < 1e-4  # the mean itself rounds to 3e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_is_the_same_alone_and_in_every_run(kind):
+    x, residual = draw(33, 1152, torch.float16), draw(33, 1152, torch.float16)
+    weight, bias = weights(1152, kind, torch.float16)
+    y, total = ops.add_norm(x, residual, weight, bias, kind, impl="triton")
+    again, _ = ops.add_norm(x, residual, weight, bias, kind, impl="triton")
+    alone, alone_total = ops.add_norm(x[17:18], residual[17:18], weight, bias, kind, impl="triton")
+    assert torch.equal(y, again)
+    assert torch.equal(y[17:18], alone)
+    assert torch.equal(total[17:18], alone_total)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_leading_dimensions_are_kept(kind):
+    x = draw(6, 64, torch.float32).view(2, 3, 64)
+    weight, bias = weights(64, kind, torch.float32)
+    y, total = ops.add_norm(x, x, weight, bias, kind, impl="triton")
+    assert y.shape == total.shape == x.shape
+    assert ops.norm(x[0, 0], weight, bias, kind, impl="triton").shape == (64,)
+
+
+def test_the_reference_is_the_towers_own():
+    x = draw(5, 96, torch.float16).cpu()
+    rms, layer = RMSNorm(96).half(), torch.nn.LayerNorm(96, eps=EPS).half()
+    with torch.no_grad():
+        rms.weight.normal_(), layer.weight.normal_(), layer.bias.normal_()
+        assert torch.equal(op_references.norm(x, rms.weight, None, "rms", EPS), rms(x))
+        assert torch.equal(op_references.norm(x, layer.weight, layer.bias, "layer", EPS), layer(x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_torch_compile_passes_through(kind):
+    x, residual = draw(4, 40, torch.float32), draw(4, 40, torch.float32)
+    weight, bias = weights(40, kind, torch.float32)
+
+    def two(x, residual):
+        y, total = ops.add_norm(x, residual, weight, bias, kind, impl="triton")
+        return ops.norm(y, weight, bias, kind, impl="triton"), total
+
+    compiled = torch.compile(two, fullgraph=True, backend="aot_eager")
+    for ours, theirs in zip(compiled(x, residual), two(x, residual), strict=True):
+        assert torch.equal(ours, theirs)
+    torch.library.opcheck(torch.ops.qwenvit.norm.default, (x, weight, bias, kind, EPS))
+    torch.library.opcheck(torch.ops.qwenvit.add_norm.default, (x, residual, weight, bias, kind, EPS))
+
+
+X, W = torch.zeros(4, 8), torch.zeros(8)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "arguments"),
+    [
+        (TypeError, "x: .*got torch.int64", (X.long(), W)),
+        (TypeError, "x: .*got list", ([1.0], W)),
+        (ValueError, "x: .*scalar", (torch.tensor(1.0), W)),
+        (ValueError, "x: expected contiguous", (X.t(), torch.zeros(4))),
+        (ValueError, r"weight: expected shape \[8\], got \[7\]", (X, W[:7])),
+        (TypeError, "weight: expected torch.float32", (X, W.half())),
+        (ValueError, "weight: expected on cpu, got meta", (X, W.to("meta"))),
+        (ValueError, "bias: RMSNorm has none", (X, W, W)),
+        (ValueError, "kind: expected 'rms' or 'layer', got 'batch'", (X, W, None, "batch")),
+    ],
+)
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+def test_bad_arguments(impl, error, message, arguments):
+    with pytest.raises(error, match=message):
+        ops.norm(*arguments, impl=impl)
+
+
+def test_bad_residual():
+    with pytest.raises(ValueError, match=r"residual: expected shape \[4, 8\], got \[3, 8\]"):
+        ops.add_norm(X, X[:3], W)
+    with pytest.raises(ValueError, match="impl: expected"):
+        ops.add_norm(X, X, W, impl="cuda")
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("kind", "width"), [("rms", 1280), ("layer", 1280), ("layer", 1152), ("layer", 768)])
+@pytest.mark.parametrize("rows", [1, 784, 7056, 16384])
+def test_the_models_shapes(rows, kind, width, dtype):
+    x, residual = draw(rows, width, dtype), draw(rows, width, dtype)
+    weight, bias = weights(width, kind, dtype)
+    y, total = ops.add_norm(x, residual, weight, bias, kind)
+    expected, expected_total = ops.add_norm(x, residual, weight, bias, kind, impl="reference")
+    assert_no_worse(y, expected, truth(x.double() + residual.double(), weight, bias, kind))
+    assert torch.equal(total, expected_total)
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+def test_beyond_32_bit_addresses():
+    width = 1280
+    x = torch.ones(2**31 // width + 9, width, device=DEVICE, dtype=torch.bfloat16)
+    x[-1] = torch.randn(width, device=DEVICE)
+    weight, _ = weights(width, "rms", torch.bfloat16)
+    assert torch.equal(ops.norm(x, weight)[-1], ops.norm(x[-1], weight))
