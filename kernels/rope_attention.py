@@ -1,0 +1,252 @@
+"""RoPE and attention within segments in one pass: windows here, longer segments in `long_attention`.
+
+A window of up to 64 tokens fits one tile: a program takes one window and a few heads, keeps the window's angles in
+registers, and for each head loads Q, K and V once, rotates Q and K in fp32, and writes the output. Nothing else moves.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qwenvit.kernels.long_attention import LOG2_E, long_attention
+from qwenvit.kernels.rope import load_angles, load_rotated, unit
+
+WINDOW = 64
+"""Tokens of a window's tile."""
+
+
+@triton.jit
+def _load_values(p_v, o_v, m_row, D: tl.constexpr):
+    """A tile of values: [rows, 64], and [rows, 16] of the channels beyond (the first tile again where there are none)."""
+    o_channel = tl.arange(0, 64)
+    b_v = tl.load(p_v + (o_v[:, None] + o_channel[None, :]), mask=m_row[:, None], other=0.0)
+    b_v_tail = b_v
+    if D > 64:
+        o_tail = 64 + tl.arange(0, 16)
+        b_v_tail = tl.load(
+            p_v + (o_v[:, None] + o_tail[None, :]), mask=m_row[:, None] & (o_tail < D)[None, :], other=0.0
+        )
+    return b_v, b_v_tail
+
+
+@triton.jit
+def _store(p_out, o_out, m_row, b_out, b_out_tail, D: tl.constexpr):
+    o_channel = tl.arange(0, 64)
+    b_out = b_out.to(p_out.dtype.element_ty)
+    tl.store(p_out + (o_out[:, None] + o_channel[None, :]), b_out, mask=m_row[:, None])
+    if D > 64:
+        o_tail = 64 + tl.arange(0, 16)
+        b_out_tail = b_out_tail.to(p_out.dtype.element_ty)
+        mask = m_row[:, None] & (o_tail < D)[None, :]
+        tl.store(p_out + (o_out[:, None] + o_tail[None, :]), b_out_tail, mask=mask)
+
+
+@triton.jit
+def _load_both(p_x, o_x, m_row, angles, D: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """A tile of rotated queries or keys: [rows, 64], and [rows, 16] of the channels beyond."""
+    b_cos, b_sin, b_cos_tail, b_sin_tail = angles
+    b_x = load_rotated(p_x, o_x, m_row, b_cos, b_sin, D, INTERLEAVED, 0, 32)
+    b_x_tail = b_x
+    if D > 64:
+        b_x_tail = load_rotated(p_x, o_x, m_row, b_cos_tail, b_sin_tail, D, INTERLEAVED, 32, 8)
+    return b_x, b_x_tail
+
+
+@triton.jit
+def _load_all_angles(cos_ptr, sin_ptr, i_first, o_row, m_row, D: tl.constexpr, ANGLE_STRIDE: tl.constexpr):
+    if cos_ptr is None:
+        return None, None, None, None
+    else:
+        p_cos = cos_ptr + i_first * ANGLE_STRIDE
+        p_sin = sin_ptr + i_first * ANGLE_STRIDE
+        b_cos, b_sin = load_angles(p_cos, p_sin, o_row, m_row, D, ANGLE_STRIDE, 0, 32)
+        b_cos_tail = b_cos
+        b_sin_tail = b_sin
+        if D > 64:
+            b_cos_tail, b_sin_tail = load_angles(p_cos, p_sin, o_row, m_row, D, ANGLE_STRIDE, 32, 8)
+        return b_cos, b_sin, b_cos_tail, b_sin_tail
+
+
+@triton.jit
+def _scores(b_q, b_q_tail, b_k, b_k_tail, m_key, D: tl.constexpr, PRECISION: tl.constexpr):
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+    if D > 64:
+        b_s = tl.dot(b_q_tail, tl.trans(b_k_tail), b_s, input_precision=PRECISION)
+    return tl.where(m_key[None, :], b_s, float("-inf"))
+
+
+@triton.jit
+def _window_attention(
+    q_ptr,  # shape (S, H, D)
+    k_ptr,  # shape (S, H, D)
+    v_ptr,  # shape (S, H, D)
+    out_ptr,  # shape (S, H, D), contiguous
+    cos_ptr,  # fp32, shape (S, D/2); None where q and k are rotated already
+    sin_ptr,  # same
+    cu_seqlens_ptr,  # int32, shape (n_segments + 1,)
+    stride_qs,  # this and the next five in UNITs of elements
+    stride_qh,
+    stride_ks,
+    stride_kh,
+    stride_vs,
+    stride_vh,
+    stride_os,
+    n_groups,
+    S,
+    qk_scale,  # scale * log2(e)
+    D: tl.constexpr,
+    UNIT: tl.constexpr,
+    SAME_STRIDES: tl.constexpr,
+    ANGLE_STRIDE: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    i_segment = tl.program_id(0) // n_groups
+    i_head = (tl.program_id(0) % n_groups * HEADS).to(tl.int64)
+    start = tl.load(cu_seqlens_ptr + i_segment)
+    length = tl.minimum(tl.load(cu_seqlens_ptr + i_segment + 1), S) - start
+    i_first = start.to(tl.int64)
+    dtype: tl.constexpr = q_ptr.dtype.element_ty
+    o_row = tl.arange(0, BLOCK)
+    stride_qs *= UNIT
+    stride_qh *= UNIT
+    if SAME_STRIDES:
+        stride_ks = stride_qs
+        stride_vs = stride_qs
+        stride_kh = stride_qh
+        stride_vh = stride_qh
+    else:
+        stride_ks *= UNIT
+        stride_vs *= UNIT
+        stride_kh *= UNIT
+        stride_vh *= UNIT
+    if length <= BLOCK:
+        p_q = q_ptr + i_first * stride_qs + i_head * stride_qh
+        p_k = k_ptr + i_first * stride_ks + i_head * stride_kh
+        p_v = v_ptr + i_first * stride_vs + i_head * stride_vh
+        p_out = out_ptr + i_first * stride_os + i_head * D
+        m_row = o_row < length
+        angles = _load_all_angles(cos_ptr, sin_ptr, i_first, o_row, m_row, D, ANGLE_STRIDE)
+        for _ in tl.range(0, HEADS, num_stages=STAGES):
+            b_q, b_q_tail = _load_both(p_q, o_row * stride_qs, m_row, angles, D, INTERLEAVED)
+            b_k, b_k_tail = _load_both(p_k, o_row * stride_ks, m_row, angles, D, INTERLEAVED)
+            b_v, b_v_tail = _load_values(p_v, o_row * stride_vs, m_row, D)
+            b_s = _scores(b_q, b_q_tail, b_k, b_k_tail, m_row, D, PRECISION)
+            b_max = tl.max(b_s, 1)
+            b_p = tl.exp2(b_s * qk_scale - (b_max * qk_scale)[:, None])
+            b_inverse = (1.0 / tl.sum(b_p, 1))[:, None]
+            b_out = tl.dot(b_p.to(dtype), b_v, input_precision=PRECISION) * b_inverse
+            b_out_tail = b_out
+            if D > 64:
+                b_out_tail = tl.dot(b_p.to(dtype), b_v_tail, input_precision=PRECISION) * b_inverse
+            _store(p_out, o_row * stride_os, m_row, b_out, b_out_tail, D)
+            p_q += stride_qh
+            p_k += stride_kh
+            p_v += stride_vh
+            p_out += D
+    else:  # longer than the caller said: slow, and right all the same
+        for i in tl.range(0, HEADS * tl.cdiv(length, BLOCK), num_stages=1):
+            i_query = i // HEADS * BLOCK
+            o_query = i_query + o_row
+            m_query = o_query < length
+            i_one = i_head + i % HEADS
+            angles = _load_all_angles(cos_ptr, sin_ptr, i_first + i_query, o_row, m_query, D, ANGLE_STRIDE)
+            p_q = q_ptr + (i_first + i_query) * stride_qs + i_one * stride_qh
+            b_q, b_q_tail = _load_both(p_q, o_row * stride_qs, m_query, angles, D, INTERLEAVED)
+            b_max = tl.full([BLOCK], float("-inf"), tl.float32)
+            b_sum = tl.zeros([BLOCK], tl.float32)
+            b_out = tl.zeros([BLOCK, 64], tl.float32)
+            b_out_tail = tl.zeros([BLOCK, 16], tl.float32)
+            for i_key in tl.range(0, length, BLOCK, num_stages=1):
+                m_key = o_row < length - i_key
+                angles = _load_all_angles(cos_ptr, sin_ptr, i_first + i_key, o_row, m_key, D, ANGLE_STRIDE)
+                p_k = k_ptr + (i_first + i_key) * stride_ks + i_one * stride_kh
+                b_k, b_k_tail = _load_both(p_k, o_row * stride_ks, m_key, angles, D, INTERLEAVED)
+                b_s = _scores(b_q, b_q_tail, b_k, b_k_tail, m_key, D, PRECISION)
+                b_top = tl.maximum(b_max, tl.max(b_s, 1))
+                b_alpha = tl.exp2((b_max - b_top) * qk_scale)
+                b_p = tl.exp2(b_s * qk_scale - (b_top * qk_scale)[:, None])
+                b_sum = b_sum * b_alpha + tl.sum(b_p, 1)
+                p_v = v_ptr + (i_first + i_key) * stride_vs + i_one * stride_vh
+                b_v, b_v_tail = _load_values(p_v, o_row * stride_vs, m_key, D)
+                b_out = tl.dot(b_p.to(dtype), b_v, b_out * b_alpha[:, None], input_precision=PRECISION)
+                if D > 64:
+                    b_out_tail = tl.dot(
+                        b_p.to(dtype), b_v_tail, b_out_tail * b_alpha[:, None], input_precision=PRECISION
+                    )
+                b_max = b_top
+            b_inverse = (1.0 / b_sum)[:, None]
+            p_out = out_ptr + (i_first + i_query) * stride_os + i_one * D
+            _store(p_out, o_row * stride_os, m_query, b_out * b_inverse, b_out_tail * b_inverse, D)
+
+
+@dataclass(frozen=True)
+class WindowConfig:
+    """Heads a program takes one after another, its warps, stages of its loads, and most registers a thread."""
+
+    heads: int
+    num_warps: int
+    num_stages: int
+    maxnreg: int | None
+
+
+def window_config(dtype: torch.dtype, n_heads: int, n_windows: int) -> WindowConfig:
+    """Launch config of windows of at most `WINDOW` tokens."""
+    if dtype == torch.float32:  # no tensor cores in IEEE fp32: more threads, fewer sums each
+        return WindowConfig(heads=1, num_warps=8, num_stages=1, maxnreg=None)
+    heads = 1 if n_windows * n_heads <= 256 else 2
+    return WindowConfig(heads=heads if n_heads % heads == 0 else 1, num_warps=4, num_stages=2, maxnreg=168)
+
+
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    cu_seqlens: Tensor,
+    scale: float,
+    interleaved: bool,
+    out: Tensor,
+    config: WindowConfig | None = None,
+) -> None:
+    """Attention within segments, fast where they are of at most `WINDOW` tokens."""
+    S, H, D = q.shape
+    n_segments = len(cu_seqlens) - 1
+    config = config or window_config(q.dtype, H, n_segments)
+    size = unit(q, k, v)
+    n_groups = H // config.heads
+    options = {} if config.maxnreg is None or not q.is_cuda else {"maxnreg": config.maxnreg}
+    _window_attention[(n_segments * n_groups,)](
+        q, k, v, out, cos, sin, cu_seqlens,
+        q.stride(0) // size, q.stride(1) // size, k.stride(0) // size, k.stride(1) // size,
+        v.stride(0) // size, v.stride(1) // size, out.stride(0), n_groups, S, scale * LOG2_E,
+        D=D, UNIT=size, SAME_STRIDES=q.stride() == k.stride() == v.stride(),
+        ANGLE_STRIDE=0 if cos is None else cos.stride(0), INTERLEAVED=interleaved, HEADS=config.heads, BLOCK=WINDOW,
+        STAGES=config.num_stages, PRECISION="ieee", num_warps=config.num_warps, **options,
+    )  # fmt: skip
+
+
+def rope_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    cu_seqlens: Tensor,
+    max_seqlen: int | None,
+    scale: float,
+    interleaved: bool,
+) -> Tensor:
+    """`[S, H, D]`, with no host synchronisation; see `qwenvit.ops.rope_attention`."""
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    if out.numel() and len(cu_seqlens) > 1:
+        attend = window_attention if max_seqlen is not None and max_seqlen <= WINDOW else long_attention
+        attend(q, k, v, cos, sin, cu_seqlens, scale, interleaved, out)
+    return out
