@@ -49,11 +49,26 @@ def _tile(desc, desc_tail, i_head, i_row, BLOCK_N: tl.constexpr, D: tl.constexpr
 
 
 @triton.jit
-def _scores(b_q, b_q_tail, b_k, b_k_tail, D: tl.constexpr, PRECISION: tl.constexpr):
-    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+def scores(b_q, b_q_tail, b_k, b_k_tail, D: tl.constexpr):
+    """Products of queries and keys: [rows of queries, rows of keys], not scaled yet."""
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
     if D > 64:
-        b_s = tl.dot(b_q_tail, tl.trans(b_k_tail), b_s, input_precision=PRECISION)
+        b_s = tl.dot(b_q_tail, tl.trans(b_k_tail), b_s, input_precision="ieee")
     return b_s
+
+
+@triton.jit
+def softmax_step(b_s, b_max, qk_scale, dtype: tl.constexpr):
+    """Exponentials relative to the new maximum, the factor for sums relative to the old one, and the new maximum."""
+    if dtype == tl.float32:  # the difference first: exact for the scores that matter
+        b_top = tl.maximum(b_max, tl.max(b_s, 1))
+        b_alpha = tl.exp2((b_max - b_top) * qk_scale)
+        b_p = tl.exp2((b_s - b_top[:, None]) * qk_scale)
+    else:  # one fused instruction an element; the maximum is carried scaled, so that its rounding cancels
+        b_top = tl.maximum(b_max, tl.max(b_s, 1) * qk_scale)
+        b_alpha = tl.exp2(b_max - b_top)
+        b_p = tl.exp2(b_s * qk_scale - b_top[:, None])
+    return b_p, b_alpha, b_top
 
 
 @triton.jit
@@ -68,7 +83,6 @@ def _walk(
     qk_scale,
     D: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     b_q, b_q_tail = queries
@@ -77,18 +91,15 @@ def _walk(
     dtype: tl.constexpr = b_q.dtype
     for i_key in tl.range(i_first, i_past, BLOCK_N):
         b_k, b_k_tail = _tile(k_desc, k_tail_desc, i_head, i_key + overlap, BLOCK_N, D)
-        b_s = _scores(b_q, b_q_tail, b_k, b_k_tail, D, PRECISION)
+        b_s = scores(b_q, b_q_tail, b_k, b_k_tail, D)
         if MASKED:
             b_s = tl.where((tl.arange(0, BLOCK_N) < BLOCK_N - overlap)[None, :], b_s, float("-inf"))
-        b_top = tl.maximum(b_max, tl.max(b_s, 1))
-        b_alpha = tl.exp2((b_max - b_top) * qk_scale)
-        b_p = tl.exp2(b_s * qk_scale - (b_top * qk_scale)[:, None])
+        b_p, b_alpha, b_max = softmax_step(b_s, b_max, qk_scale, dtype)
         b_sum = b_sum * b_alpha + tl.sum(b_p, 1)
         b_v, b_v_tail = _tile(v_desc, v_tail_desc, i_head, i_key + overlap, BLOCK_N, D)
-        b_out = tl.dot(b_p.to(dtype), b_v, b_out * b_alpha[:, None], input_precision=PRECISION)
+        b_out = tl.dot(b_p.to(dtype), b_v, b_out * b_alpha[:, None], input_precision="ieee")
         if D > 64:
-            b_out_tail = tl.dot(b_p.to(dtype), b_v_tail, b_out_tail * b_alpha[:, None], input_precision=PRECISION)
-        b_max = b_top
+            b_out_tail = tl.dot(b_p.to(dtype), b_v_tail, b_out_tail * b_alpha[:, None], input_precision="ieee")
     return b_max, b_sum, b_out, b_out_tail
 
 
@@ -115,7 +126,6 @@ def _long_attention(
     INTERLEAVED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     i_head = tl.program_id(1)
     start, end, i_row = _find_tile(cu_seqlens_ptr, n_segments, S, tl.program_id(0), BLOCK_M)
@@ -153,24 +163,23 @@ def _long_attention(
             b_k, b_k_tail = _tile(k_desc, k_tail_desc, i_head, start, BLOCK_N, D)
             b_v, b_v_tail = _tile(v_desc, v_tail_desc, i_head, start, BLOCK_N, D)
             m_n = o_n < length
-            b_s = _scores(b_q, b_q_tail, b_k, b_k_tail, D, PRECISION)
+            b_s = scores(b_q, b_q_tail, b_k, b_k_tail, D)
             b_s = tl.where(m_n[None, :], b_s, float("-inf"))
-            b_max = tl.max(b_s, 1)
-            b_p = tl.exp2(b_s * qk_scale - (b_max * qk_scale)[:, None])
+            b_p, _, b_max = softmax_step(b_s, b_max, qk_scale, dtype)
             b_sum = tl.sum(b_p, 1)
-            b_out = tl.dot(b_p.to(dtype), tl.where(m_n[:, None], b_v, 0.0), input_precision=PRECISION)
+            b_out = tl.dot(b_p.to(dtype), tl.where(m_n[:, None], b_v, 0.0), input_precision="ieee")
             if D > 64:
                 b_v_tail = tl.where(m_n[:, None], b_v_tail, 0.0)
-                b_out_tail = tl.dot(b_p.to(dtype), b_v_tail, input_precision=PRECISION)
+                b_out_tail = tl.dot(b_p.to(dtype), b_v_tail, input_precision="ieee")
         else:
             overlap = (BLOCK_N - length % BLOCK_N) % BLOCK_N
             state = (b_max, b_sum, b_out, b_out_tail)
             queries = (b_q, b_q_tail)
             descs = (k_desc, k_tail_desc, v_desc, v_tail_desc)
             first = start - overlap
-            state = _walk(queries, descs, i_head, first, start, overlap, state, qk_scale, D, BLOCK_N, PRECISION, True)
+            state = _walk(queries, descs, i_head, first, start, overlap, state, qk_scale, D, BLOCK_N, True)
             first += (overlap > 0).to(tl.int32) * BLOCK_N
-            state = _walk(queries, descs, i_head, first, end, 0, state, qk_scale, D, BLOCK_N, PRECISION, False)
+            state = _walk(queries, descs, i_head, first, end, 0, state, qk_scale, D, BLOCK_N, False)
             b_max, b_sum, b_out, b_out_tail = state
         b_inverse = 1.0 / b_sum
         p_out = out_ptr + (i_first * stride_os + i_head * D)
@@ -228,14 +237,14 @@ def long_attention(
     S, H, D = q.shape
     n_segments = len(cu_seqlens) - 1
     config = config or long_config(q.dtype)
-    if cos is not None:
+    if cos is not None and sin is not None:
+        unrotated, k = k, torch.empty_like(k, memory_format=torch.contiguous_format)
         if config.rotate_first:
-            q, unrotated = torch.empty_like(q, memory_format=torch.contiguous_format), q
-            rotate(unrotated, cos, sin, interleaved, q)
-        k, unrotated = torch.empty_like(k, memory_format=torch.contiguous_format), k
-        rotate(unrotated, cos, sin, interleaved, k)
-        if config.rotate_first:
+            q_unrotated, q = q, torch.empty_like(q, memory_format=torch.contiguous_format)
+            rotate(unrotated, k, cos, sin, interleaved, q_unrotated, q)
             cos = sin = None
+        else:
+            rotate(unrotated, k, cos, sin, interleaved)
     k, v = (x if unit(x) > 1 else x.contiguous() for x in (k, v))
     size = unit(q)
     options = {} if config.maxnreg is None or not q.is_cuda else {"maxnreg": config.maxnreg}
@@ -243,6 +252,6 @@ def long_attention(
         q, *_descriptors(k, config.block_n), *_descriptors(v, config.block_n), out, cos, sin, cu_seqlens,
         q.stride(0) // size, q.stride(1) // size, out.stride(0), n_segments, S, scale * LOG2_E,
         D=D, UNIT=size, ANGLE_STRIDE=0 if cos is None else cos.stride(0), INTERLEAVED=interleaved,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, PRECISION="ieee", num_warps=config.num_warps,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps,
         num_stages=config.num_stages, **options,
     )  # fmt: skip

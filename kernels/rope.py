@@ -7,7 +7,6 @@ powers of two, so nothing is padded in memory, and 36 or 40 pairs cost a tile of
 
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -128,13 +127,19 @@ def _rotate_pairs(
 @triton.jit(do_not_specialize=["S"])
 def _rotate(
     x_ptr,  # shape (S, N, D)
-    out_ptr,  # shape (S, N, D)
+    x_out_ptr,  # same
+    y_ptr,  # same; None where there is only x
+    y_out_ptr,
     cos_ptr,  # fp32, shape (S, D/2)
-    sin_ptr,  # fp32, shape (S, D/2)
-    stride_xs,  # this and the next three in UNITs of elements
+    sin_ptr,  # same
+    stride_xs,  # this and the next seven in UNITs of elements
     stride_xn,
-    stride_os,
-    stride_on,
+    stride_x_out_s,
+    stride_x_out_n,
+    stride_ys,
+    stride_yn,
+    stride_y_out_s,
+    stride_y_out_n,
     S,
     N,
     D: tl.constexpr,
@@ -145,23 +150,32 @@ def _rotate(
     HEADS: tl.constexpr,
 ):
     i_row = tl.program_id(0).to(tl.int64) * ROWS
-    o_row = tl.arange(0, ROWS)
-    m_row = o_row < S - i_row
+    i_group = tl.program_id(1)
+    if y_ptr is not None:  # noqa: SIM102 (known at compile time, the other is not)
+        if i_group >= tl.cdiv(N, HEADS):
+            i_group -= tl.cdiv(N, HEADS)
+            x_ptr = y_ptr
+            x_out_ptr = y_out_ptr
+            stride_xs = stride_ys
+            stride_xn = stride_yn
+            stride_x_out_s = stride_y_out_s
+            stride_x_out_n = stride_y_out_n
+    # Rows and heads in one axis: repeated loads of the angles hit L1, and no store holds up another head's loads.
+    o_row = tl.arange(0, ROWS * HEADS) // HEADS
+    o_head = tl.arange(0, ROWS * HEADS) % HEADS
+    i_head = (i_group * HEADS).to(tl.int64)
+    m_row = (o_row < S - i_row) & (o_head < N - i_head)
     cos_ptr += i_row * ANGLE_STRIDE
     sin_ptr += i_row * ANGLE_STRIDE
+    x_ptr += (i_row * stride_xs + i_head * stride_xn) * UNIT
+    x_out_ptr += (i_row * stride_x_out_s + i_head * stride_x_out_n) * UNIT
+    o_x = (o_row * stride_xs + o_head * stride_xn) * UNIT
+    o_out = (o_row * stride_x_out_s + o_head * stride_x_out_n) * UNIT
     b_cos, b_sin = load_angles(cos_ptr, sin_ptr, o_row, m_row, D, ANGLE_STRIDE, 0, 32)
+    _rotate_pairs(x_ptr, x_out_ptr, o_x, o_out, m_row, b_cos, b_sin, D, INTERLEAVED, 0, 32)
     if D > 64:
-        b_cos_tail, b_sin_tail = load_angles(cos_ptr, sin_ptr, o_row, m_row, D, ANGLE_STRIDE, 32, 8)
-    o_x = o_row * (stride_xs * UNIT)
-    o_out = o_row * (stride_os * UNIT)
-    for i in tl.static_range(HEADS):
-        i_head = (tl.program_id(1) * HEADS + i).to(tl.int64)
-        m_head = m_row & (i_head < N)
-        p_x = x_ptr + (i_row * stride_xs + i_head * stride_xn) * UNIT
-        p_out = out_ptr + (i_row * stride_os + i_head * stride_on) * UNIT
-        _rotate_pairs(p_x, p_out, o_x, o_out, m_head, b_cos, b_sin, D, INTERLEAVED, 0, 32)
-        if D > 64:
-            _rotate_pairs(p_x, p_out, o_x, o_out, m_head, b_cos_tail, b_sin_tail, D, INTERLEAVED, 32, 8)
+        b_cos, b_sin = load_angles(cos_ptr, sin_ptr, o_row, m_row, D, ANGLE_STRIDE, 32, 8)
+        _rotate_pairs(x_ptr, x_out_ptr, o_x, o_out, m_row, b_cos, b_sin, D, INTERLEAVED, 32, 8)
 
 
 @dataclass(frozen=True)
@@ -184,14 +198,24 @@ def unit(*tensors: Tensor) -> int:
     return elements if aligned else 1
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, out: Tensor) -> None:
-    """Rotate `x [S, N, D]` into `out`, which may be `x`; see `qwenvit.ops.rotate_`."""
+def rotate(
+    x: Tensor,
+    out: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool,
+    y: Tensor | None = None,
+    y_out: Tensor | None = None,
+    config: RotateConfig = RotateConfig(),
+) -> None:
+    """Rotate `x [S, N, D]` into `out`, which may be `x`, and `y` of the same shape into `y_out`, in one launch."""
     S, N, D = x.shape
-    config = RotateConfig()
-    size = unit(x, out)
-    grid = (triton.cdiv(S, config.rows), triton.cdiv(N, config.heads))
+    tensors = [x, out] if y is None or y_out is None else [x, out, y, y_out]
+    size = unit(*tensors)
+    strides = [stride // size for tensor in tensors for stride in tensor.stride()[:-1]] + [0] * (8 - 2 * len(tensors))
+    grid = (triton.cdiv(S, config.rows), triton.cdiv(N, config.heads) * (len(tensors) // 2))
     _rotate[grid](
-        x, out, cos, sin, x.stride(0) // size, x.stride(1) // size, out.stride(0) // size, out.stride(1) // size, S, N,
+        x, out, y, y_out, cos, sin, *strides, S, N,
         D=D, UNIT=size, ANGLE_STRIDE=cos.stride(0), INTERLEAVED=interleaved, ROWS=config.rows, HEADS=config.heads,
         num_warps=config.num_warps,
     )  # fmt: skip

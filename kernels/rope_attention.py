@@ -4,6 +4,7 @@ A window of up to 64 tokens fits one tile: a program takes one window and a few 
 registers, and for each head loads Q, K and V once, rotates Q and K in fp32, and writes the output. Nothing else moves.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwenvit.kernels.long_attention import LOG2_E, long_attention
+from qwenvit.kernels.long_attention import LOG2_E, long_attention, scores, softmax_step
 from qwenvit.kernels.rope import load_angles, load_rotated, unit
 
 WINDOW = 64
@@ -20,7 +21,7 @@ WINDOW = 64
 
 @triton.jit
 def _load_values(p_v, o_v, m_row, D: tl.constexpr):
-    """A tile of values: [rows, 64], and [rows, 16] of the channels beyond (the first tile again where there are none)."""
+    """A tile of values: [rows, 64], and [rows, 16] of the channels beyond (the first again where there are none)."""
     o_channel = tl.arange(0, 64)
     b_v = tl.load(p_v + (o_v[:, None] + o_channel[None, :]), mask=m_row[:, None], other=0.0)
     b_v_tail = b_v
@@ -57,28 +58,20 @@ def _load_both(p_x, o_x, m_row, angles, D: tl.constexpr, INTERLEAVED: tl.constex
 
 @triton.jit
 def _load_all_angles(cos_ptr, sin_ptr, i_first, o_row, m_row, D: tl.constexpr, ANGLE_STRIDE: tl.constexpr):
-    if cos_ptr is None:
-        return None, None, None, None
-    else:
+    """Cosines and sines of all pairs as two tiles: (cos, sin, cos of the tail, sin of the tail), or four times None."""
+    angles = (None, None, None, None)
+    if cos_ptr is not None:
         p_cos = cos_ptr + i_first * ANGLE_STRIDE
         p_sin = sin_ptr + i_first * ANGLE_STRIDE
         b_cos, b_sin = load_angles(p_cos, p_sin, o_row, m_row, D, ANGLE_STRIDE, 0, 32)
-        b_cos_tail = b_cos
-        b_sin_tail = b_sin
+        angles = (b_cos, b_sin, b_cos, b_sin)
         if D > 64:
             b_cos_tail, b_sin_tail = load_angles(p_cos, p_sin, o_row, m_row, D, ANGLE_STRIDE, 32, 8)
-        return b_cos, b_sin, b_cos_tail, b_sin_tail
+            angles = (b_cos, b_sin, b_cos_tail, b_sin_tail)
+    return angles
 
 
-@triton.jit
-def _scores(b_q, b_q_tail, b_k, b_k_tail, m_key, D: tl.constexpr, PRECISION: tl.constexpr):
-    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-    if D > 64:
-        b_s = tl.dot(b_q_tail, tl.trans(b_k_tail), b_s, input_precision=PRECISION)
-    return tl.where(m_key[None, :], b_s, float("-inf"))
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["n_groups", "S"])
 def _window_attention(
     q_ptr,  # shape (S, H, D)
     k_ptr,  # shape (S, H, D)
@@ -105,7 +98,6 @@ def _window_attention(
     HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     i_segment = tl.program_id(0) // n_groups
     i_head = (tl.program_id(0) % n_groups * HEADS).to(tl.int64)
@@ -137,14 +129,13 @@ def _window_attention(
             b_q, b_q_tail = _load_both(p_q, o_row * stride_qs, m_row, angles, D, INTERLEAVED)
             b_k, b_k_tail = _load_both(p_k, o_row * stride_ks, m_row, angles, D, INTERLEAVED)
             b_v, b_v_tail = _load_values(p_v, o_row * stride_vs, m_row, D)
-            b_s = _scores(b_q, b_q_tail, b_k, b_k_tail, m_row, D, PRECISION)
-            b_max = tl.max(b_s, 1)
-            b_p = tl.exp2(b_s * qk_scale - (b_max * qk_scale)[:, None])
+            b_s = tl.where(m_row[None, :], scores(b_q, b_q_tail, b_k, b_k_tail, D), float("-inf"))
+            b_p, _, _ = softmax_step(b_s, tl.full([BLOCK], float("-inf"), tl.float32), qk_scale, dtype)
             b_inverse = (1.0 / tl.sum(b_p, 1))[:, None]
-            b_out = tl.dot(b_p.to(dtype), b_v, input_precision=PRECISION) * b_inverse
+            b_out = tl.dot(b_p.to(dtype), b_v, input_precision="ieee") * b_inverse
             b_out_tail = b_out
             if D > 64:
-                b_out_tail = tl.dot(b_p.to(dtype), b_v_tail, input_precision=PRECISION) * b_inverse
+                b_out_tail = tl.dot(b_p.to(dtype), b_v_tail, input_precision="ieee") * b_inverse
             _store(p_out, o_row * stride_os, m_row, b_out, b_out_tail, D)
             p_q += stride_qh
             p_k += stride_kh
@@ -168,19 +159,16 @@ def _window_attention(
                 angles = _load_all_angles(cos_ptr, sin_ptr, i_first + i_key, o_row, m_key, D, ANGLE_STRIDE)
                 p_k = k_ptr + (i_first + i_key) * stride_ks + i_one * stride_kh
                 b_k, b_k_tail = _load_both(p_k, o_row * stride_ks, m_key, angles, D, INTERLEAVED)
-                b_s = _scores(b_q, b_q_tail, b_k, b_k_tail, m_key, D, PRECISION)
-                b_top = tl.maximum(b_max, tl.max(b_s, 1))
-                b_alpha = tl.exp2((b_max - b_top) * qk_scale)
-                b_p = tl.exp2(b_s * qk_scale - (b_top * qk_scale)[:, None])
+                b_s = tl.where(m_key[None, :], scores(b_q, b_q_tail, b_k, b_k_tail, D), float("-inf"))
+                b_p, b_alpha, b_max = softmax_step(b_s, b_max, qk_scale, dtype)
                 b_sum = b_sum * b_alpha + tl.sum(b_p, 1)
                 p_v = v_ptr + (i_first + i_key) * stride_vs + i_one * stride_vh
                 b_v, b_v_tail = _load_values(p_v, o_row * stride_vs, m_key, D)
-                b_out = tl.dot(b_p.to(dtype), b_v, b_out * b_alpha[:, None], input_precision=PRECISION)
+                b_out = tl.dot(b_p.to(dtype), b_v, b_out * b_alpha[:, None], input_precision="ieee")
                 if D > 64:
                     b_out_tail = tl.dot(
-                        b_p.to(dtype), b_v_tail, b_out_tail * b_alpha[:, None], input_precision=PRECISION
+                        b_p.to(dtype), b_v_tail, b_out_tail * b_alpha[:, None], input_precision="ieee"
                     )
-                b_max = b_top
             b_inverse = (1.0 / b_sum)[:, None]
             p_out = out_ptr + (i_first + i_query) * stride_os + i_one * D
             _store(p_out, o_row * stride_os, m_query, b_out * b_inverse, b_out_tail * b_inverse, D)
@@ -229,7 +217,7 @@ def window_attention(
         v.stride(0) // size, v.stride(1) // size, out.stride(0), n_groups, S, scale * LOG2_E,
         D=D, UNIT=size, SAME_STRIDES=q.stride() == k.stride() == v.stride(),
         ANGLE_STRIDE=0 if cos is None else cos.stride(0), INTERLEAVED=interleaved, HEADS=config.heads, BLOCK=WINDOW,
-        STAGES=config.num_stages, PRECISION="ieee", num_warps=config.num_warps, **options,
+        STAGES=config.num_stages, num_warps=config.num_warps, **options,
     )  # fmt: skip
 
 
@@ -248,5 +236,20 @@ def rope_attention(
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     if out.numel() and len(cu_seqlens) > 1:
         attend = window_attention if max_seqlen is not None and max_seqlen <= WINDOW else long_attention
-        attend(q, k, v, cos, sin, cu_seqlens, scale, interleaved, out)
+        with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
+            attend(q, k, v, cos, sin, cu_seqlens, scale, interleaved, out)
     return out
+
+
+def _fake(q: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+LIBRARY = torch.library.Library("qwenvit", "FRAGMENT")
+LIBRARY.define(
+    "rope_attention(Tensor q, Tensor k, Tensor v, Tensor? cos, Tensor? sin, Tensor cu_seqlens, int? max_seqlen, "
+    "float scale, bool interleaved) -> Tensor"
+)
+for device in ("CUDA", "CPU"):  # the CPU is for Triton's interpreter
+    LIBRARY.impl("rope_attention", rope_attention, device)
+torch.library.register_fake("qwenvit::rope_attention", _fake, lib=LIBRARY)
