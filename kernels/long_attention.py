@@ -4,10 +4,9 @@ A program takes one head and BLOCK_M queries of one segment and walks over the s
 Which segment and which queries, it finds by bisecting `cu_seqlens`: segment i owns the tiles from number
 cu_seqlens[i] // BLOCK_M + i on, which leaves room for its last, partial tile, grows with i, and needs no running sum.
 
-Keys and values come by TMA, in tiles of 64 channels and, at head_dim 72 and 80, 16 more; the hardware fills channels
-72 to 79 with zeros. A key tile never reaches outside its segment, where a neighbour's infinities would spoil the
-products: the first tile of a segment whose length is no multiple of BLOCK_N overlaps the second, and the overlap is
-masked. Only segments shorter than one tile take a path of their own, with masked loads.
+Queries and keys are rotated by a pass before: rotating keys here, once for each tile of queries, took 1.3 to 1.45 times
+as long on an H200. Loads are plain pointers, 64 channels and 16 more: the same loop with TMA descriptors was no faster,
+has five barriers a step where this has two, and builds its descriptors on the host.
 """
 
 from dataclasses import dataclass
@@ -16,9 +15,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from qwenvit.kernels.rope import load_angles, load_rotated, rotate, unit
+from qwenvit.kernels.rope import rotate, unit, within_reach
 
 LOG2_E = 1.4426950408889634
 
@@ -39,13 +37,40 @@ def _find_tile(cu_seqlens_ptr, n_segments, S, i_tile, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def _tile(desc, desc_tail, i_head, i_row, BLOCK_N: tl.constexpr, D: tl.constexpr):
-    """Rows of keys or values by TMA: [BLOCK_N, 64] and [BLOCK_N, 16] (the first again at head_dim 64)."""
-    b_x = tl.reshape(desc.load([i_head, i_row, 0]), [BLOCK_N, 64])
-    b_tail = b_x
-    if D > 64:
-        b_tail = tl.reshape(desc_tail.load([i_head, i_row, 64]), [BLOCK_N, 16])
+def load_tile(p_x, o_x, m_row, D: tl.constexpr):
+    """Rows of queries, keys or values: [rows, 64], and [rows, 16] of the channels beyond (else the first again).
+
+    `m_row` is None where all rows are there.
+    """
+    o_channel = tl.arange(0, 64)
+    o_tail = 64 + tl.arange(0, 16)
+    p_main = p_x + (o_x[:, None] + o_channel[None, :])
+    p_tail = p_x + (o_x[:, None] + o_tail[None, :])
+    if m_row is None:
+        b_x = tl.load(p_main)
+        b_tail = b_x
+        if D > 72:
+            b_tail = tl.load(p_tail)
+        elif D > 64:
+            b_tail = tl.load(p_tail, mask=(o_tail < D)[None, :], other=0.0)
+    else:
+        b_x = tl.load(p_main, mask=m_row[:, None], other=0.0)
+        b_tail = b_x
+        if D > 64:
+            b_tail = tl.load(p_tail, mask=m_row[:, None] & (o_tail < D)[None, :], other=0.0)
     return b_x, b_tail
+
+
+@triton.jit
+def store_tile(p_x, o_x, m_row, b_x, b_tail, D: tl.constexpr):
+    """The inverse of `load_tile`, rounded to the pointer's dtype."""
+    o_channel = tl.arange(0, 64)
+    b_x = b_x.to(p_x.dtype.element_ty)
+    tl.store(p_x + (o_x[:, None] + o_channel[None, :]), b_x, mask=m_row[:, None])
+    if D > 64:
+        o_tail = 64 + tl.arange(0, 16)
+        b_tail = b_tail.to(p_x.dtype.element_ty)
+        tl.store(p_x + (o_x[:, None] + o_tail[None, :]), b_tail, mask=m_row[:, None] & (o_tail < D)[None, :])
 
 
 @triton.jit
@@ -72,153 +97,108 @@ def softmax_step(b_s, b_max, qk_scale, dtype: tl.constexpr):
 
 
 @triton.jit
-def _walk(
-    queries,
-    descs,
-    i_head,
-    i_first,
-    i_past,
-    overlap,
-    state,
-    qk_scale,
-    D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    b_q, b_q_tail = queries
-    k_desc, k_tail_desc, v_desc, v_tail_desc = descs
+def attend(queries, keys, values, m_key, state, qk_scale, dtype: tl.constexpr, D: tl.constexpr):
+    """One step of the online softmax; `state` is (maximum, sum, output of 64 channels, output of the rest)."""
     b_max, b_sum, b_out, b_out_tail = state
-    dtype: tl.constexpr = b_q.dtype
-    for i_key in tl.range(i_first, i_past, BLOCK_N):
-        b_k, b_k_tail = _tile(k_desc, k_tail_desc, i_head, i_key + overlap, BLOCK_N, D)
-        b_s = scores(b_q, b_q_tail, b_k, b_k_tail, D)
-        if MASKED:
-            b_s = tl.where((tl.arange(0, BLOCK_N) < BLOCK_N - overlap)[None, :], b_s, float("-inf"))
-        b_p, b_alpha, b_max = softmax_step(b_s, b_max, qk_scale, dtype)
-        b_sum = b_sum * b_alpha + tl.sum(b_p, 1)
-        b_v, b_v_tail = _tile(v_desc, v_tail_desc, i_head, i_key + overlap, BLOCK_N, D)
-        b_out = tl.dot(b_p.to(dtype), b_v, b_out * b_alpha[:, None], input_precision="ieee")
-        if D > 64:
-            b_out_tail = tl.dot(b_p.to(dtype), b_v_tail, b_out_tail * b_alpha[:, None], input_precision="ieee")
+    b_v, b_v_tail = values
+    b_s = scores(queries[0], queries[1], keys[0], keys[1], D)
+    if m_key is not None:
+        b_s = tl.where(m_key[None, :], b_s, float("-inf"))
+    b_p, b_alpha, b_max = softmax_step(b_s, b_max, qk_scale, dtype)
+    b_sum = b_sum * b_alpha + tl.sum(b_p, 1)
+    b_out = tl.dot(b_p.to(dtype), b_v, b_out * b_alpha[:, None], input_precision="ieee")
+    if D > 64:
+        b_out_tail = tl.dot(b_p.to(dtype), b_v_tail, b_out_tail * b_alpha[:, None], input_precision="ieee")
     return b_max, b_sum, b_out, b_out_tail
 
 
 @triton.jit(do_not_specialize=["n_segments", "S"])
 def _long_attention(
-    q_ptr,  # shape (S, H, D)
-    k_desc,  # rotated keys, shape (H, S, D), in blocks of BLOCK_N rows and 64 channels
-    k_tail_desc,  # same, 16 channels
-    v_desc,
-    v_tail_desc,
-    out_ptr,  # shape (S, H, D)
-    cos_ptr,  # fp32, shape (S, D/2); None where q is rotated already
-    sin_ptr,  # same
+    q_ptr,  # shape (S, H, D), rotated
+    k_ptr,  # shape (S, H, D), rotated
+    v_ptr,  # shape (S, H, D)
+    out_ptr,  # shape (S, H, D), contiguous
     cu_seqlens_ptr,  # int32, shape (n_segments + 1,)
-    stride_qs,  # this and the next in UNITs of elements
+    stride_qs,  # this and the next five in UNITs of elements
     stride_qh,
+    stride_ks,
+    stride_kh,
+    stride_vs,
+    stride_vh,
     stride_os,
     n_segments,
     S,
     qk_scale,  # scale * log2(e)
     D: tl.constexpr,
     UNIT: tl.constexpr,
-    ANGLE_STRIDE: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    i_head = tl.program_id(1)
+    i_head = tl.program_id(1).to(tl.int64)
     start, end, i_row = _find_tile(cu_seqlens_ptr, n_segments, S, tl.program_id(0), BLOCK_M)
     if i_row < end:
         dtype: tl.constexpr = q_ptr.dtype.element_ty
         o_m = tl.arange(0, BLOCK_M)
         m_m = o_m < end - i_row
         i_first = i_row.to(tl.int64)
-        p_q = q_ptr + (i_first * stride_qs + i_head.to(tl.int64) * stride_qh) * UNIT
-        o_q = o_m * (stride_qs * UNIT)
-        if cos_ptr is None:
-            o_channel = tl.arange(0, 64)
-            b_q = tl.load(p_q + (o_q[:, None] + o_channel[None, :]), mask=m_m[:, None], other=0.0)
-            b_q_tail = b_q
-            if D > 64:
-                o_channel_tail = 64 + tl.arange(0, 16)
-                m_tail = m_m[:, None] & (o_channel_tail < D)[None, :]
-                b_q_tail = tl.load(p_q + (o_q[:, None] + o_channel_tail[None, :]), mask=m_tail, other=0.0)
-        else:
-            p_cos = cos_ptr + i_first * ANGLE_STRIDE
-            p_sin = sin_ptr + i_first * ANGLE_STRIDE
-            b_cos, b_sin = load_angles(p_cos, p_sin, o_m, m_m, D, ANGLE_STRIDE, 0, 32)
-            b_q = load_rotated(p_q, o_q, m_m, b_cos, b_sin, D, INTERLEAVED, 0, 32)
-            b_q_tail = b_q
-            if D > 64:
-                b_cos, b_sin = load_angles(p_cos, p_sin, o_m, m_m, D, ANGLE_STRIDE, 32, 8)
-                b_q_tail = load_rotated(p_q, o_q, m_m, b_cos, b_sin, D, INTERLEAVED, 32, 8)
+        p_q = q_ptr + (i_first * stride_qs + i_head * stride_qh) * UNIT
+        queries = load_tile(p_q, o_m * (stride_qs * UNIT), m_m, D)
         o_n = tl.arange(0, BLOCK_N)
-        length = end - start
-        b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        b_sum = tl.zeros([BLOCK_M], tl.float32)
-        b_out = tl.zeros([BLOCK_M, 64], tl.float32)
-        b_out_tail = tl.zeros([BLOCK_M, 16], tl.float32)
-        if length < BLOCK_N:
-            b_k, b_k_tail = _tile(k_desc, k_tail_desc, i_head, start, BLOCK_N, D)
-            b_v, b_v_tail = _tile(v_desc, v_tail_desc, i_head, start, BLOCK_N, D)
-            m_n = o_n < length
-            b_s = scores(b_q, b_q_tail, b_k, b_k_tail, D)
-            b_s = tl.where(m_n[None, :], b_s, float("-inf"))
-            b_p, _, b_max = softmax_step(b_s, b_max, qk_scale, dtype)
-            b_sum = tl.sum(b_p, 1)
-            b_out = tl.dot(b_p.to(dtype), tl.where(m_n[:, None], b_v, 0.0), input_precision="ieee")
-            if D > 64:
-                b_v_tail = tl.where(m_n[:, None], b_v_tail, 0.0)
-                b_out_tail = tl.dot(b_p.to(dtype), b_v_tail, input_precision="ieee")
-        else:
-            overlap = (BLOCK_N - length % BLOCK_N) % BLOCK_N
-            state = (b_max, b_sum, b_out, b_out_tail)
-            queries = (b_q, b_q_tail)
-            descs = (k_desc, k_tail_desc, v_desc, v_tail_desc)
-            first = start - overlap
-            state = _walk(queries, descs, i_head, first, start, overlap, state, qk_scale, D, BLOCK_N, True)
-            first += (overlap > 0).to(tl.int32) * BLOCK_N
-            state = _walk(queries, descs, i_head, first, end, 0, state, qk_scale, D, BLOCK_N, False)
-            b_max, b_sum, b_out, b_out_tail = state
-        b_inverse = 1.0 / b_sum
+        o_k = o_n * (stride_ks * UNIT)
+        o_v = o_n * (stride_vs * UNIT)
+        p_k = k_ptr + (start.to(tl.int64) * stride_ks + i_head * stride_kh) * UNIT
+        p_v = v_ptr + (start.to(tl.int64) * stride_vs + i_head * stride_vh) * UNIT
+        state = (
+            tl.full([BLOCK_M], float("-inf"), tl.float32),
+            tl.zeros([BLOCK_M], tl.float32),
+            tl.zeros([BLOCK_M, 64], tl.float32),
+            tl.zeros([BLOCK_M, 16], tl.float32),
+        )
+        n_full = (end - start) // BLOCK_N
+        for _ in tl.range(0, n_full, num_stages=STAGES):
+            keys = load_tile(p_k, o_k, None, D)
+            values = load_tile(p_v, o_v, None, D)
+            state = attend(queries, keys, values, None, state, qk_scale, dtype, D)
+            p_k += BLOCK_N * stride_ks * UNIT
+            p_v += BLOCK_N * stride_vs * UNIT
+        rest = end - start - n_full * BLOCK_N
+        if rest > 0:  # masked loads: a neighbour's infinities never come in
+            m_n = o_n < rest
+            keys = load_tile(p_k, o_k, m_n, D)
+            values = load_tile(p_v, o_v, m_n, D)
+            state = attend(queries, keys, values, m_n, state, qk_scale, dtype, D)
+        _, b_sum, b_out, b_out_tail = state
+        b_inverse = (1.0 / b_sum)[:, None]
         p_out = out_ptr + (i_first * stride_os + i_head * D)
-        o_out = o_m * stride_os
-        o_channel = tl.arange(0, 64)
-        b_out = (b_out * b_inverse[:, None]).to(dtype)
-        tl.store(p_out + (o_out[:, None] + o_channel[None, :]), b_out, mask=m_m[:, None])
-        if D > 64:
-            o_channel = 64 + tl.arange(0, 16)
-            mask = m_m[:, None] & (o_channel < D)[None, :]
-            b_out_tail = (b_out_tail * b_inverse[:, None]).to(dtype)
-            tl.store(p_out + (o_out[:, None] + o_channel[None, :]), b_out_tail, mask=mask)
+        store_tile(p_out, o_m * stride_os, m_m, b_out * b_inverse, b_out_tail * b_inverse, D)
 
 
 @dataclass(frozen=True)
 class LongConfig:
-    """Queries a program, keys a step, warps, stages of the loads, and most registers a thread."""
+    """Queries a program, keys a step, warps, and stages of the loads."""
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
-    maxnreg: int | None
-    rotate_first: bool
-    """Whether queries, as keys, are rotated by a pass before: that leaves the loop enough registers for 16 warps."""
 
 
-def long_config(dtype: torch.dtype) -> LongConfig:
-    """Launch config; the same for every length, so that a segment's result does not depend on its neighbours."""
-    if dtype == torch.float32:
-        return LongConfig(block_m=64, block_n=32, num_warps=8, num_stages=2, maxnreg=None, rotate_first=True)
-    return LongConfig(block_m=128, block_n=64, num_warps=8, num_stages=3, maxnreg=128, rotate_first=True)
+SMALL = 264
+"""Tiles of 64 queries that are few: two for each of an H200's 132 multiprocessors. With 256 of them (S = 1024, head_dim
+80) programs of 64 queries took 19.3 µs and of 128 queries 28.9; with 1024 of them (S = 4096) 251 and 204."""
 
 
-def _descriptors(x: Tensor, rows: int) -> tuple[TensorDescriptor, TensorDescriptor]:
-    """`x [S, H, D]` as tiles of `rows` rows and 64, or 16, channels of a head."""
-    S, H, D = x.shape
-    strides = [x.stride(1), x.stride(0), 1]
-    return tuple(TensorDescriptor(x, [H, S, D], strides, [1, rows, channels]) for channels in (64, 16))
+def long_config(dtype: torch.dtype, n_tokens: int, n_heads: int) -> LongConfig:
+    """Launch config. `block_n` orders the sums, so it knows nothing of the neighbours a segment may have.
+
+    At head_dim 64 steps of 128 keys were faster up to 1024 tokens (13.8 µs against 19.3), and slower beyond.
+    """
+    if dtype == torch.float32:  # no tensor cores in IEEE fp32: a small tile, whose operands lie in registers
+        return LongConfig(block_m=32, block_n=32, num_warps=8, num_stages=2)
+    if triton.cdiv(n_tokens, 64) * n_heads <= SMALL:
+        return LongConfig(block_m=64, block_n=64, num_warps=4, num_stages=4)
+    return LongConfig(block_m=128, block_n=64, num_warps=8, num_stages=3)
 
 
 def long_attention(
@@ -231,27 +211,18 @@ def long_attention(
     scale: float,
     interleaved: bool,
     out: Tensor,
-    config: LongConfig | None = None,
 ) -> None:
-    """Attention within segments of any length."""
+    """Attention within segments of any length, into `out`."""
     S, H, D = q.shape
     n_segments = len(cu_seqlens) - 1
-    config = config or long_config(q.dtype)
     if cos is not None and sin is not None:
-        unrotated, k = k, torch.empty_like(k, memory_format=torch.contiguous_format)
-        if config.rotate_first:
-            q_unrotated, q = q, torch.empty_like(q, memory_format=torch.contiguous_format)
-            rotate(unrotated, k, cos, sin, interleaved, q_unrotated, q)
-            cos = sin = None
-        else:
-            rotate(unrotated, k, cos, sin, interleaved)
-    k, v = (x if unit(x) > 1 else x.contiguous() for x in (k, v))
-    size = unit(q)
-    options = {} if config.maxnreg is None or not q.is_cuda else {"maxnreg": config.maxnreg}
+        q, k = rotate(q, k, cos, sin, interleaved)
+    q, k, v = within_reach(q), within_reach(k), within_reach(v)
+    config = long_config(q.dtype, S, H)
+    size = unit(q, k, v)
+    strides = [stride // size for x in (q, k, v) for stride in x.stride()[:2]]
     _long_attention[(S // config.block_m + n_segments, H)](
-        q, *_descriptors(k, config.block_n), *_descriptors(v, config.block_n), out, cos, sin, cu_seqlens,
-        q.stride(0) // size, q.stride(1) // size, out.stride(0), n_segments, S, scale * LOG2_E,
-        D=D, UNIT=size, ANGLE_STRIDE=0 if cos is None else cos.stride(0), INTERLEAVED=interleaved,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps,
-        num_stages=config.num_stages, **options,
+        q, k, v, out, cu_seqlens, *strides, out.stride(0), n_segments, S, scale * LOG2_E,
+        D=D, UNIT=size, BLOCK_M=config.block_m, BLOCK_N=config.block_n, STAGES=config.num_stages,
+        num_warps=config.num_warps,
     )  # fmt: skip

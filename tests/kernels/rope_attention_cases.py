@@ -79,5 +79,6 @@ def contract(qkv, bounds, max_seqlen, interleaved=False, rotate=True, scale=None
         theirs = ops.rope_attention(*arguments, impl="reference")
     assert ours.is_contiguous()
     assert (ours.shape, ours.dtype) == (q.shape, q.dtype)
-    assert error(ours, right) <= 1.05 * error(theirs, right), (error(ours, right), error(theirs, right))
+    floor = 2e-6 if q.dtype == torch.float32 else 0.0  # fp32: the same sums in another order, some ulps either way
+    assert error(ours, right) <= max(1.05 * error(theirs, right), floor), (error(ours, right), error(theirs, right))
     return ours

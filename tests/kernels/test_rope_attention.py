@@ -59,7 +59,7 @@ def test_a_segment_does_not_know_its_neighbours(max_seqlen):
 @hypothesis.given(
     lengths=st.lists(st.sampled_from([0, 1, 4, 16, 31, 32, 33, 63, 64, 65, 96, 100]), min_size=1, max_size=6),
     max_seqlen=st.sampled_from([None, 0, 64, 1000]),
-    scale=st.sampled_from([None, 0.01, 1.0]),
+    scale=st.sampled_from([None, 0.01, 0.2]),
 )
 def test_any_lengths(lengths, max_seqlen, scale):
     bounds = torch.tensor([0, *lengths]).cumsum(0).tolist()
