@@ -182,8 +182,8 @@ class RotateConfig:
 
 
 ROTATE = RotateConfig(rows=8, heads=16, num_warps=4)
-"""Of eight shapes from 4 x 8 to 16 x 16 the fastest on an H200 at S = 4096 and 9216 (14.2 and 30.5 µs for 16 heads of 80
-in Q and K, cold cache); the worst was 9 % slower."""
+"""Of eight shapes from 4 x 8 to 16 x 16 the fastest on an H200 at S = 4096 and 9216 (14.2 and 30.5 µs for 16 heads of
+80 in Q and K, cold cache); the worst was 9 % slower."""
 
 
 def unit(*tensors: Tensor) -> int:

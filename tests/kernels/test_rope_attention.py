@@ -20,7 +20,7 @@ MIXED = {"windows": (WINDOWS, 64), "ragged": (RAGGED, None), "one": ([0, 150], N
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_no_further_from_the_truth_than_torch(dtype, head_dim, case, interleaved):
     bounds, max_seqlen = MIXED[case]
-    contract(packed(bounds[-1], 1, head_dim, dtype), bounds, max_seqlen, interleaved)
+    contract(packed(bounds[-1], 3, head_dim, dtype), bounds, max_seqlen, interleaved)
 
 
 @pytest.mark.parametrize("max_seqlen", [64, None], ids=["windows", "long"])
