@@ -1,9 +1,6 @@
-"""Which implementation of an operation runs, and where its kernels come from."""
+"""Which implementation of an operation runs, and on which device."""
 
-import functools
-import importlib
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,12 +11,6 @@ def use_triton(impl: str, tensor: Tensor) -> bool:
     if impl not in ("auto", "triton", "reference"):
         raise ValueError(f"impl: expected 'auto', 'triton' or 'reference', got {impl!r}")
     return impl == "triton" or (impl == "auto" and tensor.is_cuda)
-
-
-@functools.cache
-def kernels(name: str) -> Any:
-    """A module of kernels, imported at its first use: triton is there on Linux alone, and slow to import."""
-    return importlib.import_module(f"qwenvit.kernels.{name}")
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:

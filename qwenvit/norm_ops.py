@@ -8,7 +8,7 @@ from torch import Tensor
 from qwenvit import op_references
 from qwenvit.arguments import Impl
 from qwenvit.config import NORM_EPS
-from qwenvit.dispatch import kernels, use_triton
+from qwenvit.dispatch import use_triton
 from qwenvit.op_checks import check_floating, check_tensor
 
 NormKind = Literal["rms", "layer"]
@@ -52,7 +52,9 @@ def norm(
     _check_norm(x, weight, bias, kind, x.shape[-1] if x.ndim else 1)
     if not use_triton(impl, x):
         return op_references.norm(x, weight, bias, kind, eps)
-    return kernels("norm").norm_op(x, weight, bias, kind, eps)
+    from qwenvit.kernels.norm import norm_op
+
+    return norm_op(x, weight, bias, kind, eps)
 
 
 def add_norm(
@@ -84,7 +86,9 @@ def add_norm(
     check_tensor("residual", residual, tuple(x.shape), x.dtype, x)
     if not use_triton(impl, x):
         return op_references.add_norm(x, residual, weight, bias, kind, eps)
-    return kernels("norm").add_norm_op(x, residual, weight, bias, kind, eps)
+    from qwenvit.kernels.norm import add_norm_op
+
+    return add_norm_op(x, residual, weight, bias, kind, eps)
 
 
 def merge_norm(
@@ -126,7 +130,9 @@ def merge_norm(
     arguments = (x, weight, bias, restore_index, kind, eps, norm_merged, merge_unit)
     if not use_triton(impl, x):
         return op_references.merge_norm(*arguments)
-    return kernels("spatial_merge").merge_norm_op(*arguments)
+    from qwenvit.kernels.spatial_merge import merge_norm_op
+
+    return merge_norm_op(*arguments)
 
 
 def spatial_merge(
@@ -154,8 +160,4 @@ def spatial_merge(
         raise ValueError(f"x: expected unit stride along C, got strides {x.stride()} for shape {list(x.shape)}")
     if not use_triton(impl, x):
         return op_references.spatial_merge(x, mode, merge_size)
-    return (
-        kernels("spatial_merge").spatial_merge_op(x, mode, merge_size)
-        if x.ndim == 4
-        else kernels("spatial_merge").spatial_merge_op(x[None], mode, merge_size)[0]
-    )
+    return spatial_merge_op(x, mode, merge_size) if x.ndim == 4 else spatial_merge_op(x[None], mode, merge_size)[0]

@@ -1,14 +1,16 @@
 """The one door to the kernels: each operation here runs in Triton or as its reference, with the same meaning.
 
 `impl="auto"` chooses by the tensors' device alone: Triton on a CUDA device, the reference elsewhere. An explicit
-choice never falls back. (Triton's interpreter, `TRITON_INTERPRET=1`, runs `impl="triton"` on CPU tensors.)
+choice never falls back. (Triton's interpreter, `TRITON_INTERPRET=1`, runs `impl="triton"` on CPU tensors.) Kernels are
+imported where they are called: triton is there on Linux alone, and slow to import.
 """
 
 from torch import Tensor
 
 from qwenvit import mrope_host
 from qwenvit.arguments import Impl
-from qwenvit.dispatch import kernels, on_device_of, use_triton
+from qwenvit.attention_ops import rope_attention
+from qwenvit.dispatch import on_device_of, use_triton
 from qwenvit.norm_ops import add_norm, merge_norm, norm, spatial_merge
 from qwenvit.patch_ops import add_positions, interpolate_positions, patch_embed
 from qwenvit.projection_ops import activation_, linear_act, qkv_rope, rotate_qk_, swiglu, swiglu_pass
@@ -23,6 +25,7 @@ __all__ = [
     "norm",
     "patch_embed",
     "qkv_rope",
+    "rope_attention",
     "rope_index",
     "rotate_qk_",
     "spatial_merge",
@@ -66,5 +69,7 @@ def rope_index(
     arguments = (tokens, image_token, video_token, mask, *grids, seconds, scale, merge, frames_apart)
     if not use_triton(impl, tokens):
         return mrope_host.rope_index(*arguments)
+    from qwenvit.kernels.rope_index import rope_index as launch
+
     with on_device_of(tokens):
-        return kernels("rope_index").rope_index(*arguments)
+        return launch(*arguments)

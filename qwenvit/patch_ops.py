@@ -5,7 +5,7 @@ from torch import Tensor
 
 from qwenvit import op_references
 from qwenvit.arguments import Impl
-from qwenvit.dispatch import kernels, use_triton
+from qwenvit.dispatch import use_triton
 from qwenvit.op_checks import check_floating, check_tensor
 
 
@@ -42,7 +42,9 @@ def interpolate_positions(table: Tensor, taps: Tensor, tap_weights: Tensor, impl
     _check_positions(table, taps, tap_weights, None, None, table)
     if not use_triton(impl, table):
         return op_references.interpolate_positions(table, taps, tap_weights)
-    return kernels("patch_embed").interpolate_positions_op(table, taps, tap_weights)
+    from qwenvit.kernels.patch_embed import interpolate_positions_op
+
+    return interpolate_positions_op(table, taps, tap_weights)
 
 
 def add_positions(
@@ -76,7 +78,9 @@ def add_positions(
     _check_order(restore_index, x.shape[0], merge_unit, x)
     if not use_triton(impl, x):
         return op_references.add_positions(x, table, taps, tap_weights, restore_index, merge_unit)
-    return kernels("patch_embed").add_positions_op(x, table, taps, tap_weights, restore_index, merge_unit)
+    from qwenvit.kernels.patch_embed import add_positions_op
+
+    return add_positions_op(x, table, taps, tap_weights, restore_index, merge_unit)
 
 
 def patch_embed(
@@ -127,4 +131,6 @@ def patch_embed(
     arguments = (pixel_values, weight, bias, table, taps, tap_weights, restore_index, merge_unit)
     if not use_triton(impl, weight):
         return op_references.patch_embed(*arguments)
-    return kernels("patch_embed").patch_embed_op(*arguments)
+    from qwenvit.kernels.patch_embed import patch_embed_op
+
+    return patch_embed_op(*arguments)

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from qwenvit import op_references
 from qwenvit.arguments import Impl
-from qwenvit.dispatch import kernels, use_triton
+from qwenvit.dispatch import use_triton
 from qwenvit.op_checks import check, check_act, check_matrix, check_projection, check_rotation
 
 
@@ -45,7 +45,9 @@ def qkv_rope(
     check_rotation(weight.shape[0], "weight", cos, sin, num_heads, hidden_states)
     if not use_triton(impl, hidden_states):
         return op_references.qkv_rope(hidden_states, weight, bias, cos, sin, num_heads, interleaved)
-    return kernels("qkv_rope").qkv_rope_op(hidden_states, weight, bias, cos, sin, num_heads, interleaved)
+    from qwenvit.kernels.qkv_rope import qkv_rope_op
+
+    return qkv_rope_op(hidden_states, weight, bias, cos, sin, num_heads, interleaved)
 
 
 def rotate_qk_(
@@ -72,7 +74,9 @@ def rotate_qk_(
     check_rotation(qkv.shape[1], "qkv", cos, sin, num_heads, qkv)
     if not use_triton(impl, qkv):
         return op_references.rotate_qk_(qkv, cos, sin, num_heads, interleaved)
-    kernels("qkv_rope").rotate_qk_op(qkv, cos, sin, num_heads, interleaved)
+    from qwenvit.kernels.qkv_rope import rotate_qk_op
+
+    rotate_qk_op(qkv, cos, sin, num_heads, interleaved)
     return qkv
 
 
@@ -100,7 +104,9 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, act: str, impl: I
     check_act(act)
     if not use_triton(impl, x):
         return op_references.linear_act(x, weight, bias, act)
-    return kernels("mlp").linear_act_op(x, weight, bias, act)
+    from qwenvit.kernels.mlp import linear_act_op
+
+    return linear_act_op(x, weight, bias, act)
 
 
 def activation_(x: Tensor, act: str, impl: Impl = "auto") -> Tensor:
@@ -114,7 +120,9 @@ def activation_(x: Tensor, act: str, impl: Impl = "auto") -> Tensor:
     check_act(act)
     if not use_triton(impl, x):
         return op_references.activation_(x, act)
-    kernels("mlp").activation_op(x, act)
+    from qwenvit.kernels.mlp import activation_op
+
+    activation_op(x, act)
     return x
 
 
@@ -141,7 +149,9 @@ def swiglu(x: Tensor, gate_up_weight: Tensor, gate_up_bias: Tensor | None, impl:
     check(gate_up_weight.shape[0] % 2 == 0, "gate_up_weight", "an even number of rows", gate_up_weight.shape[0])
     if not use_triton(impl, x):
         return op_references.swiglu(x, gate_up_weight, gate_up_bias)
-    return kernels("mlp").swiglu_op(x, gate_up_weight, gate_up_bias)
+    from qwenvit.kernels.mlp import swiglu_op
+
+    return swiglu_op(x, gate_up_weight, gate_up_bias)
 
 
 def swiglu_pass(gate_up: Tensor, impl: Impl = "auto") -> Tensor:
@@ -155,4 +165,6 @@ def swiglu_pass(gate_up: Tensor, impl: Impl = "auto") -> Tensor:
     check(gate_up.shape[1] % 2 == 0, "gate_up", "an even number of columns", gate_up.shape[1])
     if not use_triton(impl, gate_up):
         return op_references.swiglu_pass(gate_up)
-    return kernels("mlp").swiglu_pass_op(gate_up)
+    from qwenvit.kernels.mlp import swiglu_pass_op
+
+    return swiglu_pass_op(gate_up)

@@ -1,0 +1,84 @@
+"""Inputs, the truth, and the measure for the tests of `qwenvit.ops.rope_attention`."""
+
+from contextlib import contextmanager
+from itertools import pairwise
+
+import torch
+
+from qwenvit import ops
+
+HEAD_DIMS = (64, 72, 80)
+
+
+@contextmanager
+def poisoned():
+    """Whatever is allocated inside starts as NaN."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert torch.empty(3).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def packed(tokens, heads, head_dim, dtype, device="cpu", outliers=True, seed=0):
+    """Q, K and V as views of a packed projection; some channels of all three far larger than the rest."""
+    generator = torch.Generator(device).manual_seed(seed)
+    qkv = torch.randn(tokens, 3, heads, head_dim, device=device, generator=generator)
+    if outliers:
+        qkv[..., 3] *= 10
+        qkv[:, 2, :, 5] *= 100
+    return qkv.to(dtype).unbind(1)
+
+
+def angles(tokens, head_dim, device="cpu"):
+    position = torch.arange(tokens, device=device)[:, None] * 0.37
+    angle = position / 10000 ** (torch.arange(head_dim // 2, device=device) / (head_dim // 2))
+    return angle.cos().repeat(1, 2), angle.sin().repeat(1, 2)
+
+
+def rotate(x, cos, sin, interleaved):
+    half = x.shape[-1] // 2
+    cos, sin = cos[:, None, :half].to(x.dtype), sin[:, None, :half].to(x.dtype)
+    if interleaved:
+        a, b = x[..., 0::2], x[..., 1::2]
+        return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+def truth(q, k, v, cos, sin, bounds, interleaved=False, scale=None, rotate_keys=True):
+    """In fp64, segment by segment."""
+    q, k, v = q.double(), k.double(), v.double()
+    if cos is not None:
+        q = rotate(q, cos, sin, interleaved)
+        k = rotate(k, cos, sin, interleaved) if rotate_keys else k
+    out = torch.empty_like(v)
+    for start, end in pairwise(bounds):
+        for i_head in range(q.shape[1]):
+            scores = q[start:end, i_head] @ k[start:end, i_head].T * (scale or q.shape[-1] ** -0.5)
+            out[start:end, i_head] = scores.softmax(-1) @ v[start:end, i_head]
+    return out
+
+
+def error(out, right):
+    """Relative L2; NaN wherever anything is."""
+    return ((out.double() - right).norm() / right.norm()).item() if right.numel() else 0.0
+
+
+def contract(qkv, bounds, max_seqlen, interleaved=False, rotate=True, scale=None):
+    """Both implementations into NaN-filled memory; the kernel no further from the truth than 1.05 times torch."""
+    q, k, v = qkv
+    cos, sin = angles(len(q), q.shape[2], q.device) if rotate else (None, None)
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=q.device)
+    arguments = (q, k, v, cos, sin, cu_seqlens, max_seqlen, scale, interleaved)
+    right = truth(q, k, v, cos, sin, bounds, interleaved, scale)
+    with poisoned():
+        ours = ops.rope_attention(*arguments, impl="triton")
+        theirs = ops.rope_attention(*arguments, impl="reference")
+    assert ours.is_contiguous()
+    assert (ours.shape, ours.dtype) == (q.shape, q.dtype)
+    floor = 2e-6 if q.dtype == torch.float32 else 0.0  # fp32: the same sums in another order, some ulps either way
+    assert error(ours, right) <= max(1.05 * error(theirs, right), floor), (error(ours, right), error(theirs, right))
+    return ours

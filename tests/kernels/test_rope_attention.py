@@ -1,0 +1,147 @@
+"""RoPE and attention in Triton against fp64, held to the error of plain torch in the same dtype."""
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import strategies as st
+from rope_attention_cases import HEAD_DIMS, angles, contract, error, packed, poisoned, truth
+
+from qwenvit import ops
+
+torch.manual_seed(0)
+WINDOWS = [0, 64, 128, 132, 136, 164]  # whole windows, partial ones down to one merge unit
+RAGGED = [0, 1, 1, 1, 65, 129, 192, 195, 195]
+MIXED = {"windows": (WINDOWS, 64), "ragged": (RAGGED, None), "one": ([0, 150], None), "hint too low": (RAGGED, 4)}
+
+
+@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
+@pytest.mark.parametrize("case", MIXED)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_no_further_from_the_truth_than_torch(dtype, head_dim, case, interleaved):
+    bounds, max_seqlen = MIXED[case]
+    contract(packed(bounds[-1], 3, head_dim, dtype), bounds, max_seqlen, interleaved)
+
+
+@pytest.mark.parametrize("max_seqlen", [64, None], ids=["windows", "long"])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_rotated_before(head_dim, max_seqlen):
+    contract(packed(164, 2, head_dim, torch.float32), WINDOWS, max_seqlen, rotate=False)
+
+
+@pytest.mark.parametrize("max_seqlen", [64, None], ids=["windows", "long"])
+def test_strides(max_seqlen):
+    """Transposed, unaligned, and each different: what other frameworks may hold."""
+    q = torch.randn(3, 70, 72).transpose(0, 1)
+    k = torch.randn(70, 3 * 72 + 1)[:, 1:].unflatten(1, (3, 72))
+    v = torch.randn(70, 3, 80)[..., 3:75]
+    contract((q, k, v), [0, 6, 70], max_seqlen)
+    expanded = q[:, :1].expand(70, 3, 72)
+    contract((expanded, expanded, v), [0, 6, 70], max_seqlen)
+
+
+@pytest.mark.parametrize("max_seqlen", [64, None], ids=["windows", "long"])
+def test_a_segment_does_not_know_its_neighbours(max_seqlen):
+    """The same bits alone and among others, were they infinite."""
+    q, k, v = (x.clone() for x in packed(200, 2, 72, torch.float32))
+    cos, sin = angles(200, 72)
+    bounds = [0, 10, 70, 199, 200]
+    for x in (q, k, v):
+        x[:10], x[70], x[199] = float("inf"), float("nan"), float("-inf")
+    out = ops.rope_attention(q, k, v, cos, sin, torch.tensor(bounds, dtype=torch.int32), max_seqlen, impl="triton")
+    own = (x[10:70] for x in (q, k, v, cos, sin))
+    alone = ops.rope_attention(*own, torch.tensor([0, 60], dtype=torch.int32), max_seqlen, impl="triton")
+    assert alone.isfinite().all()
+    assert torch.equal(out[10:70], alone)
+
+
+@hypothesis.settings(max_examples=15, deadline=None)
+@hypothesis.given(
+    lengths=st.lists(st.sampled_from([0, 1, 4, 16, 31, 32, 33, 63, 64, 65, 96, 100]), min_size=1, max_size=6),
+    max_seqlen=st.sampled_from([None, 0, 64, 1000]),
+    scale=st.sampled_from([None, 0.01, 0.2]),
+)
+def test_any_lengths(lengths, max_seqlen, scale):
+    bounds = torch.tensor([0, *lengths]).cumsum(0).tolist()
+    contract(packed(bounds[-1], 1, 64, torch.float32), bounds, max_seqlen, scale=scale)
+
+
+def test_nothing_to_do():
+    empty = torch.empty(0, 2, 64)
+    for bounds in ([0], [0, 0, 0]):
+        out = ops.rope_attention(
+            empty, empty, empty, None, None, torch.tensor(bounds, dtype=torch.int32), impl="triton"
+        )
+        assert out.shape == (0, 2, 64)
+
+
+def test_auto_is_the_reference_on_a_cpu():
+    q, k, v = packed(20, 2, 64, torch.float32)
+    arguments = (q, k, v, *angles(20, 64), torch.tensor([0, 20], dtype=torch.int32))
+    assert torch.equal(ops.rope_attention(*arguments), ops.rope_attention(*arguments, impl="reference"))
+
+
+def test_the_operation_is_registered_as_it_behaves():
+    q, k, v = packed(20, 2, 64, torch.float32)
+    cu_seqlens = torch.tensor([0, 4, 20], dtype=torch.int32)
+    ops.rope_attention(q, k, v, None, None, cu_seqlens, impl="triton")  # registers it
+    arguments = (q, k, v, *angles(20, 64), cu_seqlens, 64, 0.125, False)
+    torch.library.opcheck(torch.ops.qwenvit.rope_attention.default, arguments)
+
+
+def test_the_measure_can_fail():
+    """Mistakes a kernel of this kind could make are all far outside the tolerance."""
+    bounds = [0, 30, 94]
+    q, k, v = packed(94, 1, 80, torch.float32)
+    cos, sin = angles(94, 80)
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+    right = truth(q, k, v, cos, sin, bounds)
+    with poisoned():
+        good = ops.rope_attention(q, k, v, cos, sin, cu_seqlens, impl="triton")
+    limit = 1e-5
+    assert error(good, right) < limit
+    mistakes = {
+        "sine negated": truth(q, k, v, cos, -sin, bounds),
+        "keys not rotated": truth(q, k, v, cos, sin, bounds, rotate_keys=False),
+        "other pairs": truth(q, k, v, cos, sin, bounds, interleaved=True),
+        "scale off by 2 %": truth(q, k, v, cos, sin, bounds, scale=1.02 * 80**-0.5),
+        "a boundary off by one": truth(q, k, v, cos, sin, [0, 31, 94]),
+        "one segment": truth(q, k, v, cos, sin, [0, 94]),
+        "last channel lost": truth(q, k, torch.cat((v[..., :79], 0 * v[..., 79:]), -1), cos, sin, bounds),
+    }
+    for mistake, wrong in mistakes.items():
+        assert error(wrong, right) > 100 * limit, mistake
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        ({"q": torch.zeros(20, 2, 96)}, ValueError, "q: expected shape"),
+        ({"q": torch.zeros(20, 128)}, ValueError, "q: expected shape"),
+        ({"q": torch.zeros(20, 2, 64, dtype=torch.int8)}, TypeError, "q: expected a bfloat16"),
+        ({"k": torch.zeros(20, 2, 64).half()}, TypeError, "k: expected torch.float32"),
+        ({"k": torch.zeros(20, 1, 64)}, ValueError, "k: expected"),
+        ({"v": torch.zeros(20, 64, 2).transpose(1, 2)}, ValueError, "v: expected an inner stride of 1"),
+        ({"cos": None}, ValueError, "cos, sin: expected two"),
+        ({"cos": torch.zeros(20, 32)}, ValueError, "cos: expected"),
+        ({"sin": torch.zeros(20, 64).half()}, TypeError, "sin: expected a float32"),
+        ({"cu_seqlens": torch.tensor([0, 20])}, TypeError, "cu_seqlens: expected an int32"),
+        ({"cu_seqlens": torch.zeros(0, dtype=torch.int32)}, ValueError, "cu_seqlens: expected"),
+        ({"cu_seqlens": [0, 20]}, TypeError, "cu_seqlens: expected an int32 tensor .*, got list"),
+        ({"max_seqlen": -1}, ValueError, "max_seqlen: expected"),
+        ({"max_seqlen": 64.0}, ValueError, "max_seqlen: expected"),
+        ({"scale": 0.0}, ValueError, "scale: expected"),
+        ({"impl": "cuda"}, ValueError, "impl: expected"),
+    ],
+)
+def test_bad_input_is_named(change, kind, message):
+    good = {name: torch.zeros(20, 2, 64) for name in "qkv"} | {"cos": torch.zeros(20, 64), "sin": torch.zeros(20, 64)}
+    good |= {"cu_seqlens": torch.tensor([0, 20], dtype=torch.int32), "impl": "triton"}
+    with pytest.raises(kind, match=message):
+        ops.rope_attention(**(good | change))
+
+
+def test_the_reference_reads_cu_seqlens():
+    q = torch.zeros(20, 2, 64)
+    with pytest.raises(ValueError, match="cu_seqlens: expected to rise from 0 to 20"):
+        ops.rope_attention(q, q, q, None, None, torch.tensor([0, 21], dtype=torch.int32), impl="reference")
