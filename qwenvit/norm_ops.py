@@ -160,4 +160,6 @@ def spatial_merge(
         raise ValueError(f"x: expected unit stride along C, got strides {x.stride()} for shape {list(x.shape)}")
     if not use_triton(impl, x):
         return op_references.spatial_merge(x, mode, merge_size)
+    from qwenvit.kernels.spatial_merge import spatial_merge_op
+
     return spatial_merge_op(x, mode, merge_size) if x.ndim == 4 else spatial_merge_op(x[None], mode, merge_size)[0]
