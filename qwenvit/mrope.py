@@ -1,26 +1,30 @@
 """M-RoPE positions: where each token of a text-and-vision sequence stands in time, height and width."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from qwenvit import ops
 from qwenvit.config import VisionConfig
 from qwenvit.families import FAMILY_OF_MODEL_TYPE
 from qwenvit.hf_config import positive_integer
-
-TYPES = 1, 2
-"""How `mm_token_type_ids` mark image and video tokens; 0 is text."""
+from qwenvit.mrope_host import IMAGE, VIDEO, check_values
 
 
 class HFConfig(Protocol):
     """A transformers config object."""
 
     model_type: str
+
+
+SECONDS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""Dtypes of `second_per_grid_ts` beside integers."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ def rope_index(
     mm_token_type_ids: Tensor | None = None,
     image_grid_thw: Tensor | None = None,
     video_grid_thw: Tensor | None = None,
-    second_per_grid_ts: Tensor | Sequence[float] | None = None,
+    second_per_grid_ts: Tensor | Sequence[float] | NDArray[Any] | None = None,
     attention_mask: Tensor | None = None,
     family: str | VisionConfig | HFConfig | Mapping[str, Any],
     tokens_per_second: int | None = None,
@@ -65,8 +69,9 @@ def rope_index(
     Text counts on along all three axes. An image or video (in families whose videos carry timestamps: each of its
     frame groups) starts at the position that the next text token would have had; its tokens add their frame group,
     row and column to that, and what follows starts after its longer side. Where `second_per_grid_ts` is given, frame
-    group `i` of a video adds `floor(i * second_per_grid_ts * tokens_per_second)` instead of `i`. Tokens that the mask
-    leaves out are passed over and get 0. Images that touch, which transformers refuses, are told apart by their grids.
+    group `i` of a video adds `i * (tokens_per_second * second_per_grid_ts)` instead of `i`, computed in the dtype given
+    (float32 for a sequence) and cut to a whole number. Tokens that the mask leaves out are passed over and get 0.
+    Images that touch, which transformers refuses, are told apart by their grids.
 
     On a CUDA device nothing is read back: the call does not synchronise and can be captured in a CUDA graph (with
     `second_per_grid_ts` a CUDA tensor). Elsewhere it is computed on the CPU.
@@ -105,13 +110,15 @@ def rope_index(
         _check_tokens("mm_token_type_ids", mm_token_type_ids)
         if input_ids is not None:
             _check_beside("mm_token_type_ids", mm_token_type_ids, input_ids, input_ids.shape)
-        tokens, image_token, video_token = mm_token_type_ids, *TYPES
+        tokens, image_token, video_token = mm_token_type_ids, IMAGE, VIDEO
     elif input_ids is not None:
         tokens, image_token, video_token = input_ids, rules.image_token_id, rules.video_token_id
     else:
         raise ValueError("input_ids: expected them or mm_token_type_ids, got neither")
     if attention_mask is not None:
         _check_beside("attention_mask", attention_mask, tokens, tokens.shape)
+        if attention_mask.is_complex():
+            raise ValueError(f"attention_mask: expected a real dtype, got {attention_mask.dtype}")
     for name, grid in (("image_grid_thw", image_grid_thw), ("video_grid_thw", video_grid_thw)):
         if grid is not None:
             _check_beside(name, grid, tokens, (*getattr(grid, "shape", ())[:1], 3))
@@ -121,7 +128,7 @@ def rope_index(
     merge = rules.spatial_merge_size
     arguments = (image_grid_thw, video_grid_thw, seconds, scale, merge, rules.frames_apart)
     if validate or not tokens.is_cuda:
-        _look(mm_token_type_ids, attention_mask, image_grid_thw, video_grid_thw, second_per_grid_ts, merge)
+        check_values(mm_token_type_ids, attention_mask, image_grid_thw, video_grid_thw, second_per_grid_ts, merge)
     if validate and tokens.is_cuda:
         ops.rope_index(tokens, image_token, video_token, attention_mask, *arguments, impl="reference")
     return ops.rope_index(tokens, image_token, video_token, attention_mask, *arguments)
@@ -143,7 +150,7 @@ def rules_of(
         stated = {"spatial_merge_size": family.spatial_merge_size, "tokens_per_second": family.tokens_per_second}
     else:
         read = family.get if isinstance(family, Mapping) else lambda key: getattr(family, key, None)
-        if (model_type := read("model_type")) is None:
+        if not isinstance(model_type := read("model_type"), str):
             raise TypeError(
                 f"family: expected a name, VisionConfig or transformers config, got {type(family).__name__}"
             )
@@ -182,7 +189,7 @@ def rules_of(
 
 
 def _seconds(
-    seconds: Tensor | Sequence[float] | None, rules: Rules, video_grid_thw: Tensor | None, tokens: Tensor
+    seconds: Tensor | Sequence[float] | NDArray[Any] | None, rules: Rules, video_grid_thw: Tensor | None, tokens: Tensor
 ) -> tuple[Tensor | None, int]:
     """Seconds between the frame groups of each video, and temporal positions a second."""
     scale = rules.tokens_per_second
@@ -190,14 +197,19 @@ def _seconds(
         return None, 1 if scale is None else scale
     if scale is None:
         raise ValueError("second_per_grid_ts: only qwen2_5_vl places frames by seconds; leave it out")
+    if isinstance(seconds, Sequence) and len(seconds) and all(isinstance(second, Tensor) for second in seconds):
+        seconds = torch.stack(tuple(seconds))  # type: ignore[arg-type]  # all tensors, as just seen
     if not isinstance(seconds, Tensor):  # scaled in double precision, then rounded, as transformers does with floats
-        if not isinstance(seconds, Sequence) or not all(isinstance(second, int | float) for second in seconds):
+        values = seconds.tolist() if isinstance(seconds, np.ndarray) else seconds
+        if not isinstance(values, Sequence) or not all(isinstance(second, Real) for second in values):
             raise TypeError(f"second_per_grid_ts: expected a tensor or a sequence of numbers, got {seconds!r}")
-        seconds = torch.tensor([scale * second for second in seconds], dtype=torch.float32)
+        seconds = torch.tensor([scale * float(second) for second in values], dtype=torch.float32)
         seconds = seconds.to(tokens.device, non_blocking=True)  # from unpinned memory: staged, no synchronisation
         scale = 1
+    elif seconds.dtype not in SECONDS and not _holds_integers(seconds):
+        raise ValueError(f"second_per_grid_ts: expected floating-point or integer numbers, got {seconds.dtype}")
     _check_beside("second_per_grid_ts", seconds, tokens, (0 if video_grid_thw is None else len(video_grid_thw),))
-    return seconds, scale
+    return seconds.detach(), scale
 
 
 def _holds_integers(tensor: Tensor) -> bool:
@@ -220,30 +232,3 @@ def _check_beside(name: str, tensor: Tensor, tokens: Tensor, shape: tuple[int, .
         raise ValueError(f"{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
     if tensor.device != tokens.device:
         raise ValueError(f"{name}: expected it on {tokens.device}, where the tokens are, got {tensor.device}")
-
-
-def _look(
-    types: Tensor | None,
-    mask: Tensor | None,
-    image_grid_thw: Tensor | None,
-    video_grid_thw: Tensor | None,
-    seconds: Tensor | Sequence[float] | None,
-    merge: int,
-) -> None:
-    """Refuse values that no sequence could have; whether grids and tokens agree, the reference says."""
-    if types is not None:
-        values = types.cpu().numpy()  # numpy's minimum of 32k integers takes 6 µs, torch's comparisons 170
-        if values.min() < 0 or values.max() > max(TYPES):
-            kept = values if mask is None else values[mask.cpu().numpy() != 0]
-            if (odd := kept[(kept < 0) | (kept > max(TYPES))]).size:
-                raise ValueError(f"mm_token_type_ids: expected 0 (text), 1 (image) or 2 (video), got {odd[0]}")
-    for name, grid in (("image_grid_thw", image_grid_thw), ("video_grid_thw", video_grid_thw)):
-        for item, (t, h, w) in enumerate([] if grid is None else grid.tolist()):
-            if min(t, h, w) < 1 or h % merge or w % merge:
-                raise ValueError(
-                    f"{name}: expected positive sizes, rows and columns multiples of {merge}; item {item}: {[t, h, w]}"
-                )
-    if seconds is not None:
-        for item, second in enumerate(seconds.tolist() if isinstance(seconds, Tensor) else seconds):
-            if not 0 <= second < math.inf:
-                raise ValueError(f"second_per_grid_ts: expected seconds, 0 or more, got {second} for video {item}")

@@ -5,6 +5,7 @@ choice never falls back. (Triton's interpreter, `TRITON_INTERPRET=1`, runs `impl
 imported where they are called: triton is there on Linux alone, and slow to import.
 """
 
+import torch
 from torch import Tensor
 
 from qwenvit import mrope_host
@@ -12,18 +13,14 @@ from qwenvit.arguments import Impl
 from qwenvit.attention_ops import rope_attention
 from qwenvit.dispatch import on_device_of, use_triton
 from qwenvit.norm_ops import add_norm, merge_norm, norm, spatial_merge
-from qwenvit.patch_ops import add_positions, interpolate_positions, patch_embed
 from qwenvit.projection_ops import activation_, linear_act, qkv_rope, rotate_qk_, swiglu, swiglu_pass
 
 __all__ = [
     "activation_",
     "add_norm",
-    "add_positions",
-    "interpolate_positions",
     "linear_act",
     "merge_norm",
     "norm",
-    "patch_embed",
     "qkv_rope",
     "rope_attention",
     "rope_index",
@@ -34,6 +31,7 @@ __all__ = [
 ]
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def rope_index(
     tokens: Tensor,
     image_token: int,
@@ -47,7 +45,10 @@ def rope_index(
     frames_apart: bool,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """M-RoPE positions of each token; `qwenvit.rope_index` is the same with the families' rules and checks.
+    """M-RoPE positions of each token; `qwenvit.rope_index` is the same with the families' rules.
+
+    Shapes, dtypes and devices are checked there, by the names its callers know, and not again here. `torch.compile`
+    breaks its graph around the call.
 
     Args:
         tokens: `[B, S]` integers, token ids or token types.

@@ -3,6 +3,7 @@
 import importlib
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from rope_index_baselines import SETUPS, setup, transformers_rope_index, vision_ids
@@ -28,6 +29,9 @@ CONFIGS = {
     "qwen3_vl_moe": "Qwen3VLMoeConfig",
     "qwen3_5": "Qwen3_5Config",
 }
+
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 @pytest.fixture(params=FAMILIES)
@@ -92,6 +96,21 @@ def test_integer_widths_and_masks(family, dtype, mask_dtype):
     same(rope_index(family=family, **inputs), expected)
     del inputs["mm_token_type_ids"]
     same(rope_index(family=family, **inputs), expected)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_floating_masks(family, dtype):
+    inputs = sequence(ROWS, family, padding="ragged", length=90)
+    inputs["attention_mask"] = inputs["attention_mask"].to(dtype)
+    agree(family, inputs)
+
+
+def test_under_compile(family):
+    # With a graph break at the call, as under transformers' own function.
+    inputs = sequence(ROWS, family, padding="left", length=90)
+    compiled = torch.compile(lambda types, mask: rope_index(family=family, **inputs | {
+        "mm_token_type_ids": types, "attention_mask": mask}), backend="eager")  # fmt: skip
+    same(compiled(inputs["mm_token_type_ids"], inputs["attention_mask"]), transformers_rope_index(family, **inputs))
 
 
 def test_any_value_but_0_keeps_a_token(family):
@@ -161,12 +180,22 @@ def test_whole_seconds_in_few_bits(dtype):
     agree("qwen2_5_vl", inputs | {"second_per_grid_ts": torch.tensor([3], dtype=dtype)})
 
 
-@pytest.mark.parametrize("dtype", ["list", torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+SECONDS_AS = {
+    "list": lambda second: [second],
+    "tuple": lambda second: (second,),
+    "array": lambda second: np.array([second]),
+    "float32 array": lambda second: np.array([second], np.float32),
+    "list of numpy's": lambda second: [np.float32(second)],
+    "list of tensors": lambda second: [torch.tensor(second)],
+} | {str(dtype): lambda second, dtype=dtype: torch.tensor([second], dtype=dtype) for dtype in FLOATS}
+
+
+@pytest.mark.parametrize("form", SECONDS_AS)
 @pytest.mark.parametrize("seconds", [0.1, 0.35, 1 / 3, 2.3])
-def test_rounding_over_long_videos(dtype, seconds):
+def test_rounding_over_long_videos(form, seconds):
     # 768 frame groups: products of each dtype's own rounding fall on either side of whole numbers.
     inputs = sequence([[("text", 3), ("video", (768, 2, 4)), ("text", 5)]], "qwen2_5_vl")
-    given_as = [seconds] if dtype == "list" else torch.tensor([seconds], dtype=dtype)
+    given_as = SECONDS_AS[form](seconds)
     for scale in (1, 2, 3, 10):
         agree("qwen2_5_vl", inputs | {"second_per_grid_ts": given_as}, tokens_per_second=scale)
 

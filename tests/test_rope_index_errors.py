@@ -71,6 +71,14 @@ class TestGridsAndTokens:
             words = f"{key}: its grids stand for 4 {key[:5]} tokens, the sequences hold 0"
             refuses(inputs, ValueError, words, family=family, **{key: torch.tensor([[1, 4, 4]])})
 
+    def test_absurd_grids_neither_wrap_around_nor_take_memory(self):
+        words = f"image_grid_thw: its grids stand for {2**64} image tokens, the sequences hold 0"
+        grid = torch.full((1, 3), 2**22)
+        refuses(sequence([[("text", 5)]], "qwen2_vl"), ValueError, words, family="qwen2_vl", image_grid_thw=grid)
+        inputs = sequence(ROWS, "qwen3_vl", junk=False)
+        words = f"video_grid_thw: its grids stand for {2**42} video tokens, the sequences hold 8"
+        refuses(inputs, ValueError, words, family="qwen3_vl", video_grid_thw=torch.tensor([[2**40, 4, 4]]))
+
     def test_more_and_fewer_frame_groups(self):
         inputs = sequence(ROWS, "qwen3_vl", junk=False)
         for frames in (1, 3):
@@ -153,7 +161,7 @@ class TestValues:
         refuses(inputs, ValueError, words, mm_token_type_ids=types)
         refuses(inputs, ValueError, words, mm_token_type_ids=types, attention_mask=None)
 
-    @pytest.mark.parametrize("second", [-1.0, float("nan"), float("inf"), -0.5])
+    @pytest.mark.parametrize("second", [-1.0, float("nan"), float("inf"), -0.5, 2.0**100])
     @pytest.mark.parametrize("form", [list, torch.tensor])
     def test_seconds(self, inputs, second, form):
         words = f"second_per_grid_ts: expected seconds, 0 or more, got {second} for video 0"
@@ -180,12 +188,7 @@ class TestShapesKindsAndDevices:
             ("attention_mask", torch.ones(2, 17), ValueError, "expected shape [2, 18], got [2, 17]"),
             ("attention_mask", torch.ones(18), ValueError, "expected shape [2, 18], got [18]"),
             ("attention_mask", torch.ones(2, 1, 18, 18), ValueError, "expected shape [2, 18], got [2, 1, 18, 18]"),
-            (
-                "attention_mask",
-                torch.ones(2, 18, device="meta"),
-                ValueError,
-                "expected it on cpu, where the tokens are",
-            ),
+            ("attention_mask", torch.ones(2, 18, device="meta"), ValueError, "expected it on cpu, where the"),
             ("mm_token_type_ids", [[0] * 18] * 2, TypeError, "expected a tensor [batch, sequence], got list"),
             ("mm_token_type_ids", torch.zeros(2, 18), ValueError, "expected integers [batch, sequence]"),
             ("mm_token_type_ids", torch.zeros(18).long(), ValueError, "expected integers [batch, sequence]"),
@@ -197,6 +200,13 @@ class TestShapesKindsAndDevices:
             ("second_per_grid_ts", torch.ones(1, 1), ValueError, "expected shape [1], got [1, 1]"),
             ("second_per_grid_ts", torch.tensor(1.0), ValueError, "expected shape [1], got []"),
             ("second_per_grid_ts", 1.0, TypeError, ""),
+            (
+                "second_per_grid_ts",
+                torch.ones(1).to(torch.complex64),
+                ValueError,
+                "expected floating-point or integer numbers",
+            ),
+            ("attention_mask", torch.ones(2, 18, dtype=torch.complex64), ValueError, "expected a real dtype, got"),
             ("second_per_grid_ts", ["a"], (TypeError, ValueError), ""),
             ("second_per_grid_ts", [None], (TypeError, ValueError), ""),
             ("second_per_grid_ts", torch.ones(1, device="meta"), ValueError, "expected it on cpu"),
@@ -207,15 +217,8 @@ class TestShapesKindsAndDevices:
 
     @pytest.mark.parametrize(
         "ids",
-        [
-            torch.zeros(0, 5, dtype=torch.int64),
-            torch.zeros(2, 0, dtype=torch.int64),
-            torch.zeros(5, dtype=torch.int64),
-            torch.zeros(1, 2, 3, dtype=torch.int64),
-            torch.zeros(2, 5),
-            torch.zeros(2, 5, dtype=torch.bool),
-            torch.zeros(2, 5, dtype=torch.complex64),
-        ],
+        [torch.zeros(shape, dtype=torch.int64) for shape in [(0, 5), (2, 0), (5,), (1, 2, 3)]]
+        + [torch.zeros(2, 5, dtype=dtype) for dtype in (torch.float32, torch.bool, torch.complex64)],
         ids=lambda ids: f"{list(ids.shape)} {ids.dtype}",
     )
     def test_tokens(self, ids):
@@ -247,7 +250,9 @@ class TestRules:
         for family in [name, FULL.get(name, name), {"model_type": name}]:
             refuses(inputs, ValueError, words, family=family)
 
-    @pytest.mark.parametrize("family", [None, 3, {}, {"vision_config": {}}, torch.nn.Identity()], ids=str)
+    @pytest.mark.parametrize(
+        "family", [None, 3, {}, {"vision_config": {}}, {"model_type": ["x"]}, torch.nn.Identity()], ids=str
+    )
     def test_no_family(self, inputs, family):
         words = f"family: expected a name, VisionConfig or transformers config, got {type(family).__name__}"
         refuses(inputs, TypeError, words, family=family)

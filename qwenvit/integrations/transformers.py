@@ -35,18 +35,18 @@ def use_rope_index(model: nn.Module) -> RopeIndexHandle:
 
     Positions and generated tokens stay the same (transformers 5.17 truncates `second_per_grid_ts` to whole seconds;
     from here on fractions count, as in 5.23). On a GPU the call no longer synchronises; what it then no longer notices
-    is said at `qwenvit.rope_index`, under `validate`.
+    is said at `qwenvit.rope_index`, under `validate`. A copy of the model (deepcopy, pickle) keeps the replacement.
 
     Args:
-        model: any model of transformers 5 that holds a Qwen2-VL, Qwen2.5-VL, Qwen3-VL (MoE included) or Qwen3.5 model,
-            wrapped (PEFT, DDP) or not.
+        model: any model of transformers 5.3 or later that holds a Qwen2-VL, Qwen2.5-VL, Qwen3-VL (MoE included) or
+            Qwen3.5 model, wrapped (PEFT, DDP) or not.
 
     Returns:
         A handle whose `remove()` undoes it; also a context manager.
 
     Raises:
         TypeError: `model` is no module, or holds no such model.
-        ValueError: its family is not supported, its transformers is older than 5, or the method is replaced already.
+        ValueError: its family is not supported, its transformers is older than 5.3, or the method is replaced already.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a transformers model, got {type(model).__name__}")
@@ -60,11 +60,14 @@ def use_rope_index(model: nn.Module) -> RopeIndexHandle:
     rules_of(module.config)
     if "mm_token_type_ids" not in inspect.signature(type(module).get_rope_index).parameters:
         raise ValueError(
-            "model: expected a model of transformers 5, whose get_rope_index takes mm_token_type_ids (older ones count "
-            "deltas from the padded length)"
+            "model: expected a model of transformers 5.3 or later, whose get_rope_index takes mm_token_type_ids "
+            "(4.x counts deltas from the padded length)"
         )
     if "get_rope_index" in vars(module):
-        raise ValueError("model: its get_rope_index is replaced already; remove that first")
+        raise ValueError(
+            "model: its get_rope_index is replaced already; remove that first (in a copy of a model in use, with "
+            "`del` of that attribute)"
+        )
     module.get_rope_index = functools.partial(_get_rope_index, module.config)
     return RopeIndexHandle(module)
 
@@ -80,7 +83,10 @@ def _get_rope_index(
     **_: object,  # generation passes all of its model inputs
 ) -> tuple[Tensor, Tensor]:
     def here(tensor: Any) -> Any:  # a model spread over devices may have left some inputs elsewhere
-        return tensor.to(input_ids.device, non_blocking=True) if isinstance(tensor, torch.Tensor) else tensor
+        if not isinstance(tensor, torch.Tensor):
+            return tensor
+        # Towards the host a copy that does not block would be read before it is there.
+        return tensor.to(input_ids.device, non_blocking=input_ids.is_cuda)
 
     return rope_index(
         input_ids=input_ids,
