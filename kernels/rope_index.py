@@ -74,10 +74,10 @@ def _kinds(
 
 @triton.jit(do_not_specialize=["S", "n_images", "n_videos", "image_token", "video_token"])
 def _count(
-    tokens_ptr,
-    mask_ptr,
-    image_grid_ptr,
-    video_grid_ptr,
+    tokens_ptr,  # token ids or token types, shape (n_rows, S)
+    mask_ptr,  # shape (n_rows, S); None where every token is kept
+    image_grid_ptr,  # shape (n_images, 3)
+    video_grid_ptr,  # shape (n_videos, 3)
     counts_ptr,  # int64, shape (3, n_rows * n_chunks): text, image and video tokens of each chunk; then both tables
     deltas_ptr,  # int64, shape (n_rows,)
     S,
@@ -117,9 +117,9 @@ def _count(
 @triton.jit
 def _locate(
     b_rank,  # vision tokens of this kind before a token: a block or a scalar
-    grid_ptr,
+    grid_ptr,  # shape (n, 3)
     n,
-    table_ptr,
+    table_ptr,  # as `_tabulate` wrote it, shape (2, n + 1)
     MERGE: tl.constexpr,
     FRAMES_APART: tl.constexpr,
 ):
@@ -149,14 +149,14 @@ def _locate(
 
 @triton.jit(do_not_specialize=["scale", "S", "n_images", "n_videos", "image_token", "video_token"])
 def _place(
-    tokens_ptr,
+    tokens_ptr,  # this and the next three as in `_count`
     mask_ptr,
     image_grid_ptr,
     video_grid_ptr,
     seconds_ptr,  # seconds between frame groups of each video, shape (n_videos,); None for 1 each
-    counts_ptr,
+    counts_ptr,  # as `_count` wrote it
     positions_ptr,  # int64, shape (3, n_rows, S)
-    deltas_ptr,
+    deltas_ptr,  # int64, shape (n_rows,)
     scale,  # temporal positions a second
     S,
     n_images,
@@ -205,29 +205,33 @@ def _place(
 
     image_table_ptr = counts_ptr + 3 * n_counts
     video_table_ptr = image_table_ptr + 2 * (n_images + 1)
-    _, b_ifr, b_iy, b_ix, b_iext = _locate(b_image_rank, image_grid_ptr, n_images, image_table_ptr, MERGE, False)
-    _, _, _, _, b_irow = _locate(images_before_row, image_grid_ptr, n_images, image_table_ptr, MERGE, False)
-    b_vid, b_vfr, b_vy, b_vx, b_vext = _locate(
+    _, b_image_frame, b_image_y, b_image_x, b_image_extent = _locate(
+        b_image_rank, image_grid_ptr, n_images, image_table_ptr, MERGE, False
+    )
+    _, _, _, _, b_image_extent_row = _locate(images_before_row, image_grid_ptr, n_images, image_table_ptr, MERGE, False)
+    b_video_item, b_video_frame, b_video_y, b_video_x, b_video_extent = _locate(
         b_video_rank, video_grid_ptr, n_videos, video_table_ptr, MERGE, FRAMES_APART
     )
-    _, _, _, _, b_vrow = _locate(videos_before_row, video_grid_ptr, n_videos, video_table_ptr, MERGE, FRAMES_APART)
-    b_start = b_text_before + (b_iext - b_irow) + (b_vext - b_vrow)
+    _, _, _, _, b_video_extent_row = _locate(
+        videos_before_row, video_grid_ptr, n_videos, video_table_ptr, MERGE, FRAMES_APART
+    )
+    b_start = b_text_before + (b_image_extent - b_image_extent_row) + (b_video_extent - b_video_extent_row)
 
     if FRAMES_APART:
-        b_time = b_vfr * 0
+        b_time = b_video_frame * 0
     elif seconds_ptr is not None:  # both products in torch's own type promotion and rounding, as in transformers
-        b_seconds = tl.load(seconds_ptr + b_vid, mask=m_video & (b_vid < n_videos), other=0)
+        b_seconds = tl.load(seconds_ptr + b_video_item, mask=m_video & (b_video_item < n_videos), other=0)
         if b_seconds.dtype.is_floating():
             high: tl.constexpr = tl.float64 if b_seconds.dtype == tl.float64 else tl.float32
             b_interval = (b_seconds.to(high) * scale.to(high)).to(b_seconds.dtype)
-            b_time = (b_vfr.to(b_seconds.dtype).to(high) * b_interval.to(high)).to(b_seconds.dtype).to(tl.int64)
+            b_time = (b_video_frame.to(b_seconds.dtype).to(high) * b_interval.to(high)).to(b_seconds.dtype).to(tl.int64)
         else:
-            b_time = b_vfr * (b_seconds * scale.to(b_seconds.dtype))
+            b_time = b_video_frame * (b_seconds * scale.to(b_seconds.dtype))
     else:
-        b_time = b_vfr * scale
-    b_time = b_start + tl.where(m_image, b_ifr, tl.where(m_video, b_time, 0))
-    b_y = b_start + tl.where(m_image, b_iy, tl.where(m_video, b_vy, 0))
-    b_x = b_start + tl.where(m_image, b_ix, tl.where(m_video, b_vx, 0))
+        b_time = b_video_frame * scale
+    b_time = b_start + tl.where(m_image, b_image_frame, tl.where(m_video, b_time, 0))
+    b_y = b_start + tl.where(m_image, b_image_y, tl.where(m_video, b_video_y, 0))
+    b_x = b_start + tl.where(m_image, b_image_x, tl.where(m_video, b_video_x, 0))
 
     m_token = o_token < S
     o_flat = i_row.to(tl.int64) * S + o_token
