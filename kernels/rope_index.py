@@ -246,6 +246,7 @@ def _place(
     tl.atomic_max(deltas_ptr + i_row, top)
 
 
+@torch.compiler.disable  # Inductor drops constexprs that have defaults (torch 2.11), and then cannot compile the launch
 def rope_index(
     tokens: Tensor,
     image_token: int,

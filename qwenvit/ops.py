@@ -5,7 +5,6 @@ choice never falls back. (Triton's interpreter, `TRITON_INTERPRET=1`, runs `impl
 imported where they are called: triton is there on Linux alone, and slow to import.
 """
 
-import torch
 from torch import Tensor
 
 from qwenvit import mrope_host
@@ -31,7 +30,6 @@ __all__ = [
 ]
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def rope_index(
     tokens: Tensor,
     image_token: int,

@@ -58,3 +58,9 @@ def define_schemas():
     """What lets transformers be imported beside a CPU build of torch."""
     return f"import sys; sys.path.append({str(ROOT / 'scripts')!r}); import torchvision_cpu; " \
         "torchvision_cpu.define_torchvision_schemas(); sys.path.pop()\n"  # fmt: skip
+
+
+def test_importing_it_is_quick():
+    # triton and torch._dynamo take longer to import than all of qwenvit; kernels bring them at their first use.
+    code = "import sys, qwenvit; print({'triton', 'torch._dynamo', 'transformers'} & set(sys.modules))"
+    assert run(sys.executable, "-c", code, cwd=ROOT).strip() == "set()"
