@@ -95,8 +95,8 @@ def rope_index(
             never a write outside the result.
 
     Returns:
-        `position_ids`, `[3, B, S]` int64, and `deltas`, `[B, 1]` int64: the next position of each row less the number
-        of its unmasked tokens (0 for a row without any). Both on the device of the inputs.
+        `position_ids`, `[3, B, S]` int64, and `deltas`, `[B, 1]` int64: one more than the greatest position of each
+        row, less the number of its unmasked tokens (0 for a row without any). Both on the device of the inputs.
 
     Raises:
         TypeError: an argument is no tensor, or `family` no family or config.
