@@ -9,7 +9,6 @@ Times here and there: one H200, bf16, medians of CUDA graphs over rotating buffe
 """
 
 import functools
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -154,11 +153,6 @@ def fill(n_tiles: int, x: Tensor) -> float:
         return 0.0
     programs = TMA_TILE.programs * multiprocessors(x.device)
     return n_tiles / (triton.cdiv(n_tiles, programs) * programs)
-
-
-def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def describe(tensor: Tensor, shape: list[int], block: list[int]) -> TensorDescriptor:

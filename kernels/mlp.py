@@ -22,7 +22,6 @@ from qwenvit.kernels.gemm import (
     fill,
     halves,
     multiprocessors,
-    on_device_of,
     store_tile,
     tile_at,
     uses_tma,
@@ -184,7 +183,7 @@ def project_and_activate(
         x_operand = describe(x, [M, K], [tile.block_m, tile.block_k])
         w_operand = describe(weight, [1, 1, N, K], [1, 1, tile.block_n, tile.block_k])
     n_tiles = triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n)
-    with on_device_of(out):
+    with torch.cuda.device_of(out):  # Triton launches on the current device, which need not be the tensor's
         _project_and_activate[(min(n_tiles, tile.programs * multiprocessors(out.device)),)](
             x_operand, w_operand, bias, out, M,
             N=N, K=K, ACT=act, GATED=gated,
@@ -201,7 +200,7 @@ def activation_(x: Tensor, act: str) -> None:
         return
     p = ERF_PASS if act == "gelu" else PASS
     grid = (triton.cdiv(M, p.rows) * triton.cdiv(N, p.cols),)
-    with on_device_of(x):
+    with torch.cuda.device_of(x):
         _activate[grid](x, M, N=N, ACT=act, BLOCK_M=p.rows, BLOCK_N=p.cols, num_warps=p.num_warps)
 
 
@@ -212,7 +211,7 @@ def swiglu_pass(gate_up: Tensor) -> Tensor:
     if M == 0 or N == 0:
         return out
     grid = (triton.cdiv(M, PASS.rows) * triton.cdiv(N, PASS.cols),)
-    with on_device_of(out):
+    with torch.cuda.device_of(out):
         _gate[grid](gate_up, out, M, N=N, ACT="silu", BLOCK_M=PASS.rows, BLOCK_N=PASS.cols, num_warps=PASS.num_warps)
     return out
 

@@ -27,7 +27,6 @@ from qwenvit.kernels.gemm import (
     fill,
     halves,
     multiprocessors,
-    on_device_of,
     store_tile,
     tile_at,
     uses_tma,
@@ -205,7 +204,7 @@ def project_and_rotate(
         x = describe(x, [M, K], [tile.block_m, tile.block_k])
         w = describe(w, [N // unit, unit // group, group, K], [units, 1, group, tile.block_k])
     n_tiles = triton.cdiv(M, tile.block_m) * triton.cdiv(N // unit, units) * (unit // group)
-    with on_device_of(out):
+    with torch.cuda.device_of(out):  # Triton launches on the current device, which need not be the tensor's
         _project_and_rotate[(min(n_tiles, tile.programs * multiprocessors(out.device)),)](
             x, w, bias, cos, sin, out, M,
             H=num_heads, D=D, K=K, UNIT=unit, GROUP=group,
@@ -221,7 +220,7 @@ def rotate_qk_(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, interleave
     if M == 0:
         return
     n_chunks = triton.cdiv(width // 3, PASS.pairs)
-    with on_device_of(qkv):
+    with torch.cuda.device_of(qkv):
         _rotate[(triton.cdiv(M, PASS.rows) * n_chunks,)](
             qkv, cos, sin, M,
             H=num_heads, D=width // (3 * num_heads), INTERLEAVED=interleaved,

@@ -4,7 +4,6 @@ A window of up to 64 tokens fits one tile: a program takes one window and a few 
 registers, and for each head loads Q, K and V once, rotates Q and K in fp32, and writes the output. Nothing else moves.
 """
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -218,7 +217,7 @@ def rope_attention(
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     if out.numel() and len(cu_seqlens) > 1:
         attend = window_attention if max_seqlen is not None and max_seqlen <= WINDOW else long_attention
-        with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
+        with torch.cuda.device_of(q):  # Triton launches on the current device, which need not be the tensor's
             attend(q, k, v, cos, sin, cu_seqlens, scale, interleaved, out)
     return out
 

@@ -277,6 +277,7 @@ def rope_index(
     positions = tokens.new_empty((3, n_rows, S), dtype=torch.int64)
     deltas = tokens.new_empty((n_rows, 1), dtype=torch.int64)
     sizes = (S, n_images, n_videos, image_token, video_token, merge, frames_apart)
-    _count[(n_counts + 1,)](tokens, mask, image_grid, video_grid, counts, deltas, *sizes)
-    _place[(n_counts,)](tokens, mask, image_grid, video_grid, seconds, counts, positions, deltas, scale, *sizes)
+    with torch.cuda.device_of(tokens):  # Triton launches on the current device, which need not be the tensors'
+        _count[(n_counts + 1,)](tokens, mask, image_grid, video_grid, counts, deltas, *sizes)
+        _place[(n_counts,)](tokens, mask, image_grid, video_grid, seconds, counts, positions, deltas, scale, *sizes)
     return positions, deltas

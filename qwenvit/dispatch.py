@@ -1,8 +1,5 @@
-"""Which implementation of an operation runs, and on which device."""
+"""Which implementation of an operation runs."""
 
-from contextlib import AbstractContextManager, nullcontext
-
-import torch
 from torch import Tensor
 
 
@@ -11,10 +8,3 @@ def use_triton(impl: str, tensor: Tensor) -> bool:
     if impl not in ("auto", "triton", "reference"):
         raise ValueError(f"impl: expected 'auto', 'triton' or 'reference', got {impl!r}")
     return impl == "triton" or (impl == "auto" and tensor.is_cuda)
-
-
-def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be the tensor's."""
-    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(tensor.device)

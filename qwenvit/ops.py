@@ -10,7 +10,7 @@ from torch import Tensor
 from qwenvit import mrope_host
 from qwenvit.arguments import Impl
 from qwenvit.attention_ops import rope_attention
-from qwenvit.dispatch import on_device_of, use_triton
+from qwenvit.dispatch import use_triton
 from qwenvit.norm_ops import add_norm, merge_norm, norm, spatial_merge
 from qwenvit.projection_ops import activation_, linear_act, qkv_rope, rotate_qk_, swiglu, swiglu_pass
 
@@ -70,5 +70,4 @@ def rope_index(
         return mrope_host.rope_index(*arguments)
     from qwenvit.kernels.rope_index import rope_index as launch
 
-    with on_device_of(tokens):
-        return launch(*arguments)
+    return launch(*arguments)
