@@ -7,14 +7,13 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from qwenvit import ops
 from qwenvit.config import VisionConfig
 from qwenvit.families import FAMILY_OF_MODEL_TYPE
 from qwenvit.hf_config import positive_integer
-from qwenvit.mrope_host import IMAGE, VIDEO, check_values
+from qwenvit.mrope_host import IMAGE, VIDEO, Seconds, check_values
 
 
 class HFConfig(Protocol):
@@ -55,7 +54,7 @@ def rope_index(
     mm_token_type_ids: Tensor | None = None,
     image_grid_thw: Tensor | None = None,
     video_grid_thw: Tensor | None = None,
-    second_per_grid_ts: Tensor | Sequence[float] | NDArray[Any] | None = None,
+    second_per_grid_ts: Seconds | None = None,
     attention_mask: Tensor | None = None,
     family: str | VisionConfig | HFConfig | Mapping[str, Any],
     tokens_per_second: int | None = None,
@@ -142,7 +141,7 @@ def rules_of(
     spatial_merge_size: int | None = None,
 ) -> Rules:
     """The family's rules with what its config and the caller say instead; arguments and errors as `rope_index`."""
-    stated: dict[str, int | None] = {}
+    stated: dict[str, Any] = {}
     if isinstance(family, str):
         name: object = family
     elif isinstance(family, VisionConfig):
@@ -180,7 +179,7 @@ def rules_of(
             positive_integer(key, value)
         elif not isinstance(value, int) or isinstance(value, bool):
             raise ValueError(f"{key}: expected an integer, got {value!r}")
-    rules = replace(rules, **stated)  # type: ignore[arg-type]  # keys are field names, values integers
+    rules = replace(rules, **stated)
     if rules.image_token_id == rules.video_token_id:
         raise ValueError(
             f"video_token_id: expected another id than image_token_id, got {rules.video_token_id} for both"
@@ -189,7 +188,7 @@ def rules_of(
 
 
 def _seconds(
-    seconds: Tensor | Sequence[float] | NDArray[Any] | None, rules: Rules, video_grid_thw: Tensor | None, tokens: Tensor
+    seconds: Seconds | None, rules: Rules, video_grid_thw: Tensor | None, tokens: Tensor
 ) -> tuple[Tensor | None, int]:
     """Seconds between the frame groups of each video, and temporal positions a second."""
     scale = rules.tokens_per_second
@@ -197,8 +196,10 @@ def _seconds(
         return None, 1 if scale is None else scale
     if scale is None:
         raise ValueError("second_per_grid_ts: only qwen2_5_vl places frames by seconds; leave it out")
-    if isinstance(seconds, Sequence) and len(seconds) and all(isinstance(second, Tensor) for second in seconds):
-        seconds = torch.stack(tuple(seconds))  # type: ignore[arg-type]  # all tensors, as just seen
+    if isinstance(seconds, Sequence):
+        tensors = [second for second in seconds if isinstance(second, Tensor)]
+        if tensors and len(tensors) == len(seconds):
+            seconds = torch.stack(tensors)
     if not isinstance(seconds, Tensor):  # scaled in double precision, then rounded, as transformers does with floats
         values = seconds.tolist() if isinstance(seconds, np.ndarray) else seconds
         if not isinstance(values, Sequence) or not all(isinstance(second, Real) for second in values):

@@ -16,6 +16,8 @@ from torch import Tensor
 
 Ints = NDArray[Any]
 Interval = NDArray[Any] | Tensor | int
+Seconds = Tensor | Sequence[float | Tensor] | NDArray[Any]
+"""What `second_per_grid_ts` may be."""
 TEXT, IMAGE, VIDEO, PADDING = range(4)  # the first three as `mm_token_type_ids` has them
 MOST_SECONDS = 2**31
 """Between two frame groups; what lies beyond is a mistake, and its positions would leave 64 bits."""
@@ -27,7 +29,7 @@ def check_values(
     mask: Tensor | None,
     image_grid_thw: Tensor | None,
     video_grid_thw: Tensor | None,
-    seconds: Tensor | Sequence[float] | NDArray[Any] | None,
+    seconds: Seconds | None,
     merge: int,
 ) -> None:
     """Refuse values that no sequence could have; whether grids and tokens agree, `rope_index` finds out.

@@ -57,7 +57,7 @@ def use_rope_index(model: nn.Module) -> RopeIndexHandle:
             f"{type(model).__name__}"
         )
     module: Any = found[0]
-    rules_of(module.config)
+    scaled = rules_of(module.config).tokens_per_second is not None
     if "mm_token_type_ids" not in inspect.signature(type(module).get_rope_index).parameters:
         raise ValueError(
             "model: expected a model of transformers 5.3 or later, whose get_rope_index takes mm_token_type_ids "
@@ -68,12 +68,13 @@ def use_rope_index(model: nn.Module) -> RopeIndexHandle:
             "model: its get_rope_index is replaced already; remove that first (in a copy of a model in use, with "
             "`del` of that attribute)"
         )
-    module.get_rope_index = functools.partial(_get_rope_index, module.config)
+    module.get_rope_index = functools.partial(_get_rope_index, module.config, scaled)
     return RopeIndexHandle(module)
 
 
 def _get_rope_index(
     config: Any,
+    scaled: bool,  # whether the family places frames by seconds; others are given them and pass them over
     input_ids: Tensor,
     mm_token_type_ids: Tensor,
     image_grid_thw: Tensor | None = None,
@@ -93,7 +94,7 @@ def _get_rope_index(
         mm_token_type_ids=here(mm_token_type_ids),
         image_grid_thw=here(image_grid_thw),
         video_grid_thw=here(video_grid_thw),
-        second_per_grid_ts=here(second_per_grid_ts) if rules_of(config).tokens_per_second is not None else None,
+        second_per_grid_ts=here(second_per_grid_ts) if scaled else None,
         attention_mask=here(attention_mask),
         family=config,
     )
