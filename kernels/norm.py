@@ -110,16 +110,17 @@ def row_config(C: int) -> RowConfig:
     return RowConfig(main, triton.next_power_of_2(max(C - main, 1)), 2 if C <= 2048 else 4)
 
 
-def _launch(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, kind: str, eps: float,
-    y: Tensor, total: Tensor | None,
+def launch_rows(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, index: Tensor | None, kind: str,
+    eps: float, y: Tensor, total: Tensor | None, unit: int = 1,
 ) -> None:  # fmt: skip
-    C = x.shape[-1]
+    """Normalise rows of as many elements as `weight` has, read in groups of `unit` as `index` says, into `y`."""
+    C = weight.shape[0]
     config = row_config(C)
     if rows := x.numel() // C:
         with torch.cuda.device_of(x):  # Triton launches on the current device, which need not be the tensor's
             norm_rows[(rows,)](
-                x, residual, weight, bias, None, y, total, eps, CENTERED=kind == "layer", UNIT=1, C=C,
+                x, residual, weight, bias, index, y, total, eps, CENTERED=kind == "layer", UNIT=unit, C=C,
                 MAIN=config.main, TAIL=config.tail, num_warps=config.num_warps,
             )  # fmt: skip
 
@@ -130,7 +131,7 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, eps: float) 
     I/O: reads x, writes y. About 6 FLOPs an element.
     """
     y = torch.empty_like(x)
-    _launch(x, None, weight, bias, kind, eps, y, None)
+    launch_rows(x, None, weight, bias, None, kind, eps, y, None)
     return y
 
 
@@ -142,7 +143,7 @@ def add_norm(
     I/O: reads x and residual, writes y and the sum. About 7 FLOPs an element.
     """
     y, total = torch.empty_like(x), torch.empty_like(x)
-    _launch(x, residual, weight, bias, kind, eps, y, total)
+    launch_rows(x, residual, weight, bias, None, kind, eps, y, total)
     return y, total
 
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwenvit.kernels.norm import norm_rows, row_config
+from qwenvit.kernels.norm import launch_rows
 
 CONCAT_BLOCK = 2048
 AVERAGE_BLOCK = 512
@@ -93,16 +93,8 @@ def merge_norm(
 
     I/O: reads x and, where given, 8 bytes of index a token; writes as much as x. About 6 FLOPs an element.
     """
-    patches, width = x.shape
-    C, unit = (width * merge_unit, 1) if norm_merged else (width, merge_unit)
     y = _merged_rows(x, merge_unit)
-    config = row_config(C)
-    if patches:
-        with torch.cuda.device_of(x):  # Triton launches on the current device, which need not be the tensor's
-            norm_rows[(x.numel() // C,)](
-                x, None, weight, bias, restore_index, y, None, eps, CENTERED=kind == "layer", UNIT=unit, C=C,
-                MAIN=config.main, TAIL=config.tail, num_warps=config.num_warps,
-            )  # fmt: skip
+    launch_rows(x, None, weight, bias, restore_index, kind, eps, y, None, unit=1 if norm_merged else merge_unit)
     return y
 
 
@@ -119,7 +111,7 @@ def spatial_merge(x: Tensor, mode: str, merge_size: int) -> Tensor:
     else:
         kernel, rows, row_length, block = _average, T * H_out, W_out * C, AVERAGE_BLOCK
     if y.numel():
-        with torch.cuda.device_of(x):
+        with torch.cuda.device_of(x):  # Triton launches on the current device, which need not be the tensor's
             kernel[(rows, triton.cdiv(row_length, block))](
                 x, y, H_out, W_out, *x.stride()[:3], SIZE=merge_size, C=C, BLOCK=block
             )
