@@ -46,17 +46,18 @@ def check_values(
     for name, grid in (("image_grid_thw", image_grid_thw), ("video_grid_thw", video_grid_thw)):
         if grid is not None:
             sizes = grid.cpu().numpy()
-            wrong = (sizes < 1).any(axis=1) | (sizes % (1, merge, merge)).any(axis=1)
-            if wrong.any():
-                item = int(wrong.argmax())
+            if sizes.size and (sizes.min() < 1 or (sizes % (1, merge, merge)).any()):
+                item = int(((sizes < 1).any(axis=1) | (sizes % (1, merge, merge)).any(axis=1)).argmax())
                 raise ValueError(
                     f"{name}: expected positive sizes, rows and columns multiples of {merge}; "
                     f"item {item}: {sizes[item].tolist()}"
                 )
     if seconds is not None:
-        between = torch.as_tensor(seconds, dtype=torch.float64, device="cpu")
-        if not (sound := (between >= 0) & (between < MOST_SECONDS)).all():
-            item = int((~sound).nonzero()[0])
+        if not isinstance(seconds, Tensor) or seconds.dtype not in (torch.float32, torch.float64):
+            seconds = torch.as_tensor(seconds, dtype=torch.float64)
+        between = seconds.detach().cpu().numpy()
+        if between.size and not (between.min() >= 0 and between.max() < MOST_SECONDS):  # nor NaN, which passes neither
+            item = int((~((between >= 0) & (between < MOST_SECONDS))).argmax())
             raise ValueError(f"second_per_grid_ts: expected seconds, 0 or more, got {between[item]} for video {item}")
 
 
@@ -85,7 +86,7 @@ def rope_index(
         np.putmask(kinds, ~_is_kept(mask).reshape(-1), PADDING)
     items = {IMAGE: _items(image_grid_thw, merge), VIDEO: _items(video_grid_thw, merge)}
     for which, sizes in items.items():
-        if sizes.astype(np.float64).prod(axis=1).sum() > kinds.size:  # before anything is made of that size
+        if sizes.prod(axis=1, dtype=np.float64).sum() > kinds.size:  # before anything is made of that size
             raise ValueError(_misfit(kinds.reshape(tokens.shape), which, sizes))
     if frames_apart:
         items[VIDEO] = np.repeat(items[VIDEO], items[VIDEO][:, 0], axis=0)
