@@ -26,6 +26,7 @@ class VisionAttention(nn.Module):
     Args:
         hidden_size: C, channels of the hidden states.
         num_heads: H; C / H is one of 64, 72 and 80.
+        separate_qkv: whether state dicts hold `q`, `k` and `v` in place of `qkv`, as Qwen2.5-Omni's do.
         impl: implementation of the operations, see `qwenvit.ops`.
         device: where the parameters go.
         dtype: bfloat16, float16 or float32; the hidden states' too.
@@ -38,6 +39,7 @@ class VisionAttention(nn.Module):
         self,
         hidden_size: int,
         num_heads: int,
+        separate_qkv: bool = False,
         impl: Impl = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -47,6 +49,7 @@ class VisionAttention(nn.Module):
             expected = f"num_heads times one of {HEAD_DIMS}"
             raise ValueError(f"hidden_size: expected {expected}, got {hidden_size} with num_heads={num_heads}")
         self.num_heads = num_heads
+        self.separate_qkv = separate_qkv
         self.impl = impl
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size, device=device, dtype=dtype)
         self.proj = nn.Linear(hidden_size, hidden_size, device=device, dtype=dtype)
@@ -84,17 +87,24 @@ class VisionAttention(nn.Module):
         return self.proj(out.flatten(1))
 
 
-def _reorder(layer: VisionAttention, state_dict: dict[str, Any], prefix: str, packed: bool) -> None:
-    for name in (f"{prefix}qkv.weight", f"{prefix}qkv.bias"):
-        rows = state_dict.get(name)
-        if isinstance(rows, Tensor) and len(rows) == layer.qkv.out_features:  # others are load_state_dict's to refuse
-            order = adjacent_pairs(layer.num_heads, layer.qkv.in_features // layer.num_heads, rows.device)
-            state_dict[name] = rows[order if packed else order.argsort()]
+def _order(layer: VisionAttention, device: torch.device) -> Tensor:
+    return adjacent_pairs(layer.num_heads, layer.qkv.in_features // layer.num_heads, device)
 
 
 def _pack(layer: VisionAttention, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
-    _reorder(layer, state_dict, prefix, packed=True)
+    for kind in ("weight", "bias"):
+        whole = f"{prefix}qkv.{kind}"
+        parts = [f"{prefix}{part}.{kind}" for part in "qkv"]
+        if layer.separate_qkv and all(part in state_dict for part in parts):
+            state_dict[whole] = torch.cat([state_dict.pop(part) for part in parts])
+        rows = state_dict.get(whole)
+        if isinstance(rows, Tensor) and len(rows) == layer.qkv.out_features:  # others are load_state_dict's to refuse
+            state_dict[whole] = rows[_order(layer, rows.device)]
 
 
 def _unpack(layer: VisionAttention, state_dict: dict[str, Any], prefix: str, _: object) -> None:
-    _reorder(layer, state_dict, prefix, packed=False)
+    for kind in ("weight", "bias"):
+        rows = state_dict.pop(f"{prefix}qkv.{kind}")
+        rows = rows[_order(layer, rows.device).argsort()]
+        parts = zip("qkv", rows.chunk(3), strict=True) if layer.separate_qkv else [("qkv", rows)]
+        state_dict |= {f"{prefix}{name}.{kind}": part for name, part in parts}

@@ -42,7 +42,7 @@ def inputs(head_dim, heads, dtype):
 @pytest.mark.parametrize(("head_dim", "heads", "dtype"), CASES, ids=str)
 def test_it_is_transformers_layer(head_dim, heads, dtype, impl, windows):
     theirs = transformers_layer(head_dim, heads, dtype)
-    ours = VisionAttention(heads * head_dim, heads, impl, DEVICE, dtype)
+    ours = VisionAttention(heads * head_dim, heads, impl=impl, device=DEVICE, dtype=dtype)
     ours.load_state_dict(theirs.state_dict())
     hidden_states, plan = inputs(head_dim, heads, dtype)
     segments = plan.windows if windows else plan.frames
@@ -88,9 +88,9 @@ def test_gradients_are_refused_where_there_are_none():
     hidden_states, plan = inputs(64, 2, torch.float32)
     arguments = (hidden_states.requires_grad_(), plan.cos, plan.sin, plan.frames.cu_seqlens)
     with pytest.raises(ValueError, match="impl: 'triton' means Triton here, which gives no gradients"):
-        VisionAttention(128, 2, "triton", DEVICE)(*arguments)
-    layer = VisionAttention(128, 2, "reference", DEVICE)
+        VisionAttention(128, 2, impl="triton", device=DEVICE)(*arguments)
+    layer = VisionAttention(128, 2, impl="reference", device=DEVICE)
     layer(*arguments).sum().backward()
     assert hidden_states.grad.isfinite().all()
     with torch.no_grad():
-        VisionAttention(128, 2, "triton", DEVICE)(*arguments)
+        VisionAttention(128, 2, impl="triton", device=DEVICE)(*arguments)

@@ -1,0 +1,220 @@
+"""The fast tower: inference on a GPU, built of the operations in `qwenvit.ops`, held to the reference tower.
+
+Weights are packed once, when they are loaded: rotary pairs adjacent, gate and up in one product, rows padded to whole
+tiles. `load_state_dict` takes and `state_dict` gives the reference tower's names and shapes, so the two are exchanged
+freely. A block is two norms, four matrix products and an attention: nothing is reordered, and nothing but queries and
+keys of long segments is written twice.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qwenvit import ops
+from qwenvit.arguments import Impl
+from qwenvit.config import VisionConfig
+from qwenvit.grid import GridPlan, Segments
+from qwenvit.outputs import TowerOutput
+from qwenvit.packing import LANES, pack_gate_up, pad_columns
+from qwenvit.vision_attention import VisionAttention
+
+ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu", "gelu": "gelu"}
+
+
+class Packed(nn.Module):
+    """A module whose own tensors are packed as a state dict is loaded, and unpacked as one is taken."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_load_state_dict_pre_hook(_load_packed)  # type: ignore[no-untyped-call]
+        self.register_state_dict_post_hook(_give_unpacked)  # type: ignore[no-untyped-call]
+
+    def pack(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """From the reference tower's names and shapes to this module's."""
+        raise NotImplementedError
+
+    def unpack(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The inverse of `pack`."""
+        raise NotImplementedError
+
+
+def _take(state_dict: dict[str, Any], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): state_dict.pop(name) for name in [*state_dict] if name.startswith(prefix)}
+
+
+def _load_packed(module: Packed, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
+    state_dict |= {prefix + name: tensor for name, tensor in module.pack(_take(state_dict, prefix)).items()}
+
+
+def _give_unpacked(module: Packed, state_dict: dict[str, Any], prefix: str, _: object) -> None:
+    state_dict |= {prefix + name: tensor for name, tensor in module.unpack(_take(state_dict, prefix)).items()}
+
+
+class Norm(nn.Module):
+    """Weights of an RMSNorm or a LayerNorm."""
+
+    def __init__(self, config: VisionConfig, width: int) -> None:
+        super().__init__()
+        self.kind = config.traits.norm
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width)) if self.kind == "layer" else None
+
+
+class PatchEmbed(Packed):
+    """Patch embedding; each row of the weight starts a 128-byte line."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.kernel = (config.in_channels, config.temporal_patch_size, config.patch_size, config.patch_size)
+        self.patch_dim = config.patch_dim
+        self.weight = nn.Parameter(torch.empty(config.hidden_size, -(-self.patch_dim // LANES) * LANES))
+        self.bias = nn.Parameter(torch.empty(config.hidden_size)) if config.traits.patch_bias else None
+
+    def pack(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`proj.weight` `[C, channels, T, P, P]` -> `weight` `[C, padded]`."""
+        packed = {name.removeprefix("proj."): tensor for name, tensor in tensors.items()}
+        return packed | {"weight": pad_columns(packed["weight"].flatten(1))}
+
+    def unpack(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The inverse of `pack`."""
+        weight = tensors["weight"][:, : self.patch_dim].unflatten(1, self.kernel)
+        return {f"proj.{name}": tensor for name, tensor in (tensors | {"weight": weight}).items()}
+
+
+class MLP(nn.Module):
+    """Two linear maps with an activation between."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.act = ACTIVATIONS[config.hidden_act]
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def add(self, x: Tensor, y: Tensor, impl: Impl) -> Tensor:
+        """`x` plus the MLP of `y`, `[patches, hidden_size]`, in place."""
+        hidden = ops.linear_act(y, self.fc1.weight, self.fc1.bias, self.act, impl)
+        return x.add_(self.fc2.bias).addmm_(hidden, self.fc2.weight.T)
+
+
+class GatedMLP(Packed):
+    """SwiGLU; gate and up alternate in one weight, widths are padded (`qwenvit.packing`)."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.intermediate_size = config.intermediate_size
+        padded = -(-config.intermediate_size // LANES) * LANES
+        self.gate_up = nn.Linear(config.hidden_size, 2 * padded)
+        self.down = nn.Linear(padded, config.hidden_size)
+
+    def pack(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`gate_proj`, `up_proj`, `down_proj` -> `gate_up`, `down`."""
+        gate, up = ((tensors[f"{part}_proj.weight"], tensors[f"{part}_proj.bias"]) for part in ("gate", "up"))
+        weight, bias = pack_gate_up(*gate, *up)
+        down = {"down.weight": pad_columns(tensors["down_proj.weight"]), "down.bias": tensors["down_proj.bias"]}
+        return {"gate_up.weight": weight, "gate_up.bias": bias, **down}
+
+    def unpack(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The inverse of `pack`."""
+        width = self.intermediate_size
+        unpacked = {"down_proj.weight": tensors["down.weight"][:, :width], "down_proj.bias": tensors["down.bias"]}
+        for kind in ("weight", "bias"):
+            gate, up = tensors[f"gate_up.{kind}"].unflatten(0, (-1, 2)).unbind(1)
+            unpacked |= {f"gate_proj.{kind}": gate[:width], f"up_proj.{kind}": up[:width]}
+        return unpacked
+
+    def add(self, x: Tensor, y: Tensor, impl: Impl) -> Tensor:
+        """`x` plus the MLP of `y`, `[patches, hidden_size]`, in place."""
+        hidden = ops.swiglu(y, self.gate_up.weight, self.gate_up.bias, impl)
+        return x.add_(self.down.bias).addmm_(hidden, self.down.weight.T)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, config: VisionConfig, impl: Impl) -> None:
+        super().__init__()
+        self.impl = impl
+        self.norm1 = Norm(config, config.hidden_size)
+        self.norm2 = Norm(config, config.hidden_size)
+        self.attn = VisionAttention(config.hidden_size, config.num_heads, config.traits.separate_qkv, impl)
+        self.mlp = GatedMLP(config) if config.traits.gated_mlp else MLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
+        """`[patches, hidden_size]` -> same."""
+        norm1, norm2 = self.norm1, self.norm2
+        y = ops.norm(x, norm1.weight, norm1.bias, norm1.kind, impl=self.impl)
+        y = self.attn(y, cos, sin, segments.cu_seqlens, segments.max_seqlen)
+        y, x = ops.add_norm(y, x, norm2.weight, norm2.bias, norm2.kind, impl=self.impl)
+        return self.mlp.add(x, y, self.impl)
+
+
+class Merger(nn.Module):
+    """Joins the patches of each merge block into one token of the language model's width."""
+
+    def __init__(self, config: VisionConfig, impl: Impl, norm_merged: bool = False) -> None:
+        super().__init__()
+        self.impl, self.norm_merged, self.merge_unit = impl, norm_merged, config.merge_unit
+        merged_width = config.hidden_size * config.merge_unit
+        self.norm = Norm(config, merged_width if norm_merged else config.hidden_size)
+        self.fc1 = nn.Linear(merged_width, merged_width)
+        self.fc2 = nn.Linear(merged_width, config.out_hidden_size)
+
+    def forward(self, x: Tensor, restore_index: Tensor | None) -> Tensor:
+        """`[patches, hidden_size]` -> `[tokens, out_hidden_size]`, in reading order."""
+        y = ops.merge_norm(
+            x,
+            self.norm.weight,
+            self.norm.bias,
+            restore_index,
+            self.norm.kind,
+            norm_merged=self.norm_merged,
+            merge_unit=self.merge_unit,
+            impl=self.impl,
+        )
+        y = ops.linear_act(y, self.fc1.weight, self.fc1.bias, "gelu", self.impl)
+        return F.linear(y, self.fc2.weight, self.fc2.bias)
+
+
+class FastTower(nn.Module):
+    """Vision tower of any family, for inference.
+
+    Args:
+        config: the tower's config. Parameters are not initialised: load a checkpoint, or a reference tower's.
+        impl: implementation of the operations, see `qwenvit.ops`.
+
+    Raises:
+        ValueError: a head width the kernels are not made for.
+    """
+
+    def __init__(self, config: VisionConfig, impl: Impl = "triton") -> None:
+        super().__init__()
+        self.config = config
+        self.impl = impl
+        self.patch_embed = PatchEmbed(config)
+        if config.num_position_embeddings is not None:
+            self.pos_embed = nn.Embedding(config.num_position_embeddings, config.hidden_size)
+        self.blocks = nn.ModuleList(Block(config, impl) for _ in range(config.depth))
+        self.merger = Merger(config, impl)
+        self.deepstack_mergers = nn.ModuleList(
+            Merger(config, impl, norm_merged=True) for _ in config.deepstack_visual_indexes
+        )
+        self.requires_grad_(False)
+
+    def forward(self, pixel_values: Tensor, plan: GridPlan) -> TowerOutput:
+        """Encode packed patches; as the reference tower's, without gradients."""
+        embed = self.patch_embed
+        weight = embed.weight[:, : embed.patch_dim]
+        table = None if plan.position_taps is None else self.pos_embed.weight
+        positions = (table, plan.position_taps, plan.position_weights)
+        order = (plan.restore_index, self.config.merge_unit)
+        x = ops.patch_embed(pixel_values, weight, embed.bias, *positions, *order, impl=self.impl)
+        deepstack_features = []
+        for index, block in enumerate(self.blocks):
+            full = plan.windows is None or self.config.is_full_attention(index)
+            x = block(x, plan.cos, plan.sin, plan.frames if full else plan.windows)
+            if index in self.config.deepstack_visual_indexes:
+                merger = self.deepstack_mergers[self.config.deepstack_visual_indexes.index(index)]
+                deepstack_features.append(merger(x, None))
+        return TowerOutput(x, self.merger(x, plan.restore_index), deepstack_features)
