@@ -145,7 +145,7 @@ def uses_tma(*matrices: Tensor) -> bool:
 
 
 def fill(n_tiles: int, x: Tensor, programs: int = TMA_TILE.programs) -> float:
-    """How full the rounds of tiles over all programs are, `programs` a multiprocessor; 0 where cuBLAS is always the better choice.
+    """How full the rounds of tiles are, `programs` to a multiprocessor; 0 where cuBLAS is always the better choice.
 
     That is in fp32, without tensor cores, and on GPUs other than sm_90, for which these kernels are shaped.
     """

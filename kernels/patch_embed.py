@@ -4,9 +4,9 @@ Learned positions come first (`_position_rows`), and a cuBLAS product adds to th
 are converted (`_stage`), or where nothing is to be converted from the epilogue of a product of our own (`_embed`).
 Reordering moves whole tokens: `place_ptr` names the place of each, `UNIT` is the patches in one.
 
-Interpolating in the epilogue was tried: at 7056 x 1536 x 1152 its best tile took 50.6 µs, these two steps take 49.9, and
-at 4096 41.7 against 30.2 (H200, bf16; the bare product: 38.9 and 23.5). Converting rows on their way to a product would
-take them through registers: 67 µs and more, 64 for `_stage` and cuBLAS (9216 x 1176 x 1280).
+Interpolating in the epilogue was tried: at 7056 x 1536 x 1152 its best tile took 50.6 µs, these two steps take 49.9,
+and at 4096 41.7 against 30.2 (H200, bf16; the bare product: 38.9 and 23.5). Converting rows on their way to a product
+would take them through registers: 67 µs and more, 64 for `_stage` and cuBLAS (9216 x 1176 x 1280).
 """
 
 import torch
@@ -124,8 +124,8 @@ six others 56 to 76. cuBLAS takes 47.9 for the product alone."""
 def fused_wins(pixel_values: Tensor, weight: Tensor) -> bool:
     """Whether `_embed` beats a pass that reorders and cuBLAS, given an order alone.
 
-    Tiles are large, so the last round of them decides: 47.2 µs against 60.0 at S = 9216 (rounds 91 % full), 16.5 against
-    17.4 at 2304 (68 %), but 30.8 against 26.8 at 4096 (61 %) and 15.8 against 9.2 at 1024 (30 %).
+    Tiles are large, so the last round of them decides: 47.2 µs against 60.0 at S = 9216 (rounds 91 % full), 16.5
+    against 17.4 at 2304 (68 %), but 30.8 against 26.8 at 4096 (61 %) and 15.8 against 9.2 at 1024 (30 %).
     """
     n_tiles = triton.cdiv(len(pixel_values), TILE.block_m) * triton.cdiv(len(weight), TILE.block_n)
     readable = pixel_values.dtype == weight.dtype and uses_tma(pixel_values, weight)
