@@ -5,7 +5,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from qwenvit import __version__
 from qwenvit.config import VisionConfig
 
 Impl = Literal["auto", "triton", "reference"]
@@ -35,17 +34,6 @@ def check_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.
     if found not in DTYPES.values():
         raise ValueError(f"dtype: expected one of {[*DTYPES, 'auto']} or the torch dtype, got {dtype!r}")
     return found
-
-
-def check_impl(impl: str) -> None:
-    """Refuse what this version cannot run: an explicit choice never falls back."""
-    if impl == "triton":
-        raise ValueError(
-            f"impl: 'triton' asks for the fast tower, which qwenvit {__version__} does not have yet; "
-            "use 'reference' or 'auto'"
-        )
-    if impl not in ("auto", "reference"):
-        raise ValueError(f"impl: expected 'auto', 'triton' or 'reference', got {impl!r}")
 
 
 def check_pixel_values(pixel_values: Tensor, grid: Tensor, config: VisionConfig) -> None:

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from qwenvit.arguments import Impl
 from qwenvit.config import VisionConfig
-from qwenvit.reference import ReferenceTower
 from qwenvit.registry import PUBLISHED
+from qwenvit.towers import Tower, tower_class
 from qwenvit.weights.hub import fetch_config, fetch_tower
 from qwenvit.weights.local import checkpoint_dtype, find_tensors, load_tensors
 
@@ -86,20 +87,22 @@ def refuse_whole_checkpoint(directory: Path) -> None:
         raise ValueError(f"directory: {directory} holds {', '.join(found)}; choose an empty one for the tower alone")
 
 
-def load_tower(source: Path, *, device: torch.device, dtype: torch.dtype | None) -> ReferenceTower:
-    """The reference tower with a checkpoint's weights, all of them or none.
+def load_tower(source: Path, *, impl: Impl, device: torch.device, dtype: torch.dtype | None) -> Tower:
+    """A tower with a checkpoint's weights, all of them or none.
 
     Args:
         source: a checkpoint's directory or `.safetensors` file.
+        impl: which tower.
         device: where the weights go.
         dtype: what they are all converted to; None for the checkpoint's most common dtype.
 
     Raises:
         CheckpointError: tensors missing, unexpected or wrongly shaped, all listed.
+        ValueError: a tower that cannot run on the device.
     """
     config = read_config(source)
     with torch.device("meta"):  # no memory until the checkpoint's own tensors take the parameters' place
-        tower = ReferenceTower(config)
+        tower = tower_class(impl, config, device)(config)
     expected = {name: tensor.shape for name, tensor in tower.state_dict().items()}
     entries = find_tensors(source)
     tensors = load_tensors(

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
+from qwenvit.arguments import Impl
 from qwenvit.config import VisionConfig
 from qwenvit.processing import ImageProcessor
-from qwenvit.reference import ReferenceTower
+from qwenvit.towers import Tower, tower_class
 
 NAME = "demo"
 ANNOUNCEMENT = "model='demo' has random weights: shapes and plumbing are real, features are not"
@@ -27,11 +28,11 @@ CONFIG = VisionConfig(
 )
 
 
-def build_tower() -> ReferenceTower:
-    """The tower of `model="demo"`: the same fp32 weights on every machine, announced as random by a warning."""
+def build_tower(impl: Impl, device: torch.device, dtype: torch.dtype | None) -> Tower:
+    """The tower of `model="demo"`: the same weights on every machine, announced as random by a warning."""
     warnings.warn(ANNOUNCEMENT, stacklevel=3)
     with torch.device("meta"):
-        tower = ReferenceTower(CONFIG)
+        tower = tower_class(impl, CONFIG, device)(CONFIG)
     generator = torch.Generator("cpu").manual_seed(0)
     fp32: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are set to
     tensors = {}
@@ -42,6 +43,7 @@ def build_tower() -> ReferenceTower:
             scale = 1 / math.sqrt(parameter[0].numel()) if parameter.ndim > 1 else 0.02
             scale = 0.02 if name == "pos_embed.weight" else scale
             tensors[name] = torch.randn(parameter.shape, generator=generator, **fp32) * scale
+    tensors = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
     tower.load_state_dict(tensors, strict=True, assign=True)
     return tower
 

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from qwenvit import demo
-from qwenvit.arguments import Impl, check_device, check_dtype, check_impl, check_pixel_values
+from qwenvit.arguments import Impl, check_device, check_dtype, check_pixel_values
 from qwenvit.batching import PATCHES_PER_BATCH, batches
 from qwenvit.checkpoint import directory_of, load_tower, locate, refuse_whole_checkpoint
 from qwenvit.grid import GridPlan, check_grid
 from qwenvit.images import Backend, Channels, ImageInput
 from qwenvit.outputs import Embeddings, TowerOutput
 from qwenvit.processing import ImageProcessor, read_processors
-from qwenvit.reference import ReferenceTower
+from qwenvit.towers import Tower
 from qwenvit.video import VideoProcessor
 from qwenvit.weights.local import save_tensors
 
@@ -25,7 +25,7 @@ class Encoder:
     """A loaded vision tower with the preprocessing that belongs to it.
 
     Attributes:
-        tower: the tower, an `nn.Module`. Its parameters do not require gradients until you ask them to.
+        tower: the tower, an `nn.Module`; the reference tower's parameters require gradients when you ask them to.
         config: its shape.
         image_processor: turns images into pixel values.
         video_processor: turns frames into pixel values.
@@ -33,7 +33,7 @@ class Encoder:
 
     def __init__(
         self,
-        tower: ReferenceTower,
+        tower: Tower,
         image_processor: ImageProcessor | None = None,
         video_processor: VideoProcessor | None = None,
     ) -> None:
@@ -71,8 +71,8 @@ class Encoder:
             device: default: the GPU where there is one, else the CPU.
             dtype: `"float32"`, `"bfloat16"`, `"float16"`, the torch dtype, or `"auto"` for the checkpoint's own.
                 Default: bfloat16 on a GPU, float32 on the CPU.
-            impl: `"reference"` is the plain torch tower. `"auto"` takes the fastest tower this version has for the
-                device; an explicit choice never falls back.
+            impl: `"triton"` is the fast tower, for inference on a GPU; `"reference"` the plain torch tower, which is
+                differentiable. `"auto"` takes the fast one where it can run; an explicit choice never falls back.
             revision: Hub branch, tag or commit. A branch stays at the commit it was first fetched at until
                 `force_download=True` asks again.
             token: Hub token; default: the one huggingface_hub finds.
@@ -85,11 +85,10 @@ class Encoder:
                 wrongly shaped (all named at once).
             OSError: the Hub or the files could not be read.
         """
-        check_impl(impl)
         device = check_device(device)
         tower_dtype = check_dtype(dtype, device)
         if os.fspath(model) == demo.NAME:
-            return cls(demo.build_tower().to(device, tower_dtype), demo.image_processor())
+            return cls(demo.build_tower(impl, device, tower_dtype), demo.image_processor())
         source = locate(
             model,
             revision=revision,
@@ -98,18 +97,18 @@ class Encoder:
             local_files_only=local_files_only,
             force_download=force_download,
         )
-        tower = load_tower(source, device=device, dtype=tower_dtype)
+        tower = load_tower(source, impl=impl, device=device, dtype=tower_dtype)
         return cls(tower, *read_processors(directory_of(source), tower.config.family))
 
     @property
     def device(self) -> torch.device:
         """Where the tower lives."""
-        return self.tower.patch_embed.proj.weight.device
+        return next(self.tower.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype the tower computes in."""
-        return self.tower.patch_embed.proj.weight.dtype
+        return next(self.tower.parameters()).dtype
 
     def encode(
         self,

@@ -79,7 +79,7 @@ class PatchEmbed(Packed):
 
     def unpack(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The inverse of `pack`."""
-        weight = tensors["weight"][:, : self.patch_dim].unflatten(1, self.kernel)
+        weight = tensors["weight"][:, : self.patch_dim].contiguous().unflatten(1, self.kernel)
         return {f"proj.{name}": tensor for name, tensor in (tensors | {"weight": weight}).items()}
 
 
@@ -111,17 +111,18 @@ class GatedMLP(Packed):
     def pack(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """`gate_proj`, `up_proj`, `down_proj` -> `gate_up`, `down`."""
         gate, up = ((tensors[f"{part}_proj.weight"], tensors[f"{part}_proj.bias"]) for part in ("gate", "up"))
-        weight, bias = pack_gate_up(*gate, *up)
+        packed = dict(zip(("gate_up.weight", "gate_up.bias"), pack_gate_up(*gate, *up), strict=True))
         down = {"down.weight": pad_columns(tensors["down_proj.weight"]), "down.bias": tensors["down_proj.bias"]}
-        return {"gate_up.weight": weight, "gate_up.bias": bias, **down}
+        return {name: tensor for name, tensor in (packed | down).items() if tensor is not None}
 
     def unpack(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The inverse of `pack`."""
         width = self.intermediate_size
-        unpacked = {"down_proj.weight": tensors["down.weight"][:, :width], "down_proj.bias": tensors["down.bias"]}
+        down = tensors["down.weight"][:, :width].contiguous()
+        unpacked = {"down_proj.weight": down, "down_proj.bias": tensors["down.bias"]}
         for kind in ("weight", "bias"):
             gate, up = tensors[f"gate_up.{kind}"].unflatten(0, (-1, 2)).unbind(1)
-            unpacked |= {f"gate_proj.{kind}": gate[:width], f"up_proj.{kind}": up[:width]}
+            unpacked |= {f"gate_proj.{kind}": gate[:width].contiguous(), f"up_proj.{kind}": up[:width].contiguous()}
         return unpacked
 
     def add(self, x: Tensor, y: Tensor, impl: Impl) -> Tensor:

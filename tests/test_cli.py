@@ -106,14 +106,15 @@ def test_picture(capsys, photos, tmp_path):
         (["encode", "{empty}", "-m", "demo"], "no images in this folder"),
         (["encode", "{photos}/a.png", "{photos}/a.png", "-m", "demo"], "same name would overwrite each other: a.png"),
         (["encode", "{photos}", "-m", "nonsense"], "is no existing path"),
-        (["encode", "{photos}", "-m", "demo", "--impl", "triton"], "impl: 'triton'"),
+        (["encode", "{photos}", "-m", "demo", "--device", "cpu", "--impl", "triton"], "impl: 'triton' cannot run here"),
         (["picture", "{photos}/notes.txt", "-m", "demo"], "notes.txt"),
         (["info", "no-such"], "is no existing path"),
         (["info", "--load"], "needs a MODEL"),
         (["fetch", "no-such", "{empty}"], "is no existing path"),
     ],
 )
-def test_failures_are_one_line_and_exit_code_1(capsys, photos, tmp_path, arguments, message):
+def test_failures_are_one_line_and_exit_code_1(capsys, photos, tmp_path, arguments, message, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     (tmp_path / "empty").mkdir()
     filled = [a.format(photos=photos, empty=tmp_path / "empty") for a in arguments]
     code, _, err = run(capsys, *filled)
