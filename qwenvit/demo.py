@@ -9,6 +9,7 @@ import torch
 from qwenvit.arguments import Impl
 from qwenvit.config import VisionConfig
 from qwenvit.processing import ImageProcessor
+from qwenvit.reference import ReferenceTower
 from qwenvit.towers import Tower, tower_class
 
 NAME = "demo"
@@ -33,10 +34,11 @@ def build_tower(impl: Impl, device: torch.device, dtype: torch.dtype | None) -> 
     warnings.warn(ANNOUNCEMENT, stacklevel=3)
     with torch.device("meta"):
         tower = tower_class(impl, CONFIG, device)(CONFIG)
+        parameters = ReferenceTower(CONFIG).state_dict()
     generator = torch.Generator("cpu").manual_seed(0)
     fp32: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are set to
     tensors = {}
-    for name, parameter in tower.state_dict().items():
+    for name, parameter in parameters.items():
         if "norm" in name:
             tensors[name] = torch.full(parameter.shape, 1.0 if name.endswith("weight") else 0.0, **fp32)
         else:

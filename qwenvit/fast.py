@@ -117,13 +117,13 @@ class GatedMLP(Packed):
 
     def unpack(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The inverse of `pack`."""
-        width = self.intermediate_size
+        width, unpacked = self.intermediate_size, {}
+        for i, part in enumerate(("gate", "up")):
+            for kind in ("weight", "bias"):
+                rows = tensors[f"gate_up.{kind}"].unflatten(0, (-1, 2))[:width, i]
+                unpacked[f"{part}_proj.{kind}"] = rows.contiguous()
         down = tensors["down.weight"][:, :width].contiguous()
-        unpacked = {"down_proj.weight": down, "down_proj.bias": tensors["down.bias"]}
-        for kind in ("weight", "bias"):
-            gate, up = tensors[f"gate_up.{kind}"].unflatten(0, (-1, 2)).unbind(1)
-            unpacked |= {f"gate_proj.{kind}": gate[:width].contiguous(), f"up_proj.{kind}": up[:width].contiguous()}
-        return unpacked
+        return unpacked | {"down_proj.weight": down, "down_proj.bias": tensors["down.bias"]}
 
     def add(self, x: Tensor, y: Tensor, impl: Impl) -> Tensor:
         """`x` plus the MLP of `y`, `[patches, hidden_size]`, in place."""

@@ -103,8 +103,11 @@ def _pack(layer: VisionAttention, state_dict: dict[str, Any], prefix: str, *_: o
 
 
 def _unpack(layer: VisionAttention, state_dict: dict[str, Any], prefix: str, _: object) -> None:
-    for kind in ("weight", "bias"):
-        rows = state_dict.pop(f"{prefix}qkv.{kind}")
-        rows = rows[_order(layer, rows.device).argsort()]
-        parts = zip("qkv", rows.chunk(3), strict=True) if layer.separate_qkv else [("qkv", rows)]
-        state_dict |= {f"{prefix}{name}.{kind}": part for name, part in parts}
+    own = {name: state_dict.pop(prefix + name) for name in ("qkv.weight", "qkv.bias", "proj.weight", "proj.bias")}
+    rows = {
+        kind: own.pop(f"qkv.{kind}")[_order(layer, layer.qkv.weight.device).argsort()] for kind in ("weight", "bias")
+    }
+    for i, name in enumerate("qkv" if layer.separate_qkv else ["qkv"]):
+        for kind, whole in rows.items():
+            state_dict[f"{prefix}{name}.{kind}"] = whole.chunk(3)[i] if layer.separate_qkv else whole
+    state_dict |= {prefix + name: tensor for name, tensor in own.items()}  # in the order of the reference tower
