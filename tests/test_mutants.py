@@ -1,7 +1,7 @@
 """Towers with one plausible mistake each: the parity gate must fail every one.
 
-Each mutant is the reference tower at a published depth, narrow, with transformers' weights; it is held to both rules,
-exact equality (the CPU) and 1e-5 relative L2 in fp32 (everywhere else).
+Each mutant is a tower at a published depth, narrow, with transformers' weights. The reference tower is held to both
+rules, exact equality (the CPU) and 1e-5 relative L2 in fp32 (everywhere else); the fast tower to the second.
 """
 
 from dataclasses import replace
@@ -10,9 +10,11 @@ import pytest
 import torch
 from hf_towers import build_tower, forward
 from torch import nn
-from towers import SMALL, ours_from, random_pixels
+from towers import FULL, SMALL, ours_from, random_pixels
 
+from qwenvit.fast import FastTower
 from qwenvit.grid import GridPlan
+from qwenvit.packing import adjacent_pairs
 from qwenvit.parity import close, exact
 from qwenvit.rope import rope_cos_sin
 
@@ -91,22 +93,77 @@ MUTANTS = [
 ]
 
 
-def gate(family, mutate):
-    """The checks of both rules on a tower and its plan after `mutate`."""
-    config = SMALL[family]
-    hf = build_tower(config)
-    tower = ours_from(hf, config)
+def forget_that_pairs_are_adjacent(tower, plan):
+    attention = tower.blocks[3].attn
+    for rows in (attention.qkv.weight, attention.qkv.bias):
+        rows.copy_(rows[adjacent_pairs(attention.num_heads, tower.config.head_dim).argsort()])
+    return plan
+
+
+def swap_gate_and_up(tower, plan):
+    weight = tower.blocks[3].mlp.gate_up.weight
+    weight.copy_(weight.unflatten(0, (-1, 2)).flip(1).flatten(0, 1))
+    return plan
+
+
+def scale_queries_by_two_percent(tower, plan):
+    for block in tower.blocks:
+        block.attn.qkv.weight[: tower.config.hidden_size] *= 1.02
+        block.attn.qkv.bias[: tower.config.hidden_size] *= 1.02
+    return plan
+
+
+def lose_the_bias_of_one_mlp(tower, plan):
+    mlp = tower.blocks[3].mlp
+    (mlp.down if tower.config.traits.gated_mlp else mlp.fc2).bias.zero_()
+    return plan
+
+
+FAST_MUTANTS = [
+    ("qwen2_5_vl", drop_rope_in_one_block),
+    ("qwen3_vl", drop_rope_in_one_block),
+    ("qwen2_5_vl", swap_rows_and_columns),
+    ("qwen2_5_vl", misplace_a_full_attention_block),
+    ("qwen2_5_vl", scale_queries_by_two_percent),
+    ("qwen3_vl", scale_queries_by_two_percent),
+    ("qwen3_vl", reorder_deepstack),
+    ("qwen2_5_vl", order_windows_by_columns),
+    ("qwen3_vl", shift_one_position_tap),
+    ("qwen2_5_vl", forget_that_pairs_are_adjacent),
+    ("qwen3_vl", forget_that_pairs_are_adjacent),
+    ("qwen2_5_vl", swap_gate_and_up),
+    ("qwen2_5_vl", lose_the_bias_of_one_mlp),
+    ("qwen3_vl", lose_the_bias_of_one_mlp),
+]
+
+
+def outputs(config, hf, tower, mutate):
+    """What a tower and transformers' give, side by side, after `mutate`."""
     plan = GridPlan.build(GRIDS, config)
     pixels = random_pixels(plan.num_patches, config)
     plan = mutate(tower, plan)
     with torch.no_grad():
         output = tower(pixels, plan)
     _, tokens, deepstack = forward(hf, pixels, plan.grid_thw)
-    pairs = [("tokens", output.pooler_output, tokens)]
-    pairs += [
-        (f"DeepStack {i}", *pair) for i, pair in enumerate(zip(output.deepstack_features, deepstack, strict=True))
-    ]
+    layers = zip(output.deepstack_features, deepstack, strict=True)
+    return [("tokens", output.pooler_output, tokens), *((f"DeepStack {i}", *pair) for i, pair in enumerate(layers))]
+
+
+def gate(family, mutate):
+    """The checks of both rules on the reference tower and its plan after `mutate`."""
+    hf = build_tower(SMALL[family])
+    pairs = outputs(SMALL[family], hf, ours_from(hf, SMALL[family]), mutate)
     return [exact(*pair) for pair in pairs], [close(*pair) for pair in pairs]
+
+
+def fast_gate(family, mutate):
+    """The checks of the second rule on the fast tower, in plain torch, and its plan after `mutate`."""
+    width = 2 * FULL[family].head_dim
+    config = replace(SMALL[family], hidden_size=width, num_heads=2)
+    hf = build_tower(config)
+    tower = FastTower(config, "reference")
+    tower.load_state_dict(ours_from(hf, config).state_dict())
+    return [close(*pair) for pair in outputs(config, hf, tower, mutate)]
 
 
 @pytest.mark.parametrize(("family", "mutate"), MUTANTS, ids=lambda value: getattr(value, "__name__", value))
@@ -115,7 +172,13 @@ def test_the_gate_fails_the_mutant(family, mutate):
         assert not all(check.passed for check in checks), checks
 
 
+@pytest.mark.parametrize(("family", "mutate"), FAST_MUTANTS, ids=lambda value: getattr(value, "__name__", value))
+def test_the_gate_fails_the_fast_mutant(family, mutate):
+    checks = fast_gate(family, mutate)
+    assert not all(check.passed for check in checks), checks
+
+
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
-def test_the_gate_passes_the_tower_itself(family):
-    for checks in gate(family, lambda _, plan: plan):
+def test_the_gate_passes_the_towers_themselves(family):
+    for checks in (*gate(family, lambda _, plan: plan), fast_gate(family, lambda _, plan: plan)):
         assert all(check.passed for check in checks), checks
