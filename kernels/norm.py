@@ -56,6 +56,7 @@ def norm_rows(
     residual_ptr,  # shape (rows, C); None where nothing is added
     weight_ptr,  # shape (C,)
     bias_ptr,  # shape (C,); None where there is none
+    shift_ptr,  # added to the sum as it is stored, shape (C,); None where nothing is
     index_ptr,  # int64, shape (rows / UNIT,): the group of UNIT rows to read for each written; None for their own order
     y_ptr,  # shape (rows, C)
     total_ptr,  # x + residual, shape (rows, C); None where nothing is added
@@ -80,7 +81,13 @@ def norm_rows(
     if residual_ptr is not None:
         b_main += b_residual_main
         b_tail += b_residual_tail
-        store_row(total_ptr + i_in * C, b_main, b_tail, C, MAIN, TAIL)
+        b_total_main = b_main
+        b_total_tail = b_tail
+        if shift_ptr is not None:
+            b_shift_main, b_shift_tail = load_row(shift_ptr, C, MAIN, TAIL)
+            b_total_main += b_shift_main
+            b_total_tail += b_shift_tail
+        store_row(total_ptr + i_in * C, b_total_main, b_total_tail, C, MAIN, TAIL)
     b_main, b_tail = _standardize(b_main, b_tail, eps, CENTERED, C, MAIN, TAIL)
     b_main *= b_weight_main
     b_tail *= b_weight_tail
@@ -111,8 +118,8 @@ def row_config(C: int) -> RowConfig:
 
 
 def launch_rows(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, index: Tensor | None, kind: str,
-    eps: float, y: Tensor, total: Tensor | None, unit: int = 1,
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, shift: Tensor | None,
+    index: Tensor | None, kind: str, eps: float, y: Tensor, total: Tensor | None, unit: int = 1,
 ) -> None:  # fmt: skip
     """Normalise rows of as many elements as `weight` has, read in groups of `unit` as `index` says, into `y`."""
     C = weight.shape[0]
@@ -120,7 +127,7 @@ def launch_rows(
     if rows := x.numel() // C:
         with torch.cuda.device_of(x):  # Triton launches on the current device, which need not be the tensor's
             norm_rows[(rows,)](
-                x, residual, weight, bias, index, y, total, eps, CENTERED=kind == "layer", UNIT=unit, C=C,
+                x, residual, weight, bias, shift, index, y, total, eps, CENTERED=kind == "layer", UNIT=unit, C=C,
                 MAIN=config.main, TAIL=config.tail, num_warps=config.num_warps,
             )  # fmt: skip
 
@@ -131,26 +138,27 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, eps: float) 
     I/O: reads x, writes y. About 6 FLOPs an element.
     """
     y = torch.empty_like(x)
-    launch_rows(x, None, weight, bias, None, kind, eps, y, None)
+    launch_rows(x, None, weight, bias, None, None, kind, eps, y, None)
     return y
 
 
 def add_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, kind: str, eps: float
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, shift: Tensor | None, kind: str, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """The norm of each row of x + residual, and that sum; see `qwenvit.ops.add_norm`.
+    """The norm of each row of x + residual, and that sum, shifted; see `qwenvit.ops.add_norm`.
 
     I/O: reads x and residual, writes y and the sum. About 7 FLOPs an element.
     """
     y, total = torch.empty_like(x), torch.empty_like(x)
-    launch_rows(x, residual, weight, bias, None, kind, eps, y, total)
+    launch_rows(x, residual, weight, bias, shift, None, kind, eps, y, total)
     return y, total
 
 
 LIBRARY = torch.library.Library("qwenvit", "FRAGMENT")
 LIBRARY.define("norm(Tensor x, Tensor weight, Tensor? bias, str kind, float eps) -> Tensor")
 LIBRARY.define(
-    "add_norm(Tensor x, Tensor residual, Tensor weight, Tensor? bias, str kind, float eps) -> (Tensor, Tensor)"
+    "add_norm(Tensor x, Tensor residual, Tensor weight, Tensor? bias, Tensor? shift, str kind, float eps) "
+    "-> (Tensor, Tensor)"
 )
 for _device in ("CUDA", "CPU"):  # on a CPU, Triton's interpreter
     LIBRARY.impl("norm", norm, _device)

@@ -94,7 +94,7 @@ def merge_norm(
     I/O: reads x and, where given, 8 bytes of index a token; writes as much as x. About 6 FLOPs an element.
     """
     y = _merged_rows(x, merge_unit)
-    launch_rows(x, None, weight, bias, restore_index, kind, eps, y, None, unit=1 if norm_merged else merge_unit)
+    launch_rows(x, None, weight, bias, None, restore_index, kind, eps, y, None, unit=1 if norm_merged else merge_unit)
     return y
 
 

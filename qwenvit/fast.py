@@ -92,10 +92,15 @@ class MLP(nn.Module):
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
-    def add(self, x: Tensor, y: Tensor, impl: Impl) -> Tensor:
-        """`x` plus the MLP of `y`, `[patches, hidden_size]`, in place."""
+    @property
+    def last_bias(self) -> Tensor:
+        """What `accumulate` leaves for others to add."""
+        return self.fc2.bias
+
+    def accumulate(self, x: Tensor, y: Tensor, impl: Impl) -> Tensor:
+        """`x` plus the MLP of `y` without its last bias, `[patches, hidden_size]`, in place."""
         hidden = ops.linear_act(y, self.fc1.weight, self.fc1.bias, self.act, impl)
-        return x.add_(self.fc2.bias).addmm_(hidden, self.fc2.weight.T)
+        return x.addmm_(hidden, self.fc2.weight.T)
 
 
 class GatedMLP(Packed):
@@ -125,10 +130,15 @@ class GatedMLP(Packed):
         down = tensors["down.weight"][:, :width].contiguous()
         return unpacked | {"down_proj.weight": down, "down_proj.bias": tensors["down.bias"]}
 
-    def add(self, x: Tensor, y: Tensor, impl: Impl) -> Tensor:
-        """`x` plus the MLP of `y`, `[patches, hidden_size]`, in place."""
+    @property
+    def last_bias(self) -> Tensor:
+        """See `MLP.last_bias`."""
+        return self.down.bias
+
+    def accumulate(self, x: Tensor, y: Tensor, impl: Impl) -> Tensor:
+        """See `MLP.accumulate`."""
         hidden = ops.swiglu(y, self.gate_up.weight, self.gate_up.bias, impl)
-        return x.add_(self.down.bias).addmm_(hidden, self.down.weight.T)
+        return x.addmm_(hidden, self.down.weight.T)
 
 
 class Block(nn.Module):
@@ -147,8 +157,8 @@ class Block(nn.Module):
         norm1, norm2 = self.norm1, self.norm2
         y = ops.norm(x, norm1.weight, norm1.bias, norm1.kind, impl=self.impl)
         y = self.attn(y, cos, sin, segments.cu_seqlens, segments.max_seqlen)
-        y, x = ops.add_norm(y, x, norm2.weight, norm2.bias, norm2.kind, impl=self.impl)
-        return self.mlp.add(x, y, self.impl)
+        y, x = ops.add_norm(y, x, norm2.weight, norm2.bias, norm2.kind, shift=self.mlp.last_bias, impl=self.impl)
+        return self.mlp.accumulate(x, y, self.impl)
 
 
 class Merger(nn.Module):

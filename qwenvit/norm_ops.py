@@ -64,6 +64,7 @@ def add_norm(
     bias: Tensor | None = None,
     kind: NormKind = "rms",
     eps: float = NORM_EPS,
+    shift: Tensor | None = None,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The norm of `x + residual`, and that sum.
@@ -75,6 +76,8 @@ def add_norm(
         bias: see there.
         kind: see there.
         eps: see there.
+        shift: `[C]` in the dtype of `x`, added to the sum that is returned and not to the one that is normalised: the
+            bias of a product that will be accumulated onto it. None for none.
         impl: see there.
 
     Returns:
@@ -84,11 +87,13 @@ def add_norm(
     check_floating("x", x, "[..., C]")
     _check_norm(x, weight, bias, kind, x.shape[-1])
     check_tensor("residual", residual, tuple(x.shape), x.dtype, x)
+    if shift is not None:
+        check_tensor("shift", shift, (x.shape[-1],), x.dtype, x)
     if not use_triton(impl, x):
-        return op_references.add_norm(x, residual, weight, bias, kind, eps)
+        return op_references.add_norm(x, residual, weight, bias, shift, kind, eps)
     from qwenvit.kernels.norm import add_norm_op
 
-    return add_norm_op(x, residual, weight, bias, kind, eps)
+    return add_norm_op(x, residual, weight, bias, shift, kind, eps)
 
 
 def merge_norm(

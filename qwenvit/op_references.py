@@ -80,11 +80,11 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, eps: float) 
 
 
 def add_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, kind: str, eps: float
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, shift: Tensor | None, kind: str, eps: float
 ) -> tuple[Tensor, Tensor]:
     """See `qwenvit.ops.add_norm`."""
     total = x + residual
-    return norm(total, weight, bias, kind, eps), total
+    return norm(total, weight, bias, kind, eps), total if shift is None else total + shift
 
 
 def merge_norm(

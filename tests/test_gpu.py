@@ -1,11 +1,14 @@
-"""The reference tower on a GPU, where kernels differ and the bounds of `qwenvit.parity` hold instead of equality."""
+"""Both towers on a GPU, where kernels differ and the bounds of `qwenvit.parity` hold instead of equality."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 from hf_towers import build_tower
-from towers import MIXED_GRIDS, SMALL, ours_from, random_pixels
+from towers import FULL, MIXED_GRIDS, SMALL, ours_from, random_pixels
 
 from qwenvit.encoder import Encoder
+from qwenvit.fast import FastTower
 from qwenvit.grid import GridPlan
 from qwenvit.parity import blocks_no_worse, close, record
 
@@ -35,6 +38,45 @@ def test_fp32_agrees_with_transformers_and_with_the_cpu(family):
     on_gpu = run(ours.cuda(), pixels.cuda(), plan).pooler_output
     theirs = run(hf.cuda(), pixels.cuda(), plan, hf=True).pooler_output
     for check in (close("transformers", on_gpu, theirs), close("CPU", on_gpu.cpu(), on_cpu)):
+        assert check.passed, check
+
+
+def narrow(family):
+    """Published depth, two heads of the published width, which is what the fast tower's kernels are made for."""
+    return replace(SMALL[family], hidden_size=2 * FULL[family].head_dim, num_heads=2, intermediate_size=500)
+
+
+def fast_from(hf, config):
+    tower = FastTower(config).to("cuda", next(hf.parameters()).dtype)
+    tower.load_state_dict(ours_from(hf, config).state_dict())
+    return tower
+
+
+@pytest.mark.parametrize("family", FULL)
+def test_the_fast_tower_agrees_with_transformers_in_fp32(family):
+    config = narrow(family)
+    hf = build_tower(config, device="cuda")
+    plan = GridPlan.build(MIXED_GRIDS, config, "cuda")
+    pixels = random_pixels(plan.num_patches, config).cuda()
+    ours = run(fast_from(hf, config), pixels, plan)
+    theirs = run(hf, pixels, plan, hf=True)
+    check = close("tokens", ours.pooler_output, theirs.pooler_output)
+    assert check.passed, check
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("family", FULL)
+def test_no_fast_block_is_further_from_the_truth_than_transformers(family, dtype):
+    config = narrow(family)
+    truth = build_tower(config, device="cuda")
+    theirs = build_tower(config, dtype=dtype, device="cuda")
+    ours = fast_from(theirs, config)
+    plan = GridPlan.build(MIXED_GRIDS, config, "cuda")
+    pixels = random_pixels(plan.num_patches, config).cuda()
+    _, true_calls = record(truth.blocks, lambda: run(truth, pixels, plan, hf=True))
+    _, their_calls = record(theirs.blocks, lambda: run(theirs, pixels, plan, hf=True))
+    _, our_calls = record(ours.blocks, lambda: run(ours, pixels, plan))
+    for check in blocks_no_worse((ours.blocks, our_calls), (theirs.blocks, their_calls), true_calls):
         assert check.passed, check
 
 

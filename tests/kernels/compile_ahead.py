@@ -73,7 +73,7 @@ def call_everything(dtype: torch.dtype) -> None:
             from qwenvit.kernels.qkv_rope import project_and_rotate
 
             project_and_rotate(tensor(256, width), tensor(3 * width, width), tensor(3 * width), angles, angles, 16)
-        ops.add_norm(tensor(256, width), tensor(256, width), tensor(width), impl="triton")
+        ops.add_norm(tensor(256, width), tensor(256, width), tensor(width), shift=tensor(width), impl="triton")
         ops.merge_norm(tensor(256, width), tensor(width), tensor(width), torch.arange(64), "layer", impl="triton")
     for mode in ("concat", "average"):
         ops.spatial_merge(tensor(16, 16, 1280), mode, impl="triton")

@@ -64,6 +64,11 @@ def test_error_is_no_larger_than_torchs(width, kind, dtype):
     expected, expected_total = ops.add_norm(x, residual, weight, bias, kind, impl="reference")
     assert_no_worse(y, expected, truth(x.double() + residual.double(), weight, bias, kind))
     assert torch.equal(total, expected_total)
+    shift = draw(1, width, dtype)[0]
+    shifted_y, shifted = ops.add_norm(x, residual, weight, bias, kind, shift=shift, impl="triton")
+    _, reference = ops.add_norm(x, residual, weight, bias, kind, shift=shift, impl="reference")
+    assert torch.equal(shifted_y, y)
+    assert_no_worse(shifted, reference, x.double() + residual.double() + shift.double())
 
 
 @settings(max_examples=30, deadline=None)
@@ -135,7 +140,7 @@ def test_torch_compile_passes_through(kind):
     for ours, theirs in zip(compiled(x, residual), two(x, residual), strict=True):
         assert torch.equal(ours, theirs)
     torch.library.opcheck(torch.ops.qwenvit.norm.default, (x, weight, bias, kind, EPS))
-    torch.library.opcheck(torch.ops.qwenvit.add_norm.default, (x, residual, weight, bias, kind, EPS))
+    torch.library.opcheck(torch.ops.qwenvit.add_norm.default, (x, residual, weight, bias, None, kind, EPS))
 
 
 X, W = torch.zeros(4, 8), torch.zeros(8)
@@ -164,6 +169,8 @@ def test_bad_arguments(impl, error, message, arguments):
 def test_bad_residual():
     with pytest.raises(ValueError, match=r"residual: expected shape \[4, 8\], got \[3, 8\]"):
         ops.add_norm(X, X[:3], W)
+    with pytest.raises(ValueError, match=r"shift: expected shape \[8\], got \[4, 8\]"):
+        ops.add_norm(X, X, W, shift=X)
     with pytest.raises(ValueError, match="impl: expected"):
         ops.add_norm(X, X, W, impl="cuda")
 
