@@ -43,7 +43,9 @@ def test_fp32_agrees_with_transformers_and_with_the_cpu(family):
 
 def narrow(family):
     """Published depth, two heads of the published width, which is what the fast tower's kernels are made for."""
-    return replace(SMALL[family], hidden_size=2 * FULL[family].head_dim, num_heads=2, intermediate_size=500)
+    width = 2 * FULL[family].head_dim
+    middle = 200 if FULL[family].traits.gated_mlp else 4 * width  # 200 is padded
+    return replace(SMALL[family], hidden_size=width, num_heads=2, intermediate_size=middle)
 
 
 def fast_from(hf, config):
