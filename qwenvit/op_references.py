@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qwenvit.config import VisionConfig
+from qwenvit.grid import GridPlan
 from qwenvit.rope import apply_rope
 
 ACTIVATIONS = ("gelu_tanh", "quick_gelu", "gelu")
@@ -171,3 +173,30 @@ def rope_attention(
             own_q, own_k, own_v = (x[None, start:end].transpose(1, 2) for x in (q, k, v))
             out[start:end] = F.scaled_dot_product_attention(own_q, own_k, own_v, scale=scale)[0].transpose(0, 1)
     return out
+
+
+def grid_plan(
+    table: Tensor, config: VisionConfig, patches: int, frames: int, windows: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """See `qwenvit.ops.grid_plan`."""
+    rows = table.cpu()
+    sizes = rows[1:, 0] - rows[:-1, 0]
+    kept = sizes > 0
+    h_and_w = rows[:-1, 3:][kept]
+    plan = GridPlan.build(torch.cat((sizes[kept, None] // h_and_w.prod(1, keepdim=True), h_and_w), 1), config)
+    spare = patches - plan.num_patches
+
+    def bounds(cu_seqlens: Tensor, room: int) -> Tensor:
+        return F.pad(cu_seqlens, (0, room + 1 - len(cu_seqlens)), value=plan.num_patches).to(table.device)
+
+    restore = taps = weights = window_bounds = None
+    if plan.windows is not None and plan.restore_index is not None:
+        window_bounds = bounds(plan.windows.cu_seqlens, windows)
+        own_places = torch.arange(len(plan.restore_index), patches // config.merge_unit)
+        restore = torch.cat((plan.restore_index, own_places)).to(table.device)
+    cos, sin = F.pad(plan.cos, (0, 0, 0, spare), value=1.0), F.pad(plan.sin, (0, 0, 0, spare))
+    if plan.position_taps is not None and plan.position_weights is not None:
+        taps = F.pad(plan.position_taps, (0, 0, 0, spare)).to(table.device)
+        weights = F.pad(plan.position_weights, (0, 0, 0, spare)).to(table.device)
+    frame_bounds = bounds(plan.frames.cu_seqlens, frames)
+    return cos.to(table.device), sin.to(table.device), frame_bounds, window_bounds, restore, taps, weights

@@ -13,12 +13,14 @@ from qwenvit.attention_ops import rope_attention
 from qwenvit.dispatch import use_triton
 from qwenvit.norm_ops import add_norm, merge_norm, norm, spatial_merge
 from qwenvit.patch_ops import add_positions, interpolate_positions, patch_embed
+from qwenvit.plan_ops import grid_plan
 from qwenvit.projection_ops import activation_, linear_act, qkv_rope, rotate_qk_, swiglu, swiglu_pass
 
 __all__ = [
     "activation_",
     "add_norm",
     "add_positions",
+    "grid_plan",
     "interpolate_positions",
     "linear_act",
     "merge_norm",
