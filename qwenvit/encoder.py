@@ -12,6 +12,8 @@ from qwenvit import demo
 from qwenvit.arguments import Impl, check_device, check_dtype, check_pixel_values
 from qwenvit.batching import PATCHES_PER_BATCH, batches
 from qwenvit.checkpoint import directory_of, load_tower, locate, refuse_whole_checkpoint
+from qwenvit.fast import FastTower
+from qwenvit.graphs import GraphedTower
 from qwenvit.grid import GridPlan, check_grid
 from qwenvit.images import Backend, Channels, ImageInput
 from qwenvit.outputs import Embeddings, TowerOutput
@@ -38,6 +40,7 @@ class Encoder:
         video_processor: VideoProcessor | None = None,
     ) -> None:
         self.tower = tower.requires_grad_(False).eval()
+        self._graphed = GraphedTower(tower) if isinstance(tower, FastTower) and self.device.type == "cuda" else None
         self.config = tower.config
         self.image_processor = image_processor or ImageProcessor.for_family(self.config.family)
         self.video_processor = video_processor or VideoProcessor.for_family(self.config.family)
@@ -203,15 +206,41 @@ class Encoder:
 
         Returns:
             What transformers' tower returns: `last_hidden_state` in the tower's own order, `pooler_output` in
-            reading order, `deepstack_features`. Gradients flow if the tower's parameters or `pixel_values` want them.
+            reading order, `deepstack_features`. Gradients flow through the reference tower, if its parameters or
+            `pixel_values` want them.
 
         Raises:
             TypeError: `pixel_values` is not a floating tensor.
-            ValueError: shapes that do not fit the tower or each other.
+            ValueError: shapes that do not fit the tower or each other; gradients asked of the fast tower.
         """
         grid = check_grid(grid_thw, self.config.spatial_merge_size)
         check_pixel_values(pixel_values, grid, self.config)
+        if isinstance(self.tower, FastTower) and pixel_values.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                "pixel_values: the fast tower gives no gradients; load with impl='reference', or use no_grad"
+            )
+        if self._graphed is not None:
+            return self._graphed(pixel_values, grid)
         return self.tower(pixel_values.to(self.device), GridPlan.build(grid, self.config, self.device))
+
+    def warmup(self, max_tokens: int) -> int:
+        """Compile kernels and capture CUDA graphs now, so that no image up to this size waits for it.
+
+        A graph serves every image and mix of images that fits; sizes in between share the next larger one. Without
+        this, each is captured when it is first needed, within a second once kernels are compiled.
+
+        Args:
+            max_tokens: merged tokens of the largest batch to come.
+
+        Returns:
+            Graphs there are now for these sizes; 0 with the reference tower, which has none.
+
+        Raises:
+            ValueError: not a positive number, or so large that batches run without graphs.
+        """
+        if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
+            raise ValueError(f"max_tokens: expected a positive number of tokens, got {max_tokens!r}")
+        return 0 if self._graphed is None else self._graphed.warm_up(max_tokens * self.config.merge_unit)
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write the tower alone: `model.safetensors`, `config.json` and the processors' configs.
