@@ -217,7 +217,7 @@ class Encoder:
         check_pixel_values(pixel_values, grid, self.config)
         if isinstance(self.tower, FastTower) and pixel_values.requires_grad and torch.is_grad_enabled():
             raise ValueError(
-                "pixel_values: the fast tower gives no gradients; load with impl='reference', or use no_grad"
+                "pixel_values: the fast tower gives no gradients; use impl='reference', or torch.no_grad()"
             )
         if self._graphed is not None:
             return self._graphed(pixel_values, grid)

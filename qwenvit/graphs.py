@@ -152,12 +152,10 @@ class GraphedTower:
         Raises:
             ValueError: more patches than graphs are made for.
         """
-        if patches > MOST_PATCHES:
-            unit = self.tower.config.merge_unit
-            raise ValueError(
-                f"max_tokens: expected at most {MOST_PATCHES // unit}, beyond which no graph is used, got {patches // unit}"
-            )
         unit = self.tower.config.merge_unit
+        if patches > MOST_PATCHES:
+            expected = f"at most {MOST_PATCHES // unit}, beyond which no graph is used"
+            raise ValueError(f"max_tokens: expected {expected}, got {patches // unit}")
         rooms, reached = [], unit
         while reached < patches + unit:
             room = capacity_for(self._square(reached), unit)

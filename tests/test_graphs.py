@@ -34,11 +34,11 @@ def test_a_capacity_covers_what_is_needed_and_little_more(tokens, frames, window
 def encoder(family="qwen2_5_vl", dtype=torch.bfloat16):
     config = FULL[family]
     width = 2 * config.head_dim
-    config = replace(
-        config, depth=4, hidden_size=width, num_heads=2, intermediate_size=512 if config.traits.gated_mlp else 4 * width,
-        out_hidden_size=64, fullatt_block_indexes=(3,) if config.traits.windowed else (),
-        deepstack_visual_indexes=(0, 2) if config.traits.deepstack else (),
-    )  # fmt: skip
+    middle = 512 if config.traits.gated_mlp else 4 * width
+    blocks = {"fullatt_block_indexes": (3,)} if config.traits.windowed else {}
+    blocks |= {"deepstack_visual_indexes": (0, 2)} if config.traits.deepstack else {}
+    shape = {"depth": 4, "hidden_size": width, "num_heads": 2, "intermediate_size": middle, "out_hidden_size": 64}
+    config = replace(config, **shape, **blocks)
     torch.manual_seed(0)
     tower = FastTower(config).to("cuda", dtype)
     tower.load_state_dict(ReferenceTower(config).state_dict())
