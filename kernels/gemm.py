@@ -140,7 +140,7 @@ def _capability(device: torch.device) -> tuple[int, int]:
 def uses_tma(*matrices: Tensor) -> bool:
     """Whether descriptors can read these: the GPU has TMA, and rows start at multiples of 16 bytes."""
     return _capability(matrices[0].device) >= (9, 0) and all(
-        matrix.data_ptr() % 16 == 0 and matrix.shape[-1] * matrix.element_size() % 16 == 0 for matrix in matrices
+        matrix.data_ptr() % 16 == 0 and matrix.stride(0) * matrix.element_size() % 16 == 0 for matrix in matrices
     )
 
 

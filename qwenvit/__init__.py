@@ -16,12 +16,14 @@ from qwenvit.encoder import Encoder  # noqa: E402
 from qwenvit.mrope import rope_index  # noqa: E402
 from qwenvit.outputs import Embeddings, ItemEmbeddings, TowerOutput  # noqa: E402
 from qwenvit.sampling import sample_frames  # noqa: E402
+from qwenvit.vision_attention import VisionAttention  # noqa: E402
 
 __all__ = [
     "Embeddings",
     "Encoder",
     "ItemEmbeddings",
     "TowerOutput",
+    "VisionAttention",
     "VisionConfig",
     "encode",
     "rope_index",

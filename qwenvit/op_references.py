@@ -109,6 +109,42 @@ def spatial_merge(x: Tensor, mode: str, merge_size: int) -> Tensor:
     return blocks.flatten(-3) if mode == "concat" else blocks.mean((-3, -2))
 
 
+def interpolate_positions(table: Tensor, taps: Tensor, tap_weights: Tensor) -> Tensor:
+    """See `qwenvit.ops.interpolate_positions`."""
+    return (table[taps] * tap_weights[:, :, None]).sum(1).to(table.dtype)
+
+
+def _reorder(x: Tensor, restore_index: Tensor | None, merge_unit: int) -> Tensor:
+    if restore_index is None:
+        return x
+    tokens = x.unflatten(0, (-1, merge_unit))
+    return torch.empty_like(tokens).index_copy(0, restore_index, tokens).flatten(0, 1)
+
+
+def add_positions(
+    x: Tensor, table: Tensor, taps: Tensor, tap_weights: Tensor, restore_index: Tensor | None, merge_unit: int
+) -> Tensor:
+    """See `qwenvit.ops.add_positions`."""
+    return _reorder(x + interpolate_positions(table, taps, tap_weights), restore_index, merge_unit)
+
+
+def patch_embed(
+    pixel_values: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    table: Tensor | None,
+    taps: Tensor | None,
+    tap_weights: Tensor | None,
+    restore_index: Tensor | None,
+    merge_unit: int,
+) -> Tensor:
+    """See `qwenvit.ops.patch_embed`."""
+    x = F.linear(pixel_values.to(weight.dtype), weight, bias)
+    if table is not None and taps is not None and tap_weights is not None:
+        return add_positions(x, table, taps, tap_weights, restore_index, merge_unit)
+    return _reorder(x, restore_index, merge_unit)
+
+
 def rope_attention(
     q: Tensor,
     k: Tensor,

@@ -12,14 +12,18 @@ from qwenvit.arguments import Impl
 from qwenvit.attention_ops import rope_attention
 from qwenvit.dispatch import use_triton
 from qwenvit.norm_ops import add_norm, merge_norm, norm, spatial_merge
+from qwenvit.patch_ops import add_positions, interpolate_positions, patch_embed
 from qwenvit.projection_ops import activation_, linear_act, qkv_rope, rotate_qk_, swiglu, swiglu_pass
 
 __all__ = [
     "activation_",
     "add_norm",
+    "add_positions",
+    "interpolate_positions",
     "linear_act",
     "merge_norm",
     "norm",
+    "patch_embed",
     "qkv_rope",
     "rope_attention",
     "rope_index",

@@ -86,6 +86,16 @@ def call_everything(dtype: torch.dtype) -> None:
         tile = gemm.TMA_TILE if gemm.uses_tma(tensor(1, 8)) else gemm.POINTER_TILE
         for act, gated in (("silu", True), ("gelu_tanh", False), ("quick_gelu", False)):
             project_and_activate(tensor(256, 1280), tensor(6912, 1280), tensor(6912), act, gated, tile)
+    learned = tensor(2304, 1152), torch.zeros(256, 4, dtype=torch.int64), tensor(256, 4, of=torch.float32)
+    ops.add_positions(tensor(256, 1152), *learned, impl="triton")
+    for pixel_dtype in (dtype, torch.float32):  # cuBLAS and its passes
+        pixels, weight = tensor(256, 1536, of=pixel_dtype), tensor(1152, 1536)
+        ops.patch_embed(pixels, weight, tensor(1152), *learned, torch.arange(64), impl="triton")
+    if dtype != torch.float32 and gemm.uses_tma(tensor(1, 8)):
+        from qwenvit.kernels.patch_embed import embed_fused
+
+        embed_fused(tensor(256, 1536), tensor(1152, 1536), tensor(1152), *learned, None, 4)
+        embed_fused(tensor(256, 1176), tensor(1280, 1216)[:, :1176], None, None, None, None, torch.arange(64), 4)
     types, grid = torch.zeros(2, 600, dtype=torch.int64), torch.ones(3, 3, dtype=torch.int64)
     for apart in (False, True):
         seconds = None if apart else tensor(3)

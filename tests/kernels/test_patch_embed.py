@@ -1,0 +1,239 @@
+"""Patch embedding and learned positions: against the reference tower and fp64."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qwenvit import VisionConfig, ops
+from qwenvit.grid import GridPlan
+from qwenvit.parity import ERROR_FACTOR, Difference
+from qwenvit.reference import ReferenceTower
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]
+GRIDS = [[1, 4, 6], [2, 2, 4], [1, 2, 2]]
+QWEN2_5 = VisionConfig("qwen2_5_vl", 1, 72, 72, 2, 64, "silu", 6, window_size=24, fullatt_block_indexes=(0,))
+QWEN3 = VisionConfig("qwen3_vl", 1, 72, 72, 2, 64, "gelu_pytorch_tanh", 6, num_position_embeddings=81)
+TOWERS = {"qwen2_vl": replace(QWEN3, family="qwen2_vl", hidden_act="quick_gelu", num_position_embeddings=None)}
+TOWERS |= {"qwen2_5_vl": QWEN2_5, "qwen3_vl": QWEN3}
+
+
+interpreted = pytest.mark.skipif(GPU, reason="needs Triton's interpreter: so few rows would compare cuBLAS with itself")
+
+
+@pytest.fixture(autouse=True)
+def _outputs_start_as_nan():
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def outliers(*shape, dtype=torch.float32):
+    x = torch.randn(*shape, device=DEVICE)
+    x[..., :: max(shape[-1] // 5, 1)] *= 100
+    return x.to(dtype)
+
+
+def positions_of(grids, side, width, dtype):
+    """A table, and the taps and weights of a plan's patches in it."""
+    plan = GridPlan.build(grids, replace(QWEN3, num_position_embeddings=side**2), DEVICE)
+    return outliers(side**2, width, dtype=dtype), plan.position_taps, plan.position_weights
+
+
+def restore_index_of(patches):
+    return torch.randperm(patches // 4).to(DEVICE)
+
+
+def truth(pixel_values, weight, bias, table, taps, tap_weights, restore_index):
+    """In fp64, of the pixel values as the tower's dtype rounds them."""
+    x = pixel_values.to(weight.dtype).double() @ weight.double().T
+    x = x if bias is None else x + bias.double()
+    if table is not None:
+        x = x + torch.einsum("pt,ptc->pc", tap_weights.double(), table.double()[taps])
+    return x if restore_index is None else torch.cat([x[4 * i : 4 * i + 4] for i in restore_index.argsort().tolist()])
+
+
+def assert_no_worse(actual, reference, expected):
+    """Than plain torch; a last bit of fp32, in which sums are taken in another order, is neither's mistake."""
+    error = Difference.of(actual, expected).relative_l2
+    floor = 2 * torch.finfo(torch.float32).eps
+    assert error <= max(ERROR_FACTOR * Difference.of(reference, expected).relative_l2, floor)
+
+
+def check_patch_embed(pixel_values, weight, bias, positions, restore_index):
+    arguments = (pixel_values, weight, bias, *positions, restore_index)
+    actual, reference = (ops.patch_embed(*arguments, impl=impl) for impl in ("triton", "reference"))
+    assert actual.shape == reference.shape
+    assert actual.dtype == reference.dtype == weight.dtype
+    assert_no_worse(actual, reference, truth(*arguments))
+    return actual
+
+
+@interpreted
+@pytest.mark.parametrize("pixel_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("learned", [True, False])
+@pytest.mark.parametrize("reorder", [True, False])
+def test_error_is_no_larger_than_torchs(reorder, learned, dtype, pixel_dtype):
+    grids, width, patch_dim = GRIDS, 72, 216
+    patches = sum(t * h * w for t, h, w in grids)
+    pixel_values, weight = outliers(patches, patch_dim, dtype=pixel_dtype), outliers(width, patch_dim, dtype=dtype) / 16
+    positions = positions_of(grids, 9, width, dtype) if learned else (None, None, None)
+    bias = outliers(width, dtype=dtype) if learned else None
+    check_patch_embed(pixel_values, weight, bias, positions, restore_index_of(patches) if reorder else None)
+
+
+@pytest.mark.parametrize("learned", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, *([torch.bfloat16] if GPU else [torch.float32])], ids=str)
+def test_the_fused_kernel_when_it_is_not_the_fastest(dtype, learned, monkeypatch):
+    from qwenvit.kernels import patch_embed
+
+    if GPU and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs a GPU with TMA")
+    monkeypatch.setattr(patch_embed, "fused_wins", lambda *_: True)
+    patches = sum(t * h * w for t, h, w in GRIDS)
+    for pixel_dtype in (dtype, torch.float32):
+        pixel_values, weight = outliers(patches, 72, dtype=pixel_dtype), outliers(56, 72, dtype=dtype) / 8
+        positions = positions_of(GRIDS, 9, 56, dtype) if learned else (None, None, None)
+        check_patch_embed(pixel_values, weight, outliers(56, dtype=dtype), positions, restore_index_of(patches))
+        check_patch_embed(pixel_values, weight, None, positions, None)
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+@pytest.mark.parametrize("name", TOWERS)
+def test_it_is_what_the_reference_tower_does_before_its_first_block(name, impl):
+    config = TOWERS[name]
+    tower = ReferenceTower(config).to(DEVICE).requires_grad_(False)
+    plan = GridPlan.build(GRIDS, config, DEVICE)
+    pixel_values = torch.randn(plan.num_patches, config.patch_dim, device=DEVICE)
+    first = []
+    tower.blocks[0].register_forward_pre_hook(lambda _, arguments: first.append(arguments[0]))
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        tower(pixel_values, plan)
+    actual = ops.patch_embed(
+        pixel_values,
+        tower.patch_embed.proj.weight.flatten(1),
+        tower.patch_embed.proj.bias,
+        tower.pos_embed.weight if hasattr(tower, "pos_embed") else None,
+        plan.position_taps,
+        plan.position_weights,
+        plan.restore_index,
+        impl=impl,
+    )
+    torch.testing.assert_close(actual, first[0], rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 40), st.integers(1, 90), st.integers(1, 90), st.integers(0, 7))
+def test_any_shape_and_padded_weights(patches, width, patch_dim, gap):
+    pixel_values, weight = (
+        torch.randn(patches, patch_dim, device=DEVICE),
+        torch.randn(width, patch_dim + gap, device=DEVICE)[:, :patch_dim],
+    )
+    actual = ops.patch_embed(pixel_values, weight, impl="triton")
+    torch.testing.assert_close(actual, pixel_values @ weight.T, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [72, 768, 1152])
+def test_positions_alone_and_added(width, dtype):
+    table, taps, tap_weights = positions_of(GRIDS, 48, width, dtype)
+    alone, reference = (
+        ops.interpolate_positions(table, taps, tap_weights, impl=impl) for impl in ("triton", "reference")
+    )
+    expected = torch.einsum("pt,ptc->pc", tap_weights.double(), table.double()[taps])
+    assert_no_worse(alone, reference, expected)
+    x, index = outliers(len(taps), width, dtype=dtype), restore_index_of(len(taps))
+    before = x.clone()
+    for order in (None, index):
+        added, reference = (
+            ops.add_positions(x, table, taps, tap_weights, order, impl=impl) for impl in ("triton", "reference")
+        )
+        total = x.double() + expected
+        total = total if order is None else total.unflatten(0, (-1, 4))[order.argsort()].flatten(0, 1)
+        assert_no_worse(added, reference, total)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_patch_is_the_same_alone_and_in_every_run(dtype):
+    table, taps, tap_weights = positions_of(GRIDS, 9, 96, dtype)
+    x = outliers(len(taps), 96, dtype=dtype)
+    y = ops.add_positions(x, table, taps, tap_weights, impl="triton")
+    assert torch.equal(y, ops.add_positions(x, table, taps, tap_weights, impl="triton"))
+    assert torch.equal(y[5:6], ops.add_positions(x[5:6], table, taps[5:6], tap_weights[5:6], impl="triton"))
+    pixel_values, weight = outliers(70, 216, dtype=dtype), outliers(96, 216, dtype=dtype)
+    y = ops.patch_embed(pixel_values, weight, impl="triton")
+    assert torch.equal(y, ops.patch_embed(pixel_values, weight, impl="triton"))
+
+
+def test_torch_compile_passes_through():
+    table, taps, tap_weights = positions_of(GRIDS, 9, 24, torch.float32)
+    pixel_values, weight, bias = torch.randn(len(taps), 30, device=DEVICE), outliers(24, 30), outliers(24)
+    index = restore_index_of(len(taps))
+
+    def all_three(pixel_values):
+        x = ops.patch_embed(pixel_values, weight, bias, table, taps, tap_weights, index, impl="triton")
+        return ops.add_positions(x, table, taps, tap_weights, impl="triton") + ops.interpolate_positions(
+            table, taps, tap_weights, impl="triton"
+        )
+
+    compiled = torch.compile(all_three, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(pixel_values), all_three(pixel_values))
+    qwenvit = torch.ops.qwenvit
+    everything = (pixel_values, weight, bias, table, taps, tap_weights, index, 4)
+    torch.library.opcheck(qwenvit.patch_embed.default, everything)
+    torch.library.opcheck(qwenvit.interpolate_positions.default, (table, taps, tap_weights))
+    x = outliers(len(taps), 24)
+    torch.library.opcheck(qwenvit.add_positions.default, (x, table, taps, tap_weights, index, 4))
+
+
+P, W, TABLE = torch.zeros(8, 6), torch.zeros(5, 6), torch.zeros(9, 5)
+TAPS, TAP_WEIGHTS = torch.zeros(8, 4, dtype=torch.int64), torch.zeros(8, 4)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "arguments"),
+    [
+        (TypeError, "weight: expected a float32, bfloat16 or float16", (P, W.int())),
+        (ValueError, "weight: expected shape .* unit stride", (P, torch.zeros(6, 5).t())),
+        (ValueError, r"pixel_values: expected shape \[any, 6\], got \[8, 5\]", (P[:, :5].contiguous(), W)),
+        (TypeError, "bias: expected torch.float32, got torch.float16", (P, W, torch.zeros(5).half())),
+        (ValueError, "table, taps, tap_weights: expected all three or none, got table", (P, W, None, TABLE)),
+        (ValueError, r"table: expected shape \[any, 5\]", (P, W, None, torch.zeros(9, 6), TAPS, TAP_WEIGHTS)),
+        (ValueError, r"taps: expected shape \[8, 4\], got \[7, 4\]", (P, W, None, TABLE, TAPS[:7], TAP_WEIGHTS[:7])),
+        (TypeError, "taps: expected torch.int64", (P, W, None, TABLE, TAPS.int(), TAP_WEIGHTS)),
+        (TypeError, "tap_weights: expected torch.float32", (P, W, None, TABLE, TAPS, TAP_WEIGHTS.half())),
+        (ValueError, r"restore_index: expected shape \[2\]", (P, W, None, None, None, None, torch.arange(8))),
+        (ValueError, "merge_unit: expected a divisor", (P, W, None, None, None, None, torch.arange(8), 3)),
+    ],
+)
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+def test_bad_arguments(impl, error, message, arguments):
+    with pytest.raises(error, match=message):
+        ops.patch_embed(*arguments, impl=impl)
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.parametrize("pixel_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("patch_dim", "width", "learned"), [(1176, 1280, False), (1536, 1152, True), (1536, 768, True)]
+)
+@pytest.mark.parametrize("side", [28, 84, 96])
+def test_the_models_shapes(side, patch_dim, width, learned, dtype, pixel_dtype):
+    grids = [[1, side, side], [1, 2, 6]]
+    patches = side**2 + 12
+    pixel_values, weight = (
+        torch.randn(patches, patch_dim, device=DEVICE).to(pixel_dtype),
+        outliers(width, patch_dim, dtype=dtype) / 32,
+    )
+    weight = torch.nn.functional.pad(weight, (0, -patch_dim % 64))[:, :patch_dim]  # as the fused kernel wants it
+    positions = positions_of(grids, 48, width, dtype) if learned else (None, None, None)
+    bias = outliers(width, dtype=dtype) if learned else None
+    check_patch_embed(pixel_values, weight, bias, positions, None if learned else restore_index_of(patches))
