@@ -104,7 +104,7 @@ def attention_case(
         truth=truth,
         stick=Run(functools.partial(ours, impl="reference")),
         fewest_bytes=fewest,
-        pass_bytes=4 * tokens * heads * head_dim * ITEM,
+        pass_bytes={"_rotate": 4 * tokens * heads * head_dim * ITEM},
         flops=4 * int((lengths**2).sum()) * heads * head_dim,
         bars={"qwenvit": _bars(tokens, head_dim, windows, interleaved, tuple(libraries))},
     )

@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import os
 import sys
+import time
 import traceback
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -98,7 +99,7 @@ def measure(case: Case, limits: Ceilings) -> list[Row]:
     figures = Figures(seconds, limits, case.fewest_bytes)
     rows = []
     for name in case.ours:
-        moved = case.fewest_bytes + (case.pass_bytes if len(kernels[name]) > 1 else 0)
+        moved = case.fewest_bytes + sum(case.pass_bytes.get(kernel, 0) for kernel in kernels[name])
         ideal = max(case.fewest_bytes / limits.copy, case.flops / limits.gemm)
         verdicts = [(bar, *bar.verdict(figures, kernels[name])) for bar in case.bars.get(name, ())]
         rows.append({
@@ -162,8 +163,10 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("bench_kernels.py: needs a GPU, and torch sees none")
     torch._inductor.config.compile_threads = 1
+    start = time.monotonic()
     cases = all_cases(options.only, options.fa3)
     compile_all(options.only, len(cases))
+    compiled = time.monotonic()
     limits = ceilings()
     print(header(limits, options.commit))
     if options.fa3:
@@ -172,7 +175,8 @@ def main() -> None:
         print("\nFlashAttention 3 is left out: no library was given (--fa3).")
     rows, failed = measure_all(cases, limits)
     met = [bar["met"] for row in rows for bar in row["bars"]]
-    print(f"\n{sum(met)} of {len(met)} bars met, {len(cases) - len(failed)} of {len(cases)} cases measured.")
+    took = f"{time.monotonic() - start:.0f} s, of which {compiled - start:.0f} s compiling"
+    print(f"\n{sum(met)} of {len(met)} bars met; {len(cases) - len(failed)} of {len(cases)} cases measured in {took}.")
     print("\n".join(failed))
     if options.json:
         options.json.write_text(json.dumps({"header": header(limits, options.commit), "rows": rows}, indent=1))

@@ -1,5 +1,8 @@
 """What a case of `bench_kernels.py` is: inputs, contenders, truth, the work to be done, and bars."""
 
+import functools
+import importlib
+import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,6 +10,9 @@ from typing import Any
 import torch
 from kernel_timing import Ceilings, Inputs
 from torch import Tensor
+from triton.runtime import KernelInterface
+
+from qwenvit import kernels
 
 ITEM = 2
 """Bytes of an element: everything here is bf16."""
@@ -56,10 +62,10 @@ class Bar:
     """Whether a library's kernel may meet it."""
     unit: str = "×"
 
-    def verdict(self, figures: Figures, kernels: list[str]) -> tuple[float, bool]:
+    def verdict(self, figures: Figures, ran: list[str]) -> tuple[float, bool]:
         """The value, and whether it reaches the limit, by a kernel of ours."""
         value = self.value(figures)
-        own = self.any_kernel or (bool(kernels) and all(name.startswith("_") or "norm" in name for name in kernels))
+        own = self.any_kernel or (bool(ran) and own_kernels().issuperset(ran))
         return value, own and (value <= self.limit if self.at_most else value >= self.limit)
 
 
@@ -84,12 +90,21 @@ class Case:
     fewest_bytes: int
     """Each input read once, each output written once."""
     flops: int
-    pass_bytes: int = 0
-    """What a separate pass moves besides, where more than one kernel ran (see the docstrings of `qwenvit.ops`)."""
+    pass_bytes: Mapping[str, int] = field(default_factory=dict)
+    """What separate passes move besides, by the kernels' names; counted where they ran (see `qwenvit.ops`)."""
     bars: Mapping[str, tuple[Bar, ...]] = field(default_factory=dict)
     """For each of `ours`."""
     floors: Mapping[str, Run] = field(default_factory=dict)
     """Timed for comparison, but no rivals: they do a part of the work."""
+
+
+@functools.cache
+def own_kernels() -> frozenset[str]:
+    """Names of the kernels in `qwenvit.kernels`."""
+    modules = [
+        importlib.import_module(f"{kernels.__name__}.{info.name}") for info in pkgutil.iter_modules(kernels.__path__)
+    ]
+    return frozenset(name for module in modules for name, x in vars(module).items() if isinstance(x, KernelInterface))
 
 
 def relative_error(out: Tensor, truth: Tensor) -> float:

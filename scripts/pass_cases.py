@@ -1,7 +1,7 @@
 """Cases of single passes over memory (norms, activations, merges)."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,28 +30,24 @@ def exact_norm(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> Ten
 def pass_case(
     title: str, tokens: int, inputs: Make, ours: Callable[[Inputs], Any], plain: Callable[[Inputs], Any],
     fewest_bytes: int, flops: int, truth: Callable[[Inputs], Tensor] | None = None,
-    finish: Callable[[Any], Tensor] = lambda out: out, section: str = "passes",
-    rivals: Mapping[str, Run] | None = None, bars: tuple[Bar, ...] | None = None, pass_bytes: int = 0,
+    finish: Callable[[Any], Tensor] = lambda out: out,
 ) -> Case:  # fmt: skip
     """A case whose rivals are the torch sequence and `torch.compile` of it; its bar is a rate of copying."""
-    if bars is None:
-        rate = Bar("of the copy rate", lambda f: f.one_pass / f.seconds["qwenvit"], 0.85)
-        bars = (rate,) if tokens >= 4096 else ()
+    rate = Bar("of the copy rate", lambda f: f.one_pass / f.seconds["qwenvit"], 0.85)
     return Case(
-        section=section,
+        section="passes",
         series=title,
         title=title,
         tokens=tokens,
         head_dim=None,
         inputs=inputs,
         ours={"qwenvit": Run(ours, finish)},
-        rivals={"torch": Run(plain, finish), "torch.compile": Run(compiled(plain), finish), **(rivals or {})},
+        rivals={"torch": Run(plain, finish), "torch.compile": Run(compiled(plain), finish)},
         truth=truth or (lambda x: finish(plain(doubles(x)))),
         stick=Run(plain, finish),
         fewest_bytes=fewest_bytes,
         flops=flops,
-        bars={"qwenvit": bars},
-        pass_bytes=pass_bytes,
+        bars={"qwenvit": (rate,) if tokens >= 4096 else ()},
     )
 
 

@@ -1,6 +1,7 @@
 """Cases of the tower's first layer: patch embedding, and learned positions."""
 
 import dataclasses
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ BARE = {"bare cuBLAS": "weight", "bare cuBLAS, padded rows": "padded"}
 """A product of the same shape, of values in bf16 already, without bias; by the weight it takes."""
 
 
+@functools.cache
 def learned_plan(patches: int) -> GridPlan:
     config = VisionConfig(
         "qwen3_vl", 27, 1152, 4304, 16, 4096, "gelu_pytorch_tanh", 16, num_position_embeddings=TABLE**2
@@ -91,7 +93,7 @@ def patch_case(model: str, side: int, pixels: torch.dtype | None) -> Case:
         section="patch",
         floors={name: Run(lambda x, key=key: F.linear(x["values"], x[key])) for name, key in BARE.items()},
         bars={"qwenvit": (bar,)},
-        pass_bytes=2 * tokens * (width if learned else columns) * ITEM,
+        pass_bytes={"_stage": 2 * tokens * columns * ITEM, "_position_rows": 2 * tokens * width * ITEM},
     )
 
 
