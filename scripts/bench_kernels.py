@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo
+import torch._inductor.config
 from attention_cases import attention_cases
 from kernel_baselines import load_fa3
 from kernel_cases import Case, Figures, relative_error
