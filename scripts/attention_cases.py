@@ -86,7 +86,7 @@ def attention_case(
         return Run(call)
 
     lengths = segments.cu_seqlens.diff().long()
-    fewest = 4 * tokens * heads * head_dim * ITEM + 4 * tokens * head_dim
+    fewest = 4 * tokens * heads * head_dim * ITEM + 4 * tokens * head_dim + segments.cu_seqlens.nbytes
     return Case(
         section="windows" if windows else "full",
         series=f"head_dim {head_dim}" + ("" if interleaved else ", halves"),
@@ -154,7 +154,7 @@ def length_case(tokens: int, libraries: dict[str, Attention], head_dim: int = 64
         },
         truth=lambda x: exact_attention(*split(x["qkv"].double(), heads), segments),
         stick=Run(functools.partial(ours, impl="reference")),
-        fewest_bytes=4 * tokens * heads * head_dim * ITEM,
+        fewest_bytes=4 * tokens * heads * head_dim * ITEM + cu_seqlens.nbytes,
         flops=4 * tokens**2 * heads * head_dim,
         bars={"qwenvit": (Bar("over cuDNN", lambda f: f.over("qwenvit", "cuDNN"), 0.9),)},
     )

@@ -13,12 +13,8 @@ faster for it. Rows "pairs as halves" are the unpermuted layout for all.
 import argparse
 import gc
 import json
-import multiprocessing
-import os
-import sys
 import time
 import traceback
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +24,7 @@ import torch._inductor.config
 from attention_cases import attention_cases
 from kernel_baselines import load_fa3
 from kernel_cases import Case, Figures, relative_error
+from kernel_jobs import parallel, progress
 from kernel_report import SECTIONS, Row, draw, table_head, table_row
 from kernel_timing import Ceilings, ceilings, header, kernels_of, medians, peak_bytes, set_count
 from pass_cases import pass_cases
@@ -47,7 +44,7 @@ def all_cases(only: list[str], fa3: Path | None) -> list[Case]:
 
 
 def compile_case(only: list[str], number: int) -> None:
-    """Run what compiles, in a process of its own: Triton and Inductor leave the results in their caches on disk."""
+    """Run what compiles."""
     torch._inductor.config.compile_threads = 1
     case = all_cases(only, None)[number]
     inputs = case.inputs(torch.device("cuda"), DTYPE)
@@ -55,21 +52,6 @@ def compile_case(only: list[str], number: int) -> None:
         if "Triton" in name or "compile" in name or name in case.ours:
             run.call(inputs)
     torch.cuda.synchronize()
-
-
-def compile_all(only: list[str], count: int) -> None:
-    workers = max(1, min(12, (os.cpu_count() or 2) - 2))
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        jobs = [pool.submit(compile_case, only, number) for number in range(count)]
-        for done, job in enumerate(as_completed(jobs), 1):
-            progress(f"compiling {done}/{count}")
-            if job.exception():  # said again, with its traceback, where the case is measured
-                progress(f"compiling {done}/{count}: {job.exception()}\n")
-    progress("")
-
-
-def progress(text: str) -> None:
-    print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
 
 
 def check(case: Case, device: torch.device, dtype: torch.dtype = DTYPE) -> dict[str, float]:
@@ -167,7 +149,7 @@ def main() -> None:
     torch._inductor.config.compile_threads = 1
     start = time.monotonic()
     cases = all_cases(options.only, options.fa3)
-    compile_all(options.only, len(cases))
+    parallel(compile_case, options.only, len(cases))  # what fails is said where the case is measured
     compiled = time.monotonic()
     limits = ceilings()
     print(header(limits, options.commit))

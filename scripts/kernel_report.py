@@ -10,8 +10,8 @@ SECTIONS = {
     "lengths": "Attention alone, one sequence",
     "qkv": "QKV projection + bias + RoPE",
     "mlp": "MLP, first half: projection + bias + activation",
-    "passes": "Single passes: norms, activations, merges",
-    "patch": "Patch embedding and learned positions",
+    "passes": "Single passes: norms, activations, merges, positions",
+    "patch": "Patch embedding",
 }
 """In the order they run, with their titles."""
 Row = dict[str, Any]

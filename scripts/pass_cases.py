@@ -76,7 +76,7 @@ def norm_case(kind: str, channels: int, residual: bool, tokens: int) -> Case:
         return exact_norm(x["x"] + x["residual"] if residual else x["x"], x["weight"], x.get("bias"), kind)
 
     name = f"{'add_norm' if residual else 'norm'}, {'RMS' if kind == 'rms' else 'Layer'}Norm"
-    moved = (4 if residual else 2) * tokens * channels * ITEM
+    moved = ((4 if residual else 2) * tokens + (2 if kind == "layer" else 1)) * channels * ITEM
     finish = (lambda out: out[0]) if residual else (lambda out: out)
     title = f"{name}, {channels}"
     return pass_case(title, tokens, inputs, ours, plain, moved, 7 * tokens * channels, truth, finish)
@@ -118,7 +118,7 @@ def merger_case(kind: str, channels: int, merged: bool, reorder: bool, tokens: i
         return joined[x["restore"]] if reorder else joined
 
     what = "restoring order" if reorder else "of joined patches" if merged else "of patches"
-    moved = 2 * tokens * channels * ITEM + (2 * tokens if reorder else 0)
+    moved = (2 * tokens * channels + (2 if kind == "layer" else 1) * width) * ITEM + (2 * tokens if reorder else 0)
     plain = functools.partial(call, impl="reference")
     return pass_case(f"merge_norm {what}, {channels}", tokens, inputs, call, plain, moved, 6 * tokens * channels, truth)
 
