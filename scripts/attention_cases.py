@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 from kernel_baselines import Attention, cudnn, fa2, fa3, split, torch_rope, triton_rope
-from kernel_cases import ITEM, SIDES, Bar, Case, Inputs, Run, normal
+from kernel_cases import ITEM, SIDES, Bar, Case, Run, normal, with_copy
+from kernel_timing import Inputs
 from torch import Tensor
 
 from qwenvit import ops
@@ -87,7 +88,7 @@ def attention_case(
 
     lengths = segments.cu_seqlens.diff().long()
     fewest = 4 * tokens * heads * head_dim * ITEM + 4 * tokens * head_dim + segments.cu_seqlens.nbytes
-    return Case(
+    case = Case(
         section="windows" if windows else "full",
         series=f"head_dim {head_dim}" + ("" if interleaved else ", halves"),
         title=f"{MODELS[head_dim]}, {side}²" + ("" if interleaved else ", pairs as halves"),
@@ -108,6 +109,7 @@ def attention_case(
         flops=4 * int((lengths**2).sum()) * heads * head_dim,
         bars={"qwenvit": _bars(tokens, head_dim, windows, interleaved, tuple(libraries))},
     )
+    return with_copy(case) if windows else case
 
 
 def _bars(tokens: int, head_dim: int, windows: bool, interleaved: bool, names: tuple[str, ...]) -> tuple[Bar, ...]:

@@ -16,13 +16,11 @@ import json
 import time
 import traceback
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch._dynamo
-import torch._inductor.config
 from attention_cases import attention_cases
-from kernel_baselines import load_fa3
+from kernel_baselines import load_fa3, set_up_compile
 from kernel_cases import Case, Figures, relative_error
 from kernel_jobs import parallel, progress
 from kernel_report import SECTIONS, Row, draw, table_head, table_row
@@ -45,7 +43,7 @@ def all_cases(only: list[str], fa3: Path | None) -> list[Case]:
 
 def compile_case(only: list[str], number: int) -> None:
     """Run what compiles."""
-    torch._inductor.config.compile_threads = 1
+    set_up_compile()
     case = all_cases(only, None)[number]
     inputs = case.inputs(torch.device("cuda"), DTYPE)
     for name, run in {**case.rivals, **case.ours}.items():
@@ -108,7 +106,7 @@ def measure_all(cases: list[Case], limits: Ceilings) -> tuple[list[Row], list[st
     """Rows, printed as they come, and what failed."""
     rows: list[Row] = []
     failed: list[str] = []
-    columns: Any = None
+    section = ""
     for number, case in enumerate(cases, 1):
         progress(f"{number}/{len(cases)} {case.section}: {case.title}, S = {case.tokens}")
         try:
@@ -123,14 +121,12 @@ def measure_all(cases: list[Case], limits: Ceilings) -> tuple[list[Row], list[st
             gc.collect()
             torch.cuda.empty_cache()
         progress("")
-        shape = (case.section, tuple(case.rivals), tuple(case.floors))
-        if shape != columns:
-            if columns is None or case.section != columns[0]:
-                print(f"\n### {SECTIONS[case.section]}")
-            print(f"\n{table_head(found[0])}")
-            columns = shape
+        if case.section != section:
+            section, own = case.section, [other for other in cases if other.section == case.section]
+            columns = list(dict.fromkeys(name for other in own for name in (*other.rivals, *other.floors)))
+            print(f"\n### {SECTIONS[section]}\n\n{table_head(columns)}")
         for row in found:
-            print(table_row(row), flush=True)
+            print(table_row(row, columns), flush=True)
         rows += found
     return rows, failed
 
@@ -146,7 +142,7 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("bench_kernels.py: needs a GPU, and torch sees none")
-    torch._inductor.config.compile_threads = 1
+    set_up_compile()
     start = time.monotonic()
     cases = all_cases(options.only, options.fa3)
     parallel(compile_case, options.only, len(cases))  # what fails is said where the case is measured

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch._inductor.config
 import torch.nn.functional as F
 from kernel_timing import Inputs
 from torch import Tensor
@@ -58,6 +59,15 @@ def torch_rope(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> tuple[T
 def triton_rope(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, interleaved: bool) -> tuple[Tensor, ...]:
     """The same in one fused pass in place; our own kernel, the fastest there is to put before a rival's attention."""
     return split(ops.rotate_qk_(qkv, cos, sin, num_heads, interleaved, impl="triton"), num_heads)
+
+
+def set_up_compile() -> None:
+    """Let the process that measures choose Inductor's launch configs alone, on a GPU that is its own.
+
+    Otherwise it would find those that the processes of `kernel_jobs.parallel` chose, while they disturbed one another.
+    """
+    torch._inductor.config.autotune_local_cache = False
+    torch._inductor.config.compile_threads = 1
 
 
 def compiled(function: Callable[[Inputs], object]) -> Callable[[Inputs], object]:

@@ -4,7 +4,7 @@ import functools
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -105,6 +105,22 @@ def own_kernels() -> frozenset[str]:
         importlib.import_module(f"{kernels.__name__}.{info.name}") for info in pkgutil.iter_modules(kernels.__path__)
     ]
     return frozenset(name for module in modules for name, x in vars(module).items() if isinstance(x, KernelInterface))
+
+
+COPY = "copy of as many bytes"
+
+
+def with_copy(case: Case) -> Case:
+    """The case with one more floor: a device copy that reads and writes as many bytes, in graphs like the rest.
+
+    Short copies do not reach the rate of a large one, which the bars ask for; this says how much of that is anyone's.
+    """
+
+    def inputs(device: torch.device, dtype: torch.dtype) -> Inputs:
+        half = torch.randint(256, (case.fewest_bytes // 2,), device=device, dtype=torch.uint8)
+        return {**case.inputs(device, dtype), "copied": half}
+
+    return replace(case, inputs=inputs, floors={**case.floors, COPY: Run(lambda x: x["copied"].clone())})
 
 
 def relative_error(out: Tensor, truth: Tensor) -> float:

@@ -4,6 +4,8 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+from kernel_timing import LIBRARIES
+
 SECTIONS = {
     "windows": "RoPE + attention over windows of 64 patches",
     "full": "RoPE + attention over a whole image",
@@ -17,34 +19,33 @@ SECTIONS = {
 Row = dict[str, Any]
 
 
-def table_head(row: Row) -> str:
-    """The head of a section's table, by its first row."""
-    others = [f"{name}, µs" for name in row["rivals"] | row["floors"]]
+def table_head(others: list[str]) -> str:
+    """The head of a section's table, with a column for each rival and floor."""
     columns = ["case", "S", "D", "what", "kernel that ran", "µs", "TFLOP/s", "GB/s", "roofline", "moved / fewest bytes"]
-    columns += ["peak MiB (torch)", *others, "over the best", "bars"]
+    columns += ["peak MiB (torch)", *(f"{name}, µs" for name in others), "over the best", "bars"]
     return f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}"
 
 
-def table_row(row: Row) -> str:
+def table_row(row: Row, others: list[str]) -> str:
     bars = ", ".join(
-        f"{bar['value']:.2f}{bar['unit']} {bar['text']} ({'≤' if bar['at_most'] else '≥'} {bar['limit']:g}) "
+        f"{bar['value']:.3f}{bar['unit']} {bar['text']} ({'≤' if bar['at_most'] else '≥'} {bar['limit']:g}) "
         f"{'✓' if bar['met'] else '✗'}"
         for bar in row["bars"]
     )
-    others = [f"{microseconds:.1f}" for microseconds in (row["rivals"] | row["floors"]).values()]
+    microseconds = row["rivals"] | row["floors"]
     cells = [
         row["title"],
         str(row["tokens"]),
         str(row["head_dim"] or "–"),
         row["ours"],
-        " + ".join(f"`{name}`" if name.startswith("_") else name for name in row["kernels"]) or "not seen",
+        " + ".join(name if name in (*LIBRARIES, "torch") else f"`{name}`" for name in row["kernels"]) or "not seen",
         f"**{row['microseconds']:.1f}**",
         f"{row['tflops']:.0f}" if row["tflops"] >= 10 else f"{row['tflops']:.1f}",
         f"{row['gigabytes']:.0f}",
         f"{row['roofline']:.0%}",
         f"{row['moved_bytes'] / 1e6:.1f} / {row['fewest_bytes'] / 1e6:.1f} MB",
         f"{row['peak_bytes'] / 2**20:.1f} ({row['torch_peak_bytes'] / 2**20:.1f})",
-        *others,
+        *(f"{microseconds[name]:.1f}" if name in microseconds else "–" for name in others),
         f"{row['over_best']:.2f}×",
         bars,
     ]

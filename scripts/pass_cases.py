@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from attention_cases import plan_of
 from kernel_baselines import compiled
-from kernel_cases import ITEM, TOKENS, Bar, Case, Inputs, Run, doubles, hidden_states, normal
+from kernel_cases import ITEM, TOKENS, Bar, Case, Run, doubles, hidden_states, normal, with_copy
+from kernel_timing import Inputs
 from torch import Tensor
 
 from qwenvit import op_references, ops
@@ -34,7 +35,7 @@ def pass_case(
 ) -> Case:  # fmt: skip
     """A case whose rivals are the torch sequence and `torch.compile` of it; its bar is a rate of copying."""
     rate = Bar("of the copy rate", lambda f: f.one_pass / f.seconds["qwenvit"], 0.85)
-    return Case(
+    case = Case(
         section="passes",
         series=title,
         title=title,
@@ -49,6 +50,7 @@ def pass_case(
         flops=flops,
         bars={"qwenvit": (rate,) if tokens >= 4096 else ()},
     )
+    return with_copy(case)
 
 
 def norm_case(kind: str, channels: int, residual: bool, tokens: int) -> Case:

@@ -6,7 +6,8 @@ import functools
 import torch
 import torch.nn.functional as F
 from attention_cases import plan_of
-from kernel_cases import ITEM, SIDES, TOKENS, Bar, Case, Inputs, Run, hidden_states, linear_weight, normal
+from kernel_cases import ITEM, SIDES, TOKENS, Bar, Case, Run, hidden_states, linear_weight, normal
+from kernel_timing import Inputs
 from pass_cases import pass_case
 from torch import Tensor
 
@@ -87,11 +88,12 @@ def patch_case(model: str, side: int, pixels: torch.dtype | None) -> Case:
         fewest_bytes=_patch_bytes(tokens, columns, width, learned, pixels),
         flops=2 * tokens * columns * width,
     )
+    bare = {name: Run(lambda x, key=key: F.linear(x["values"], x[key])) for name, key in BARE.items()}
     bar = Bar("over bare cuBLAS", lambda f: f.over("qwenvit", *BARE), 0.95, any_kernel=True)
     return dataclasses.replace(
         case,
         section="patch",
-        floors={name: Run(lambda x, key=key: F.linear(x["values"], x[key])) for name, key in BARE.items()},
+        floors={**case.floors, **bare},
         bars={"qwenvit": (bar,)},
         pass_bytes={"_stage": 2 * tokens * columns * ITEM, "_position_rows": 2 * tokens * width * ITEM},
     )

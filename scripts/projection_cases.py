@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from attention_cases import exact_rope
 from kernel_baselines import compiled, split, torch_rope
-from kernel_cases import ITEM, Bar, Case, Inputs, Run, doubles, hidden_states, linear_weight, normal
+from kernel_cases import ITEM, Bar, Case, Run, doubles, hidden_states, linear_weight, normal
+from kernel_timing import Inputs
 from torch import Tensor
 
 from qwenvit import op_references, ops

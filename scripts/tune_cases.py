@@ -14,7 +14,8 @@ from unittest import mock
 import torch
 from attention_cases import attention_case, length_case
 from kernel_baselines import split, triton_rope
-from kernel_cases import Case, Inputs
+from kernel_cases import Case
+from kernel_timing import Inputs
 from pass_cases import MERGERS, activation_case, map_case, merger_case, norm_case
 from patch_cases import patch_case, positions_case
 from projection_cases import MLP, QKV, mlp_case, qkv_case

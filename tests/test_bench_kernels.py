@@ -56,8 +56,9 @@ def test_every_contender_does_the_same_work(case, monkeypatch):
     errors = bench_kernels.check(without_compile(case), CPU, torch.float32)
     assert all(error < 1e-6 for error in errors.values())
     assert set(errors) == {"plain torch", *case.ours, *case.rivals} - {"torch.compile"}
-    for run in case.floors.values():
-        assert run.call(case.inputs(CPU, torch.float32)).shape[0] == case.tokens
+    for name, run in case.floors.items():
+        out = run.call(case.inputs(CPU, torch.float32))
+        assert out.nbytes == case.fewest_bytes // 2 if name == kernel_cases.COPY else out.shape[0] == case.tokens
 
 
 class Reads(dict):
@@ -173,13 +174,12 @@ def row_of(case: Case, name: str) -> kernel_report.Row:
 
 def test_rows_fit_their_head():
     for case in TINY:
-        row = row_of(case, next(iter(case.ours)))
-        head, line = kernel_report.table_head(row).splitlines()
-        assert head.count("|") == line.count("|") == kernel_report.table_row(row).count("|")
-    assert kernel_report.table_row(row).endswith("| 1.62× | 1.62× over cuDNN (≥ 2.2) ✗ |")
-    assert "| `_rotate` + cuBLAS | **12.3** | 3.2 | 2346 | 51% | 2.0 / 1.0 MB | 0.0 (1.0) |" in kernel_report.table_row(
-        row
-    )
+        others = ["a rival that it has not", *case.rivals, *case.floors]
+        head, line = kernel_report.table_head(others).splitlines()
+        row = kernel_report.table_row(row_of(case, next(iter(case.ours))), others)
+        assert head.count("|") == line.count("|") == row.count("|")
+    assert row.endswith("| 1.62× | 1.620× over cuDNN (≥ 2.2) ✗ |")
+    assert "| `_rotate` + cuBLAS | **12.3** | 3.2 | 2346 | 51% | 2.0 / 1.0 MB | 0.0 (1.0) | – | 20.0 |" in row
 
 
 def test_chart(tmp_path):
