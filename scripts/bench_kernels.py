@@ -20,10 +20,11 @@ from pathlib import Path
 import torch
 import torch._dynamo
 from attention_cases import attention_cases
+from compile_time import MODELS
 from kernel_baselines import load_fa3, set_up_compile
 from kernel_cases import Case, Figures, relative_error
-from kernel_jobs import parallel, progress
-from kernel_report import SECTIONS, Row, draw, table_head, table_row
+from kernel_jobs import compile_times, parallel, progress
+from kernel_report import SECTIONS, Row, compile_table, draw, table_head, table_row
 from kernel_timing import Ceilings, ceilings, header, kernels_of, medians, peak_bytes, set_count
 from pass_cases import pass_cases
 from patch_cases import patch_cases
@@ -145,6 +146,7 @@ def main() -> None:
     set_up_compile()
     start = time.monotonic()
     cases = all_cases(options.only, options.fa3)
+    cold = compile_times(MODELS) if "compile" in options.only else []
     parallel(compile_case, options.only, len(cases))  # what fails is said where the case is measured
     compiled = time.monotonic()
     limits = ceilings()
@@ -153,13 +155,18 @@ def main() -> None:
         load_fa3(options.fa3)
     elif {"windows", "full", "lengths"} & set(options.only):
         print("\nFlashAttention 3 is left out: no library was given (--fa3).")
+    if cold:
+        print(compile_table(cold))
     rows, failed = measure_all(cases, limits)
+    if "compile" in options.only:
+        failed += [f"compile: {name}: no figures" for name in set(MODELS) - {found["model"] for found in cold}]
     met = [bar["met"] for row in rows for bar in row["bars"]]
     took = f"{time.monotonic() - start:.0f} s, of which {compiled - start:.0f} s compiling"
     print(f"\n{sum(met)} of {len(met)} bars met; {len(cases) - len(failed)} of {len(cases)} cases measured in {took}.")
     print("\n".join(failed))
     if options.json:
-        options.json.write_text(json.dumps({"header": header(limits, options.commit), "rows": rows}, indent=1))
+        everything = {"header": header(limits, options.commit), "compile": cold, "rows": rows, "failed": failed}
+        options.json.write_text(json.dumps(everything, indent=1))
     if options.chart:
         draw(rows, torch.cuda.get_device_name(), options.chart)
     if failed:

@@ -1,10 +1,13 @@
 """Work spread over processes, so that compilers run side by side, and a line that says how far it is."""
 
+import json
 import multiprocessing
 import os
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
 from typing import Any
 
 MOST = 12
@@ -29,3 +32,13 @@ def parallel(function: Callable[[list[str], int], Any], only: list[str], count: 
             progress(f"compiling {done}/{count}")
     progress("")
     return [job.exception() or job.result() for job in jobs]
+
+
+def compile_times(models: Iterable[str]) -> list[dict[str, Any]]:
+    """What `compile_time.py` says of each, in processes of their own, before others keep the machine busy."""
+    progress("compiling with an empty cache")
+    command = [sys.executable, str(Path(__file__).with_name("compile_time.py"))]
+    jobs = [subprocess.Popen([*command, model], stdout=subprocess.PIPE, text=True) for model in models]
+    lines = [job.communicate()[0] for job in jobs]
+    progress("")
+    return [json.loads(line) for line in lines if line]

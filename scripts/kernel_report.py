@@ -7,6 +7,7 @@ from typing import Any
 from kernel_timing import LIBRARIES
 
 SECTIONS = {
+    "compile": "Compile time of all kernels that a model's tower calls, cold, one after another",
     "windows": "RoPE + attention over windows of 64 patches",
     "full": "RoPE + attention over a whole image",
     "lengths": "Attention alone, one sequence",
@@ -50,6 +51,15 @@ def table_row(row: Row, others: list[str]) -> str:
         bars,
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def compile_table(found: list[Row]) -> str:
+    """Models, kernels and seconds, by the bar of 60 s."""
+    rows = [
+        f"| {row['model']} | {row['kernels']} | {row['seconds']:.1f} | {'✓' if row['seconds'] <= 60 else '✗'} |"
+        for row in found
+    ]
+    return "\n".join([f"\n### {SECTIONS['compile']}\n", "| model | kernels | s | ≤ 60 s |", "|---|---|---|---|", *rows])
 
 
 def draw(rows: list[Row], device: str, path: Path) -> None:

@@ -82,8 +82,8 @@ def all_candidates(selected: list[Knob]) -> list[tuple[Knob, Any]]:
     return [(knob, candidate) for knob in selected for candidate in knob.candidates]
 
 
-def measure(knob: Knob, shape: Shape, candidates: list[Any]) -> tuple[Any, dict[int, float]]:
-    """The config in use, and seconds by the candidate's place; -1 is the config in use."""
+def measure(knob: Knob, shape: Shape, candidates: list[Any]) -> tuple[list[Any], dict[int, float]]:
+    """The configs in use, and seconds by the candidate's place; -1 is what is in use."""
     device = torch.device("cuda")
     first = shape.inputs(device, DTYPE)
     sets = [first] + [shape.inputs(device, DTYPE) for _ in range(set_count(first) - 1)]
@@ -96,7 +96,7 @@ def measure(knob: Knob, shape: Shape, candidates: list[Any]) -> tuple[Any, dict[
         shape.call(first)
     runs = [-1, *(place for place, candidate in enumerate(candidates) if candidate is not None)]
     seconds = medians({str(place): lambda x, place=place: call(place, x) for place in runs}, sets)
-    return seen[-1] if seen else knob.current, {int(place): value for place, value in seconds.items()}
+    return seen, {int(place): value for place, value in seconds.items()}
 
 
 def full(config: Any, candidate: Any) -> Any:
@@ -110,9 +110,14 @@ def tune(knob: Knob, failures: list[list[str]]) -> Any:
     for number, shape in enumerate(knob.shapes):
         progress(f"{knob.title}: {shape.title}")
         usable = [None if failures[place][number] else c for place, c in enumerate(knob.candidates)]
-        now, seconds = measure(knob, shape, usable)
+        seen, seconds = measure(knob, shape, usable)
         gc.collect()
         torch.cuda.empty_cache()
+        progress("")
+        if not seen:
+            print(f"| {knob.title} | {shape.title} | not used |" + " |" * 4, flush=True)
+            continue
+        now = seen[-1]
         current = seconds.pop(-1)
         for place, value in seconds.items():
             gains[place].append(current / value)

@@ -5,6 +5,7 @@ import sys
 from collections import Counter
 
 import bench_kernels
+import compile_time
 import kernel_baselines
 import kernel_cases
 import kernel_report
@@ -182,6 +183,14 @@ def test_rows_fit_their_head():
     assert "| `_rotate` + cuBLAS | **12.3** | 3.2 | 2346 | 51% | 2.0 / 1.0 MB | 0.0 (1.0) | – | 20.0 |" in row
 
 
+def test_compile_times():
+    lines = kernel_report.compile_table([{"model": "A", "kernels": 3, "seconds": 61.0}]).splitlines()
+    assert lines[-1] == "| A | 3 | 61.0 | ✗ |"
+    for model in compile_time.MODELS:
+        sections = {case.section for case in compile_time.cases_of(model)}
+        assert sections == {"full", "qkv", "mlp", "passes", "patch"} | ({"windows"} if model == "Qwen2.5-VL" else set())
+
+
 def test_chart(tmp_path):
     pytest.importorskip("matplotlib")
     rows = [row_of(case, name) for case in TINY for name in case.ours]
@@ -194,7 +203,7 @@ def test_arguments(monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit_:
         bench_kernels.main()
     assert exit_.value.code == 0
-    assert "windows, full, lengths, qkv" in " ".join(capsys.readouterr().out.split())
+    assert "compile, windows, full, lengths, qkv" in " ".join(capsys.readouterr().out.split())
     monkeypatch.setattr(sys, "argv", ["bench_kernels.py", "--only", "nothing"])
     with pytest.raises(SystemExit):
         bench_kernels.main()

@@ -77,6 +77,23 @@ def test_a_candidate_is_used_by_the_kernel_and_gives_the_same():
         tune.result_of(shape, inputs)
 
 
+def test_the_best_constant_over_all_shapes_is_proposed(monkeypatch, capsys):
+    passes = knob("mlp.PASS")
+    places = dict.fromkeys(range(len(passes.candidates)), 2.0)
+    microseconds = iter([places | {-1: 2.0, 3: 1.0}, places | {-1: 2.0, 5: 1.9}] * len(passes.shapes))
+    monkeypatch.setattr(tune, "measure", lambda *_: ([mlp.PASS], next(microseconds)))
+    none_failed = [[""] * len(passes.shapes) for _ in passes.candidates]
+    assert tune.tune(passes, none_failed) == tune.full(mlp.PASS, passes.candidates[3])
+    rows = capsys.readouterr().out.splitlines()
+    assert rows[0].endswith(f"| {tune.spelled(tune.full(mlp.PASS, passes.candidates[3]))} | 1000000.0 | 2.00× |")
+    monkeypatch.setattr(tune, "measure", lambda *_: ([mlp.PASS], places | {-1: 2.0}))
+    assert tune.tune(passes, none_failed) is None
+    assert capsys.readouterr().out.splitlines()[0].endswith("| 2000000.0 | same | same | same |")
+    monkeypatch.setattr(tune, "measure", lambda *_: ([], places | {-1: 2.0}))
+    assert tune.tune(passes, none_failed) is None
+    assert "not used" in capsys.readouterr().out
+
+
 def test_shapes_and_candidates_are_few_and_different():
     for each in tune_cases.knobs():
         values = [str(candidate) for candidate in each.candidates]
