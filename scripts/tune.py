@@ -118,10 +118,11 @@ def tune(knob: Knob, failures: list[list[str]]) -> Any:
             print(f"| {knob.title} | {shape.title} | not used |" + " |" * 4, flush=True)
             continue
         now = seen[-1]
-        current = seconds.pop(-1)
-        for place, value in seconds.items():
+        current = seconds[-1]
+        others = {place: value for place, value in seconds.items() if place >= 0}
+        for place, value in others.items():
             gains[place].append(current / value)
-        best = min(seconds, key=lambda place: seconds[place], default=None)
+        best = min(others, key=lambda place: others[place], default=None)
         best_config, best_seconds = (
             (now, current) if best is None else (full(now, knob.candidates[best]), seconds[best])
         )
