@@ -144,14 +144,14 @@ def uses_tma(*matrices: Tensor) -> bool:
     )
 
 
-def fill(n_tiles: int, x: Tensor) -> float:
-    """How full the rounds of tiles over all programs are; 0 where cuBLAS is always the better choice.
+def fill(n_tiles: int, x: Tensor, programs: int = TMA_TILE.programs) -> float:
+    """How full the rounds of tiles are, `programs` to a multiprocessor; 0 where cuBLAS is always the better choice.
 
     That is in fp32, without tensor cores, and on GPUs other than sm_90, for which these kernels are shaped.
     """
     if x.dtype == torch.float32 or _capability(x.device)[0] != 9 or n_tiles == 0:
         return 0.0
-    programs = TMA_TILE.programs * multiprocessors(x.device)
+    programs *= multiprocessors(x.device)
     return n_tiles / (triton.cdiv(n_tiles, programs) * programs)
 
 

@@ -1,8 +1,12 @@
 """Patch embedding: pixel values times weights, plus bias and learned positions, written in the tower's order.
 
-`_embed` is all of it in one matrix product, whose epilogue interpolates positions and writes each row to its place.
-`_stage` (convert rows, and reorder them) and `_position_rows` are the passes around a cuBLAS product where that is
-faster. Reordering moves whole tokens: `place_ptr` names the place of each, `UNIT` is the patches in one.
+Learned positions come first (`_position_rows`), and a cuBLAS product adds to them. The order comes with the rows that
+are converted (`_stage`), or where nothing is to be converted from the epilogue of a product of our own (`_embed`).
+Reordering moves whole tokens: `place_ptr` names the place of each, `UNIT` is the patches in one.
+
+Interpolating in the epilogue was tried: at 7056 x 1536 x 1152 its best tile took 50.6 µs, these two steps take 49.9,
+and at 4096 41.7 against 30.2 (H200, bf16; the bare product: 38.9 and 23.5). Converting rows on their way to a product
+would take them through registers: 67 µs and more, 64 for `_stage` and cuBLAS (9216 x 1176 x 1280).
 """
 
 import torch
@@ -12,17 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from qwenvit.kernels.gemm import (
-    TMA_TILE,
-    Tile,
-    accumulate,
-    add_bias,
-    fill,
-    halves,
-    multiprocessors,
-    tile_at,
-    uses_tma,
-)
+from qwenvit.kernels.gemm import Tile, accumulate, add_bias, fill, halves, multiprocessors, tile_at, uses_tma
 from qwenvit.kernels.norm import load_row, row_config, store_row
 
 PASS_WARPS = 1
@@ -89,38 +83,12 @@ def _stage(
     store_row(y_ptr + _place(i_in, place_ptr, UNIT) * stride_y, b_main, b_tail, K, MAIN, TAIL)
 
 
-@triton.jit
-def _positions(
-    table_ptr,  # shape (entries, N)
-    taps_ptr,  # int64, shape (M, 4)
-    tap_weights_ptr,  # fp32, shape (M, 4)
-    o_row,
-    o_col,
-    M,
-    N: tl.constexpr,
-):
-    """Learned positions of a tile, [rows, columns] in fp32."""
-    m_row = o_row < M
-    m_tile = m_row[:, None] & (o_col < N)[None, :]
-    o_tap = o_row.to(tl.int64) * 4
-    b_sum = tl.zeros([o_row.shape[0], o_col.shape[0]], tl.float32)
-    for i_tap in tl.range(4, num_stages=1):
-        b_entry = tl.load(taps_ptr + o_tap + i_tap, mask=m_row, other=0)
-        b_weight = tl.load(tap_weights_ptr + o_tap + i_tap, mask=m_row, other=0.0)
-        b_tap = tl.load(table_ptr + b_entry[:, None] * N + o_col[None, :], mask=m_tile, other=0.0)
-        b_sum += b_weight[:, None] * b_tap.to(tl.float32)
-    return b_sum
-
-
 @triton.jit(do_not_specialize=["M"])
 def _embed(
     pixels,  # shape (M, K): TMA descriptor
     weight,  # shape (N, K): TMA descriptor seen as (1, 1, N, K)
     bias_ptr,  # shape (N,); None where there is none
-    table_ptr,  # shape (entries, N); None where there are no learned positions, nor the next two
-    taps_ptr,  # int64, shape (M, 4)
-    tap_weights_ptr,  # fp32, shape (M, 4)
-    place_ptr,  # int64, shape (M / UNIT,); None for the rows' own order
+    place_ptr,  # int64, shape (M / UNIT,)
     out_ptr,  # shape (M, N)
     M,
     UNIT: tl.constexpr,
@@ -139,47 +107,45 @@ def _embed(
         i_col *= BLOCK_N
         b_sum = accumulate(pixels, weight, i_row, 0, 0, i_col, None, M, K, BLOCK_M, BLOCK_N, BLOCK_K, True)
         o_row = i_row + tl.arange(0, BLOCK_M)
-        o_out = _place(tl.minimum(o_row, M - 1), place_ptr, UNIT)
+        p_row = out_ptr + _place(tl.minimum(o_row, M - 1), place_ptr, UNIT)[:, None] * N
         b_left, b_right = halves(b_sum)
         for i_half in tl.static_range(2):
             o_col = i_col + i_half * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
             b_half = add_bias(b_left if i_half == 0 else b_right, bias_ptr, o_col, N)
-            if table_ptr is not None:
-                b_half += _positions(table_ptr, taps_ptr, tap_weights_ptr, o_row, o_col, M, N)
             m_out = (o_row < M)[:, None] & (o_col < N)[None, :]
-            tl.store(out_ptr + o_out[:, None] * N + o_col[None, :], b_half.to(out_ptr.dtype.element_ty), mask=m_out)
+            tl.store(p_row + o_col[None, :], b_half.to(out_ptr.dtype.element_ty), mask=m_out)
+
+
+TILE = Tile(block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=4, programs=1)
+"""47.2 µs at S = 9216, K = 1176, N = 1280 (H200, bf16); with 3 stages 49.2, 128 x 128 by two programs of 4 warps 55.4,
+six others 56 to 76. cuBLAS takes 47.9 for the product alone."""
 
 
 def fused_wins(pixel_values: Tensor, weight: Tensor) -> bool:
-    """Whether `_embed` beats passes around cuBLAS, given positions or an order: where rounds are 80 % full."""
-    n_tiles = triton.cdiv(len(pixel_values), TMA_TILE.block_m) * triton.cdiv(len(weight), TMA_TILE.block_n)
-    readable = uses_tma(weight) and (pixel_values.dtype != weight.dtype or uses_tma(pixel_values))
-    return readable and fill(n_tiles, weight) >= 0.8
+    """Whether `_embed` beats a pass that reorders and cuBLAS, given an order alone.
+
+    Tiles are large, so the last round of them decides: 47.2 µs against 60.0 at S = 9216 (rounds 91 % full), 16.5
+    against 17.4 at 2304 (68 %), but 30.8 against 26.8 at 4096 (61 %) and 15.8 against 9.2 at 1024 (30 %).
+    """
+    n_tiles = triton.cdiv(len(pixel_values), TILE.block_m) * triton.cdiv(len(weight), TILE.block_n)
+    readable = pixel_values.dtype == weight.dtype and uses_tma(pixel_values, weight)
+    return readable and fill(n_tiles, weight, TILE.programs) >= 0.65
 
 
-def embed_fused(
-    rows: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    table: Tensor | None,
-    taps: Tensor | None,
-    tap_weights: Tensor | None,
-    restore_index: Tensor | None,
-    merge_unit: int,
-    tile: Tile = TMA_TILE,
+def embed_to_order(
+    pixel_values: Tensor, weight: Tensor, bias: Tensor | None, restore_index: Tensor, merge_unit: int, tile: Tile = TILE
 ) -> Tensor:
-    """All of `patch_embed` in one kernel, for rows in the weights' dtype that TMA can read."""
-    M, K = rows.shape
-    N = weight.shape[0]
+    """The product of rows and weights, each row written to its place, for what TMA can read."""
+    (M, K), N = pixel_values.shape, weight.shape[0]
     out = weight.new_empty((M, N))
     if M == 0:
         return out
-    pixels = TensorDescriptor.from_tensor(rows, [tile.block_m, tile.block_k])
+    pixels = TensorDescriptor.from_tensor(pixel_values, [tile.block_m, tile.block_k])
     weights = TensorDescriptor.from_tensor(weight[None, None], [1, 1, tile.block_n, tile.block_k])
     n_tiles = triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n)
     with torch.cuda.device_of(out):  # Triton launches on the current device, which need not be the tensor's
         _embed[(min(n_tiles, tile.programs * multiprocessors(out.device)),)](
-            pixels, weights, bias, table, taps, tap_weights, restore_index, out, M,
+            pixels, weights, bias, restore_index, out, M,
             UNIT=merge_unit, N=N, K=K, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
             BAND=tile.band, num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
@@ -253,15 +219,14 @@ def patch_embed(
 ) -> Tensor:
     """Patches embedded; see `qwenvit.ops.patch_embed`.
 
-    I/O: reads pixel_values, weight and table, writes y; rows to be converted are written and read once more, and around
-    cuBLAS rows to be reordered and positions too. 2·S·K·N FLOPs.
+    I/O: reads pixel_values, weight and table, writes y; rows to be converted are written and read once more, and so are
+    positions, and rows to be reordered where `fused_wins` says no. 2·S·K·N FLOPs.
     """
-    fused = (table is not None or restore_index is not None) and fused_wins(pixel_values, weight)
     rows = pixel_values
-    if rows.dtype != weight.dtype or (restore_index is not None and not fused):
-        rows = _stage_rows(rows, None if fused else restore_index, merge_unit, weight.dtype)
-    if fused:
-        return embed_fused(rows, weight, bias, table, taps, tap_weights, restore_index, merge_unit)
+    if table is None and restore_index is not None and fused_wins(rows, weight):
+        return embed_to_order(rows, weight, bias, restore_index, merge_unit)
+    if rows.dtype != weight.dtype or restore_index is not None:
+        rows = _stage_rows(rows, restore_index, merge_unit, weight.dtype)
     if table is None or taps is None or tap_weights is None:
         return F.linear(rows, weight, bias)
     y = weight.new_empty((len(rows), len(weight)))

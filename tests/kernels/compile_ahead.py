@@ -92,10 +92,9 @@ def call_everything(dtype: torch.dtype) -> None:
         pixels, weight = tensor(256, 1536, of=pixel_dtype), tensor(1152, 1536)
         ops.patch_embed(pixels, weight, tensor(1152), *learned, torch.arange(64), impl="triton")
     if dtype != torch.float32 and gemm.uses_tma(tensor(1, 8)):
-        from qwenvit.kernels.patch_embed import embed_fused
+        from qwenvit.kernels.patch_embed import embed_to_order
 
-        embed_fused(tensor(256, 1536), tensor(1152, 1536), tensor(1152), *learned, None, 4)
-        embed_fused(tensor(256, 1176), tensor(1280, 1216)[:, :1176], None, None, None, None, torch.arange(64), 4)
+        embed_to_order(tensor(256, 1176), tensor(1280, 1216)[:, :1176], None, torch.arange(64), 4)
     types, grid = torch.zeros(2, 600, dtype=torch.int64), torch.ones(3, 3, dtype=torch.int64)
     for apart in (False, True):
         seconds = None if apart else tensor(3)
