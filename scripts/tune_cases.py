@@ -14,7 +14,7 @@ from unittest import mock
 import torch
 from attention_cases import attention_case, length_case
 from kernel_baselines import split, triton_rope
-from kernel_cases import Case
+from kernel_cases import SIDES, Case
 from kernel_timing import Inputs
 from pass_cases import MERGERS, activation_case, map_case, merger_case, norm_case
 from patch_cases import patch_case, positions_case
@@ -109,18 +109,14 @@ def rotations(in_place: bool) -> tuple[Shape, ...]:
     )
 
 
-def fused_patches() -> Shape:
-    """The patch embedding's kernel, whose tile is an argument."""
-    from qwenvit.kernels import gemm
-    from qwenvit.kernels.patch_embed import embed_fused
-
-    case = patch_case("Qwen3-VL", 1344, None)
-    names = ("pixels", "padded", "bias", "table", "taps", "tap_weights")
+def ordered_patches(side: int) -> Shape:
+    """The patch embedding's product, whose tile is an argument."""
+    from qwenvit.kernels import patch_embed
 
     def call(x: Inputs) -> Any:
-        return embed_fused(*(x[name] for name in names), None, 4, gemm.TMA_TILE)
+        return patch_embed.embed_to_order(x["pixels"], x["padded"], None, x["restore"], 4, patch_embed.TILE)
 
-    return dataclasses.replace(of_case(case), call=call)
+    return dataclasses.replace(of_case(patch_case("Qwen2.5-VL", side, None)), call=call)
 
 
 def grid(**fields: tuple[Any, ...]) -> tuple[dict[str, Any], ...]:
@@ -131,13 +127,13 @@ def grid(**fields: tuple[Any, ...]) -> tuple[dict[str, Any], ...]:
 def knobs(tma: bool = True) -> list[Knob]:
     """`tma`: whether the GPU has it, which decides the tile of matrix products that is in use."""
     windows = [attention_case(side, side // patch, head_dim, True, {})
-               for head_dim, patch in ((80, 14), (72, 16)) for side in (448, 672, 896, 1344)]  # fmt: skip
+               for head_dim, patch in ((80, 14), (72, 16)) for side in SIDES]  # fmt: skip
     images = [attention_case(side, side // patch, head_dim, False, {})
               for head_dim, patch in ((80, 14), (72, 16)) for side in (448, 672, 1344)]  # fmt: skip
     images += [length_case(tokens, {}) for tokens in (256, 1024, 4096)]
     qkv = [qkv_case(model, tokens, *shape) for model, (*shape, sizes) in QKV.items() for tokens in sizes]
     mlp = [mlp_case(model, act, tokens, *shape) for model, (act, *shape, sizes) in MLP.items() for tokens in sizes]
-    patches = [patch_case(model, side, None) for model in ("Qwen2.5-VL", "Qwen3-VL") for side in (448, 672, 896, 1344)]
+    patches = [patch_case(model, side, None) for model in ("Qwen2.5-VL", "Qwen3-VL") for side in SIDES]
     norms = [norm_case(kind, channels, residual, tokens) for kind, channels in (("rms", 1280), ("layer", 1152))
              for residual in (True, False) for tokens in (1024, 9216)]  # fmt: skip
     large = [case for case in qkv + mlp if case.tokens in (3136, 4096, 9216)]
@@ -151,7 +147,7 @@ def knobs(tma: bool = True) -> list[Knob]:
         Knob("long_attention", "long_config", LONG_CHANGES, shapes(images)),
         Knob("rope", "ROTATE", grid(rows=(4, 8, 16), heads=(8, 16), num_warps=(4,)), rotations(in_place=False)),
         Knob("qkv_rope", "PASS", grid(rows=(2, 4, 8), pairs=(128, 256), num_warps=(4, 8)), rotations(in_place=True)),
-        Knob("gemm", tile, tiles, (*products, fused_patches()) if tma else products),
+        Knob("gemm", tile, tiles, products),
         Knob("qkv_rope", "group_of", (16, 32, 64), tuple(of_case(case, "fused") for case in qkv if case in large)),
         Knob("qkv_rope", "fused_wins", either, tuple(of_case(case, "dispatch") for case in qkv)),
         Knob("mlp", "fused_wins", either, tuple(of_case(case, "dispatch") for case in mlp)),
@@ -164,6 +160,7 @@ def knobs(tma: bool = True) -> list[Knob]:
         Knob("spatial_merge", "AVERAGE_BLOCK", (256, 512, 1024, 2048), shapes([map_case("average", 1280, 9216)])),
         Knob("patch_embed", "PASS_WARPS", (1, 2, 4),
              shapes([positions_case(1152, add, tokens) for add in either for tokens in (1024, 9216)])),
+        *([Knob("patch_embed", "TILE", TMA_CHANGES, tuple(ordered_patches(side) for side in SIDES))] if tma else []),
         Knob("patch_embed", "fused_wins", either, shapes(patches)),
     ]  # fmt: skip
 
@@ -175,7 +172,7 @@ def shapes(cases: list[Case]) -> tuple[Shape, ...]:
 TMA_CHANGES = (
     *grid(block_m=(128,), block_n=(128,), num_warps=(4,), num_stages=(3,), programs=(2,), band=(4, 8, 16)),
     *grid(block_m=(128,), block_n=(128,), num_warps=(8,), num_stages=(3, 4), programs=(1, 2)),
-    *grid(block_m=(128,), block_n=(256,), num_warps=(8,), num_stages=(3,), programs=(1,)),
+    *grid(block_m=(128,), block_n=(256,), num_warps=(8,), num_stages=(3, 4), programs=(1,)),
     *grid(block_m=(64,), block_n=(128,), num_warps=(4,), num_stages=(4,), programs=(2,)),
 )
 POINTER_CHANGES = grid(block_m=(64, 128), block_k=(32, 64), num_warps=(4, 8), num_stages=(3, 4))
