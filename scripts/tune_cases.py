@@ -20,7 +20,7 @@ from pass_cases import MERGERS, activation_case, map_case, merger_case, norm_cas
 from patch_cases import patch_case, positions_case
 from projection_cases import MLP, QKV, mlp_case, qkv_case
 
-from qwenvit import kernels
+from qwenvit import kernels, ops
 
 HEADS = 16
 
@@ -91,20 +91,17 @@ def of_case(case: Case, name: str = "qwenvit") -> Shape:
 
 
 def rotations(in_place: bool) -> tuple[Shape, ...]:
-    """The two passes that only rotate."""
+    """The pass in place; or the one before attention, with as little attention after it as there can be."""
 
-    def out_of_place(x: Inputs) -> Any:
-        from qwenvit.kernels.rope import rotate
-
-        q, k, _ = split(x["turned"], HEADS)
-        return rotate(q, k, x["cos"], x["sin"], True)
+    def attention(x: Inputs) -> Any:
+        return ops.rope_attention(*split(x["turned"], HEADS), x["cos"], x["sin"], x["cu_seqlens"], interleaved=True)
 
     def place(x: Inputs) -> Any:
         return triton_rope(x["turned"], x["cos"], x["sin"], HEADS, True)[0]
 
-    cases = [attention_case(448 * side // 32, side, head_dim, False, {}) for side in (64, 96) for head_dim in (80, 72)]
+    cases = [attention_case(14 * side, side, head_dim, True, {}) for side in (64, 96) for head_dim in (80, 72)]
     return tuple(
-        Shape(f"S = {case.tokens}, D = {case.head_dim}", case.inputs, place if in_place else out_of_place)
+        Shape(f"S = {case.tokens}, D = {case.head_dim}", case.inputs, place if in_place else attention)
         for case in cases
     )
 
