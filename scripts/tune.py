@@ -7,10 +7,8 @@ person to move a threshold.
 """
 
 import argparse
-import dataclasses
 import gc
 import math
-import re
 import sys
 import time
 from pathlib import Path
@@ -21,30 +19,14 @@ from bench_kernels import DTYPE
 from kernel_cases import relative_error
 from kernel_jobs import parallel, progress
 from kernel_timing import ceilings, header, medians, set_count
-from tune_cases import Knob, Shape, configured, knobs
+from launch_configs import Knob, Shape, configured, full, rewritten, spelled
+from tune_cases import knobs
 
 WORTH = 1.02
 """Gain from which a change is proposed: medians of one run repeat within 1 %."""
 SAME = 1e-2
 """Relative L2 by which a candidate's result may differ from the current one's: other tiles sum in other orders."""
 FOLDER = Path(__file__).resolve().parent.parent / "kernels"
-
-
-def spelled(config: Any) -> str:
-    """As the source has it: fields by name, defaults left out."""
-    if not dataclasses.is_dataclass(config):
-        return repr(config)
-    fields = [(field, getattr(config, field.name)) for field in dataclasses.fields(config)]
-    given = [f"{field.name}={value!r}" for field, value in fields if value != field.default]
-    return f"{type(config).__name__}({', '.join(given)})"
-
-
-def rewritten(source: str, name: str, config: Any) -> str:
-    """The source with the one line that sets a constant changed; ValueError unless there is exactly one."""
-    line = re.compile(rf"^{name} = .*$", re.MULTILINE)
-    if len(line.findall(source)) != 1:
-        raise ValueError(f"{name}: expected one line that sets it")
-    return line.sub(lambda _: f"{name} = {spelled(config)}", source)
 
 
 def result_of(shape: Shape, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -97,11 +79,6 @@ def measure(knob: Knob, shape: Shape, candidates: list[Any]) -> tuple[list[Any],
     runs = [-1, *(place for place, candidate in enumerate(candidates) if candidate is not None)]
     seconds = medians({str(place): lambda x, place=place: call(place, x) for place in runs}, sets)
     return seen, {int(place): value for place, value in seconds.items()}
-
-
-def full(config: Any, candidate: Any) -> Any:
-    """The config that a candidate means, where it is given as changes."""
-    return dataclasses.replace(config, **candidate) if isinstance(candidate, dict) else candidate
 
 
 def tune(knob: Knob, failures: list[list[str]]) -> Any:

@@ -1,88 +1,24 @@
-"""Launch configs that `tune.py` can measure, their candidates, and shapes of published towers to measure them on."""
+"""The launch configs that `tune.py` measures, their candidates, and shapes of published towers to measure them on."""
 
-import contextlib
 import dataclasses
-import importlib
 import itertools
-import pkgutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
-from unittest import mock
 
-import torch
 from attention_cases import attention_case, length_case
 from kernel_baselines import split, triton_rope
 from kernel_cases import SIDES, Case
 from kernel_timing import Inputs
+from launch_configs import Knob, Shape
 from pass_cases import MERGERS, activation_case, map_case, merger_case, norm_case
 from patch_cases import patch_case, positions_case
 from projection_cases import MLP, QKV, mlp_case, qkv_case
 
-from qwenvit import kernels, ops
+from qwenvit import ops
+from qwenvit.kernels import gemm, mlp, patch_embed, qkv_rope
 
 HEADS = 16
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Something to run on which a launch config has influence."""
-
-    title: str
-    inputs: Callable[[torch.device, torch.dtype], Inputs]
-    call: Callable[[Inputs], Any]
-
-
-@dataclass(frozen=True)
-class Knob:
-    """A launch config: a constant of a module in `qwenvit.kernels`, or a function there that chooses one."""
-
-    module: str
-    name: str
-    candidates: tuple[Any, ...]
-    """Values; or, as dicts, what to change in the value there is now."""
-    shapes: tuple[Shape, ...]
-
-    @property
-    def title(self) -> str:
-        return f"{self.module}.{self.name}"
-
-    @property
-    def current(self) -> Any:
-        return getattr(importlib.import_module(f"{kernels.__name__}.{self.module}"), self.name)
-
-    @property
-    def is_function(self) -> bool:
-        return callable(self.current)
-
-
-def modules() -> list[ModuleType]:
-    return [
-        importlib.import_module(f"{kernels.__name__}.{info.name}") for info in pkgutil.iter_modules(kernels.__path__)
-    ]
-
-
-@contextlib.contextmanager
-def configured(knob: Knob, candidate: Any) -> Iterator[list[Any]]:
-    """Put a candidate in the place of the config, in every module that imported it; None leaves it, and looks.
-
-    Yields:
-        A list that the configs in use are added to.
-    """
-    current, seen = knob.current, []
-
-    def value(now: Any) -> Any:
-        new = now if candidate is None else candidate
-        seen.append(dataclasses.replace(now, **new) if isinstance(new, dict) else new)
-        return seen[-1]
-
-    new = (lambda *args, **options: value(current(*args, **options))) if knob.is_function else value(current)
-    with contextlib.ExitStack() as stack:
-        for module in modules():
-            if getattr(module, knob.name, None) is current:
-                stack.enter_context(mock.patch.object(module, knob.name, new))
-        yield seen
+LARGE = (3136, 4096, 9216)
+"""Patches of the images that tiles of products are chosen for."""
 
 
 def of_case(case: Case, name: str = "qwenvit") -> Shape:
@@ -106,9 +42,32 @@ def rotations(in_place: bool) -> tuple[Shape, ...]:
     )
 
 
+def products(tile: str, modules: tuple[str, ...] = ("qkv_rope", "mlp")) -> tuple[Shape, ...]:
+    """The products with epilogues in plain Triton, with the tile of this name in `gemm`."""
+    found = []
+    for model, (channels, heads, head_dim, sizes) in QKV.items() if "qkv_rope" in modules else ():
+        cases = [qkv_case(model, tokens, channels, heads, head_dim) for tokens in sizes if tokens in LARGE]
+        names = ("x", "packed_weight", "packed_bias", "cos", "sin")
+
+        def rotated(x: Inputs, names: tuple[str, ...] = names, heads: int = heads) -> Any:
+            return qkv_rope.project_and_rotate(*(x[name] for name in names), heads, tile=getattr(gemm, tile))
+
+        found += [dataclasses.replace(of_case(case, "fused"), call=rotated) for case in cases]
+    for model, (act, channels, width, sizes) in MLP.items() if "mlp" in modules else ():
+        cases = [mlp_case(model, act, tokens, channels, width) for tokens in sizes if tokens in LARGE]
+        gated = act == "swiglu"
+        names = ("x", "packed_weight", "packed_bias") if gated else ("x", "weight", "bias")
+
+        def active(x: Inputs, names: tuple[str, ...] = names, act: str = act, gated: bool = gated) -> Any:
+            operands = (x[name] for name in names)
+            return mlp.project_and_activate(*operands, "silu" if gated else act, gated, tile=getattr(gemm, tile))
+
+        found += [dataclasses.replace(of_case(case, "fused"), call=active) for case in cases]
+    return tuple(found)
+
+
 def ordered_patches(side: int) -> Shape:
     """The patch embedding's product, whose tile is an argument."""
-    from qwenvit.kernels import patch_embed
 
     def call(x: Inputs) -> Any:
         return patch_embed.embed_to_order(x["pixels"], x["padded"], None, x["restore"], 4, patch_embed.TILE)
@@ -129,12 +88,10 @@ def knobs(tma: bool = True) -> list[Knob]:
               for head_dim, patch in ((80, 14), (72, 16)) for side in (448, 672, 1344)]  # fmt: skip
     images += [length_case(tokens, {}) for tokens in (256, 1024, 4096)]
     qkv = [qkv_case(model, tokens, *shape) for model, (*shape, sizes) in QKV.items() for tokens in sizes]
-    mlp = [mlp_case(model, act, tokens, *shape) for model, (act, *shape, sizes) in MLP.items() for tokens in sizes]
+    halves = [mlp_case(model, act, tokens, *shape) for model, (act, *shape, sizes) in MLP.items() for tokens in sizes]
     patches = [patch_case(model, side, None) for model in ("Qwen2.5-VL", "Qwen3-VL") for side in SIDES]
     norms = [norm_case(kind, channels, residual, tokens) for kind, channels in (("rms", 1280), ("layer", 1152))
              for residual in (True, False) for tokens in (1024, 9216)]  # fmt: skip
-    large = [case for case in qkv + mlp if case.tokens in (3136, 4096, 9216)]
-    products = tuple(of_case(case, "fused") for case in large)
     tile, tiles = ("TMA_TILE", TMA_CHANGES) if tma else ("POINTER_TILE", POINTER_CHANGES)
     passes = [activation_case(act, columns, tokens) for act, columns in (("swiglu", 3456), ("gelu_tanh", 4304))
               for tokens in (4096, 9216)]  # fmt: skip
@@ -144,10 +101,10 @@ def knobs(tma: bool = True) -> list[Knob]:
         Knob("long_attention", "long_config", LONG_CHANGES, shapes(images)),
         Knob("rope", "ROTATE", grid(rows=(4, 8, 16), heads=(8, 16), num_warps=(4,)), rotations(in_place=False)),
         Knob("qkv_rope", "PASS", grid(rows=(2, 4, 8), pairs=(128, 256), num_warps=(4, 8)), rotations(in_place=True)),
-        Knob("gemm", tile, tiles, products),
-        Knob("qkv_rope", "group_of", (16, 32, 64), tuple(of_case(case, "fused") for case in qkv if case in large)),
+        Knob("gemm", tile, tiles, products(tile)),
+        Knob("qkv_rope", "group_of", (16, 32, 64), products(tile, ("qkv_rope",))),
         Knob("qkv_rope", "fused_wins", either, tuple(of_case(case, "dispatch") for case in qkv)),
-        Knob("mlp", "fused_wins", either, tuple(of_case(case, "dispatch") for case in mlp)),
+        Knob("mlp", "fused_wins", either, tuple(of_case(case, "dispatch") for case in halves)),
         Knob("mlp", "PASS", grid(rows=(1, 2, 4), cols=(1024, 2048), num_warps=(4, 8)), shapes(passes)),
         Knob("mlp", "ERF_PASS", grid(rows=(4, 8, 16), cols=(128, 256), num_warps=(4, 8)),
              shapes([activation_case("gelu", 5120, tokens) for tokens in (1024, 4096)])),

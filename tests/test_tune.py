@@ -3,12 +3,13 @@
 import importlib
 import sys
 
+import launch_configs
 import pytest
 import torch
 import tune
 import tune_cases
+from launch_configs import Knob, Shape, configured
 from pass_cases import activation_case
-from tune_cases import Knob, Shape, configured
 
 from qwenvit.kernels import gemm, mlp, qkv_rope, rope_attention
 
@@ -24,19 +25,22 @@ def test_every_constant_has_one_line_that_can_be_rewritten(tma, tmp_path):
             continue
         path = tmp_path / f"{each.module}.py"
         path.write_text((tune.FOLDER / path.name).read_text())
-        assert tune.rewritten(path.read_text(), each.name, each.current) == path.read_text()
-        other = next(value for c in each.candidates if (value := tune.full(each.current, c)) != each.current)
-        path.write_text(tune.rewritten(path.read_text(), each.name, other))
+        assert launch_configs.rewritten(path.read_text(), each.name, each.current) == path.read_text()
+        other = next(value for c in each.candidates if (value := launch_configs.full(each.current, c)) != each.current)
+        path.write_text(launch_configs.rewritten(path.read_text(), each.name, other))
         lines = zip((tune.FOLDER / path.name).read_text().splitlines(), path.read_text().splitlines(), strict=True)
-        assert [new for old, new in lines if new != old] == [f"{each.name} = {tune.spelled(other)}"]
-        assert eval(tune.spelled(other), vars(importlib.import_module(f"qwenvit.kernels.{each.module}"))) == other
+        assert [new for old, new in lines if new != old] == [f"{each.name} = {launch_configs.spelled(other)}"]
+        assert (
+            eval(launch_configs.spelled(other), vars(importlib.import_module(f"qwenvit.kernels.{each.module}")))
+            == other
+        )
 
 
 def test_a_line_that_is_not_there_or_twice_is_refused():
     with pytest.raises(ValueError, match="PASS: expected one line"):
-        tune.rewritten("WORD = 1\n", "PASS", 2)
+        launch_configs.rewritten("WORD = 1\n", "PASS", 2)
     with pytest.raises(ValueError, match="PASS: expected one line"):
-        tune.rewritten("PASS = 1\nPASS = 2\n", "PASS", 3)
+        launch_configs.rewritten("PASS = 1\nPASS = 2\n", "PASS", 3)
 
 
 def test_candidates_take_the_place_of_constants_wherever_they_were_imported():
@@ -83,9 +87,11 @@ def test_the_best_constant_over_all_shapes_is_proposed(monkeypatch, capsys):
     microseconds = iter([places | {-1: 2.0, 3: 1.0}, places | {-1: 2.0, 5: 1.9}] * len(passes.shapes))
     monkeypatch.setattr(tune, "measure", lambda *_: ([mlp.PASS], next(microseconds)))
     none_failed = [[""] * len(passes.shapes) for _ in passes.candidates]
-    assert tune.tune(passes, none_failed) == tune.full(mlp.PASS, passes.candidates[3])
+    assert tune.tune(passes, none_failed) == launch_configs.full(mlp.PASS, passes.candidates[3])
     rows = capsys.readouterr().out.splitlines()
-    assert rows[0].endswith(f"| {tune.spelled(tune.full(mlp.PASS, passes.candidates[3]))} | 1000000.0 | 2.00× |")
+    assert rows[0].endswith(
+        f"| {launch_configs.spelled(launch_configs.full(mlp.PASS, passes.candidates[3]))} | 1000000.0 | 2.00× |"
+    )
     monkeypatch.setattr(tune, "measure", lambda *_: ([mlp.PASS], places | {-1: 2.0}))
     assert tune.tune(passes, none_failed) is None
     assert capsys.readouterr().out.splitlines()[0].endswith("| 2000000.0 | same | same | same |")
