@@ -3,15 +3,15 @@
 import importlib
 import sys
 
-import launch_configs
 import pytest
 import torch
 import tune
 import tune_cases
-from launch_configs import Knob, Shape, configured
-from pass_cases import activation_case
+from attention_cases import attention_case
+from launch_configs import Knob, Shape, configured, full, rewritten, spelled
 
-from qwenvit.kernels import gemm, mlp, qkv_rope, rope_attention
+from qwenvit import ops
+from qwenvit.kernels import gemm, qkv_rope, rope_attention
 
 
 def knob(title: str) -> Knob:
@@ -25,22 +25,19 @@ def test_every_constant_has_one_line_that_can_be_rewritten(tma, tmp_path):
             continue
         path = tmp_path / f"{each.module}.py"
         path.write_text((tune.FOLDER / path.name).read_text())
-        assert launch_configs.rewritten(path.read_text(), each.name, each.current) == path.read_text()
-        other = next(value for c in each.candidates if (value := launch_configs.full(each.current, c)) != each.current)
-        path.write_text(launch_configs.rewritten(path.read_text(), each.name, other))
+        assert rewritten(path.read_text(), each.name, each.current) == path.read_text()
+        other = next(value for c in each.candidates if (value := full(each.current, c)) != each.current)
+        path.write_text(rewritten(path.read_text(), each.name, other))
         lines = zip((tune.FOLDER / path.name).read_text().splitlines(), path.read_text().splitlines(), strict=True)
-        assert [new for old, new in lines if new != old] == [f"{each.name} = {launch_configs.spelled(other)}"]
-        assert (
-            eval(launch_configs.spelled(other), vars(importlib.import_module(f"qwenvit.kernels.{each.module}")))
-            == other
-        )
+        assert [new for old, new in lines if new != old] == [f"{each.name} = {spelled(other)}"]
+        assert eval(spelled(other), vars(importlib.import_module(f"qwenvit.kernels.{each.module}"))) == other
 
 
 def test_a_line_that_is_not_there_or_twice_is_refused():
     with pytest.raises(ValueError, match="PASS: expected one line"):
-        launch_configs.rewritten("WORD = 1\n", "PASS", 2)
+        rewritten("WORD = 1\n", "PASS", 2)
     with pytest.raises(ValueError, match="PASS: expected one line"):
-        launch_configs.rewritten("PASS = 1\nPASS = 2\n", "PASS", 3)
+        rewritten("PASS = 1\nPASS = 2\n", "PASS", 3)
 
 
 def test_candidates_take_the_place_of_constants_wherever_they_were_imported():
@@ -66,36 +63,31 @@ def test_candidates_change_what_functions_choose():
 
 
 def test_a_candidate_is_used_by_the_kernel_and_gives_the_same():
-    case = activation_case("gelu_tanh", 48, 5)
-
-    def call(x):
-        mlp.activation_(x["x"], "gelu_tanh")
-        return x["x"]
-
-    shape = Shape("tiny", case.inputs, call)
+    passes = knob("qkv_rope.PASS")
+    case = attention_case(56, 4, 64, False, {}, heads=2)
+    shape = Shape("tiny", case.inputs, lambda x: ops.rotate_qk_(x["turned"], x["cos"], x["sin"], 2, impl="triton"))
     inputs = shape.inputs(torch.device("cpu"), torch.float32)
     now = tune.result_of(shape, inputs)
-    with configured(knob("mlp.PASS"), {"rows": 1, "cols": 16}):
+    assert not torch.equal(now, inputs["turned"].double().flatten())
+    with configured(passes, {"rows": 1, "pairs": 16}):
         assert torch.equal(tune.result_of(shape, inputs), now)
-    with configured(knob("mlp.PASS"), {"rows": 3}), pytest.raises(Exception, match="power of 2"):
+    with configured(passes, {"rows": 3}), pytest.raises(Exception, match="power of 2"):
         tune.result_of(shape, inputs)
 
 
 def test_the_best_constant_over_all_shapes_is_proposed(monkeypatch, capsys):
-    passes = knob("mlp.PASS")
-    places = dict.fromkeys(range(len(passes.candidates)), 2.0)
-    microseconds = iter([places | {-1: 2.0, 3: 1.0}, places | {-1: 2.0, 5: 1.9}] * len(passes.shapes))
-    monkeypatch.setattr(tune, "measure", lambda *_: ([mlp.PASS], next(microseconds)))
+    passes = knob("qkv_rope.PASS")
+    third = full(qkv_rope.PASS, passes.candidates[3])
+    places = dict.fromkeys(range(-1, len(passes.candidates)), 2.0)
+    seconds = iter([places | {3: 1.0}, places | {5: 1.9}] * len(passes.shapes))
+    monkeypatch.setattr(tune, "measure", lambda *_: ([qkv_rope.PASS], next(seconds)))
     none_failed = [[""] * len(passes.shapes) for _ in passes.candidates]
-    assert tune.tune(passes, none_failed) == launch_configs.full(mlp.PASS, passes.candidates[3])
-    rows = capsys.readouterr().out.splitlines()
-    assert rows[0].endswith(
-        f"| {launch_configs.spelled(launch_configs.full(mlp.PASS, passes.candidates[3]))} | 1000000.0 | 2.00× |"
-    )
-    monkeypatch.setattr(tune, "measure", lambda *_: ([mlp.PASS], places | {-1: 2.0}))
+    assert tune.tune(passes, none_failed) == third
+    assert capsys.readouterr().out.splitlines()[0].endswith(f"| {spelled(third)} | 1000000.0 | 2.00× |")
+    monkeypatch.setattr(tune, "measure", lambda *_: ([qkv_rope.PASS], places))
     assert tune.tune(passes, none_failed) is None
     assert capsys.readouterr().out.splitlines()[0].endswith("| 2000000.0 | same | same | same |")
-    monkeypatch.setattr(tune, "measure", lambda *_: ([], places | {-1: 2.0}))
+    monkeypatch.setattr(tune, "measure", lambda *_: ([], places))
     assert tune.tune(passes, none_failed) is None
     assert "not used" in capsys.readouterr().out
 
