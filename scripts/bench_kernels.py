@@ -21,7 +21,7 @@ import torch
 import torch._dynamo
 from attention_cases import attention_cases
 from compile_time import MODELS
-from kernel_baselines import load_fa3, set_up_compile
+from kernel_baselines import FLAGS, load_fa3, set_up_compile
 from kernel_cases import Case, Figures, relative_error
 from kernel_jobs import compile_times, parallel, progress
 from kernel_report import SECTIONS, Row, compile_table, draw, table_head, table_row
@@ -150,7 +150,7 @@ def main() -> None:
     parallel(compile_case, options.only, len(cases))  # what fails is said where the case is measured
     compiled = time.monotonic()
     limits = ceilings()
-    print(header(limits, options.commit))
+    print(f"{header(limits, options.commit)}\n\n{FLAGS}")
     if options.fa3:
         load_fa3(options.fa3)
     elif {"windows", "full", "lengths"} & set(options.only):

@@ -6,6 +6,7 @@ import statistics
 import subprocess
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -134,7 +135,8 @@ def header(measured: Ceilings, commit: str | None) -> str:
     )
     megabytes = f"{ROTATION / 2**20:.0f}"
     return (
-        f"{torch.cuda.get_device_name()}, driver {driver}; {versions}; commit {commit}; bf16\n\n"
+        f"{torch.cuda.get_device_name()}, driver {driver}; {versions}; commit {commit}; "
+        f"{date.today()}; bf16\n\n"
         f"Ceilings: device copy {measured.copy / 1e12:.2f} TB/s (read + written), "
         f"8192³ product {measured.gemm / 1e12:.0f} TFLOP/s\n\n" + METHOD.format(rounds=ROUNDS, megabytes=megabytes)
     )
