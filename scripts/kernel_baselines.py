@@ -16,9 +16,9 @@ from qwenvit.rope import apply_rope
 
 FLAGS = (
     "Rivals: cuDNN is `scaled_dot_product_attention` under `sdpa_kernel(CUDNN_ATTENTION)`, segments of one length as a "
-    "batch; FA2 is `torch.nn.attention.varlen.varlen_attn`; FA3 is `_vllm_fa3_C.fwd` with `cu_seqlens`; cuBLAS is "
-    "`F.linear`; torch RoPE is transformers' sequence in fp32; `torch.compile` runs with `fullgraph=True, dynamic=False`, "
-    "compiled for each shape. All take views of the packed projection as they are, and all are captured in CUDA graphs."
+    "batch; FA2 is `torch.nn.attention.varlen.varlen_attn`; FA3 is `_vllm_fa3_C.fwd` with `cu_seqlens`; each reads "
+    "views of the packed projection, rotated before. torch RoPE is transformers' sequence in fp32. cuBLAS is "
+    "`F.linear`. `torch.compile` runs with `fullgraph=True, dynamic=False`, anew for each shape."
 )
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
 """Queries, keys, values `[S, H, D]`, cu_seqlens and max_seqlen -> `[S, H, D]`."""

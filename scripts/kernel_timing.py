@@ -24,7 +24,7 @@ ROTATION = 256 * 2**20
 of a set's tensors still goes through twice."""
 METHOD = (
     "Times are µs a call, medians of {rounds} replays of a CUDA graph of one call for each of many input sets "
-    "({megabytes} MB together, so that nothing is found in L2), outputs written to as many places; the contenders of a "
+    "({mebibytes} MiB together or more, so that nothing is found in L2), outputs written to as many places; the contenders of a "
     "row take turns, replay by replay. No launch from Python is in any figure."
 )
 
@@ -133,12 +133,11 @@ def header(measured: Ceilings, commit: str | None) -> str:
         f"torch {torch.__version__}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}, "
         f"triton {triton.__version__}{others}, Python {platform.python_version()}"
     )
-    megabytes = f"{ROTATION / 2**20:.0f}"
     return (
         f"{torch.cuda.get_device_name()}, driver {driver}; {versions}; commit {commit}; "
         f"{date.today()}; bf16\n\n"
         f"Ceilings: device copy {measured.copy / 1e12:.2f} TB/s (read + written), "
-        f"8192³ product {measured.gemm / 1e12:.0f} TFLOP/s\n\n" + METHOD.format(rounds=ROUNDS, megabytes=megabytes)
+        f"8192³ product {measured.gemm / 1e12:.0f} TFLOP/s\n\n" + METHOD.format(rounds=ROUNDS, mebibytes=ROTATION >> 20)
     )
 
 
