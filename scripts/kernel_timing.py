@@ -24,8 +24,8 @@ ROTATION = 256 * 2**20
 of a set's tensors still goes through twice."""
 METHOD = (
     "Times are µs a call, medians of {rounds} replays of a CUDA graph of one call for each of many input sets "
-    "({mebibytes} MiB together or more, so that nothing is found in L2), outputs written to as many places; the contenders of a "
-    "row take turns, replay by replay. No launch from Python is in any figure."
+    "(about {mebibytes} MiB or more together, so that nothing is found in L2), outputs written to as many places; the "
+    "contenders of a row take turns, replay by replay. No launch from Python is in any figure."
 )
 
 
