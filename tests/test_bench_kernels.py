@@ -137,6 +137,9 @@ def test_a_wrong_kernel_gets_no_figures():
     wrong = dataclasses.replace(case, ours={"qwenvit": Run(lambda x: case.stick.call(x) * 1.02)})
     with pytest.raises(ValueError, match=r"qwenvit: relative L2 [12]"):
         bench_kernels.check(wrong, CPU)
+    lazy = dataclasses.replace(case, ours={"qwenvit": Run(lambda x: torch.empty_like(x["x"]))})
+    with pytest.raises(ValueError, match="qwenvit: relative L2 nan"):
+        bench_kernels.check(lazy, CPU)
     poisoned = dataclasses.replace(case, ours={"qwenvit": Run(lambda x: case.stick.call(x) * torch.nan)})
     with pytest.raises(ValueError, match="qwenvit: relative L2 nan"):
         bench_kernels.check(poisoned, CPU)
