@@ -1,11 +1,13 @@
 """What the kernels are measured against: attention libraries, transformers' RoPE, and `torch.compile`."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch._inductor.config
 import torch.nn.functional as F
+import triton
 from kernel_timing import Inputs
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -74,6 +76,7 @@ def set_up_compile() -> None:
     """
     torch._inductor.config.autotune_local_cache = False
     torch._inductor.config.compile_threads = 1
+    os.environ.setdefault("TRITON_CACHE_DIR", triton.knobs.cache.dir)  # or Inductor moves it, when it is first used
 
 
 def compiled(function: Callable[[Inputs], object]) -> Callable[[Inputs], object]:
