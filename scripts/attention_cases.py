@@ -1,0 +1,175 @@
+"""Cases of RoPE and attention: windows, whole images, and attention alone over lengths."""
+
+import functools
+from pathlib import Path
+
+import torch
+from kernel_baselines import Attention, cudnn, fa2, fa3, split, torch_rope, triton_rope
+from kernel_cases import ITEM, SIDES, Bar, Case, Run, normal, with_copy
+from kernel_timing import Inputs
+from torch import Tensor
+
+from qwenvit import ops
+from qwenvit.config import VisionConfig
+from qwenvit.grid import GridPlan, Segments
+from qwenvit.packing import adjacent_pairs
+
+HEADS = 16
+LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384)
+PATCHES = (14, 16)
+"""Pixels along a patch: 1024, 2304, 4096, 9216 patches and 784, 1764, 3136, 7056."""
+MODELS = {80: "Qwen2.5-VL", 72: "Qwen3-VL", 64: "Qwen3-VL small"}
+"""Whose head_dim it is."""
+TORCH, TRITON = "torch RoPE", "Triton RoPE"
+ROTARY = (TORCH, TRITON)
+
+
+@functools.cache
+def plan_of(patches: int, head_dim: int, heads: int = HEADS) -> GridPlan:
+    """Of a square image of so many patches along a side, in windows of 8 × 8 patches."""
+    config = VisionConfig(
+        "qwen2_5_vl", 32, heads * head_dim, 3456, heads, 3584, "silu", 14,
+        window_size=112, fullatt_block_indexes=(7,), tokens_per_second=2,
+    )  # fmt: skip
+    return GridPlan.build([[1, patches, patches]], config)
+
+
+def exact_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+    """In fp64, a head at a time."""
+    out = torch.full_like(q, torch.nan)
+    for head in range(q.shape[1]):
+        for _, patches in segments.groups:
+            own_q, own_k, own_v = (x[:, head][patches.to(x.device)] for x in (q, k, v))
+            scores = own_q @ own_k.mT * q.shape[2] ** -0.5
+            out[patches.to(q.device), head] = scores.softmax(-1) @ own_v
+    return out
+
+
+def exact_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Pairs (i, i + D / 2), in fp64."""
+    first, second = x.chunk(2, -1)
+    cos, sin = (angles[:, None, : first.shape[-1]].double() for angles in (cos, sin))
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+
+
+def attention_case(
+    side: int, patches: int, head_dim: int, windows: bool, libraries: dict[str, Attention], interleaved: bool = True,
+    heads: int = HEADS,
+) -> Case:  # fmt: skip
+    """RoPE and attention over one square image, `patches` along its side."""
+    plan = plan_of(patches, head_dim, heads)
+    segments = plan.windows if windows else plan.frames
+    tokens, longest = plan.num_patches, segments.max_seqlen
+    whole = len(segments.groups) == 1
+
+    def inputs(device: torch.device, dtype: torch.dtype) -> Inputs:
+        qkv = normal(tokens, 3 * heads * head_dim, device=device, dtype=dtype)
+        turned = qkv[:, adjacent_pairs(heads, head_dim, device)] if interleaved else qkv.clone()
+        angles = {name: getattr(plan, name).to(device, copy=True) for name in ("cos", "sin")}
+        return {"qkv": qkv, "turned": turned, "cu_seqlens": segments.cu_seqlens.to(device, copy=True)} | angles
+
+    def ours(x: Inputs, impl: str = "auto") -> Tensor:
+        q, k, v = split(x["turned"], heads)
+        return ops.rope_attention(q, k, v, x["cos"], x["sin"], x["cu_seqlens"], longest, None, interleaved, impl)
+
+    def truth(x: Inputs) -> Tensor:
+        q, k, v = split(x["qkv"].double(), heads)
+        return exact_attention(exact_rope(q, x["cos"], x["sin"]), exact_rope(k, x["cos"], x["sin"]), v, segments)
+
+    def rival(rope: str, attend: Attention) -> Run:
+        def call(x: Inputs) -> Tensor:
+            if rope == TORCH:
+                q, k, v = torch_rope(x["qkv"], x["cos"], x["sin"], heads)
+            else:
+                q, k, v = triton_rope(x["turned"], x["cos"], x["sin"], heads, interleaved)
+            return attend(q, k, v, x["cu_seqlens"], longest)
+
+        return Run(call)
+
+    lengths = segments.cu_seqlens.diff().long()
+    fewest = 4 * tokens * heads * head_dim * ITEM + 4 * tokens * head_dim + segments.cu_seqlens.nbytes
+    case = Case(
+        section="windows" if windows else "full",
+        series=f"head_dim {head_dim}" + ("" if interleaved else ", halves"),
+        title=f"{MODELS[head_dim]}, {side}²" + ("" if interleaved else ", pairs as halves"),
+        tokens=tokens,
+        head_dim=head_dim,
+        inputs=inputs,
+        ours={"qwenvit": Run(ours)},
+        rivals={
+            f"{rope} + {name}": rival(rope, attend)
+            for rope in ROTARY
+            for name, attend in libraries.items()
+            if whole or name != "cuDNN"
+        },
+        truth=truth,
+        stick=Run(functools.partial(ours, impl="reference")),
+        fewest_bytes=fewest,
+        pass_bytes={"_rotate": 4 * tokens * heads * head_dim * ITEM},
+        flops=4 * int((lengths**2).sum()) * heads * head_dim,
+        bars={"qwenvit": _bars(tokens, head_dim, windows, interleaved, tuple(libraries))},
+    )
+    return with_copy(case) if windows else case
+
+
+def _bars(tokens: int, head_dim: int, windows: bool, interleaved: bool, names: tuple[str, ...]) -> tuple[Bar, ...]:
+    if not interleaved:
+        return ()
+    if not windows:
+        bar = Bar("over Triton RoPE + cuDNN", lambda f: f.over("qwenvit", f"{TRITON} + cuDNN"), 1.0)
+        return (bar,) if head_dim in (72, 80) else ()
+    bars: tuple[Bar, ...] = ()
+    if head_dim == 80 and tokens == 1024:
+        bars = (Bar("time", lambda f: f.seconds["qwenvit"] * 1e6, 9.0, at_most=True, unit=" µs"),)
+    if head_dim == 80 and tokens in (4096, 9216):
+        limit = 2.1 if tokens == 4096 else 1.7
+        bars = (Bar("of one pass", lambda f: f.seconds["qwenvit"] / f.one_pass, limit, at_most=True),)
+    if head_dim == 80 and tokens == 9216:
+        rivals = [f"{TRITON} + {name}" for name in names]
+        bars += (Bar("over Triton RoPE + best", lambda f: f.over("qwenvit", *rivals), 2.2),)
+    return bars
+
+
+def length_case(tokens: int, libraries: dict[str, Attention], head_dim: int = 64, heads: int = HEADS) -> Case:
+    """Attention alone over one sequence."""
+    cu_seqlens = torch.tensor([0, tokens], dtype=torch.int32)
+    segments = Segments(cu_seqlens, tokens, ((tokens, torch.arange(tokens)[None]),))
+
+    def inputs(device: torch.device, dtype: torch.dtype) -> Inputs:
+        qkv = normal(tokens, 3 * heads * head_dim, device=device, dtype=dtype)
+        return {"qkv": qkv, "cu_seqlens": cu_seqlens.to(device, copy=True)}
+
+    def ours(x: Inputs, impl: str = "auto") -> Tensor:
+        return ops.rope_attention(*split(x["qkv"], heads), None, None, x["cu_seqlens"], tokens, impl=impl)
+
+    return Case(
+        section="lengths",
+        series=f"head_dim {head_dim}",
+        title="attention alone",
+        tokens=tokens,
+        head_dim=head_dim,
+        inputs=inputs,
+        ours={"qwenvit": Run(ours)},
+        rivals={
+            name: Run(lambda x, attend=attend: attend(*split(x["qkv"], heads), x["cu_seqlens"], tokens))
+            for name, attend in libraries.items()
+        },
+        truth=lambda x: exact_attention(*split(x["qkv"].double(), heads), segments),
+        stick=Run(functools.partial(ours, impl="reference")),
+        fewest_bytes=4 * tokens * heads * head_dim * ITEM + cu_seqlens.nbytes,
+        flops=4 * tokens**2 * heads * head_dim,
+        bars={"qwenvit": (Bar("over cuDNN", lambda f: f.over("qwenvit", "cuDNN"), 0.9),)},
+    )
+
+
+def attention_cases(fa3_library: Path | None) -> list[Case]:
+    libraries: dict[str, Attention] = {"cuDNN": cudnn, "FA2": fa2}
+    if fa3_library is not None:
+        libraries["FA3"] = fa3
+    cases = []
+    for windows in (True, False):
+        for head_dim in MODELS:
+            for patch in PATCHES:
+                cases += [attention_case(side, side // patch, head_dim, windows, libraries) for side in SIDES]
+    cases += [attention_case(side, side // 14, 80, True, libraries, interleaved=False) for side in SIDES]
+    return cases + [length_case(tokens, libraries) for tokens in LENGTHS]
