@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from qwenvit.config import VisionConfig
 from qwenvit.registry import PUBLISHED
 from qwenvit.towers import Tower, tower_class
 from qwenvit.weights.hub import fetch_config, fetch_tower
-from qwenvit.weights.local import checkpoint_dtype, find_tensors, load_tensors
+from qwenvit.weights.local import checkpoint_dtype, find_tensors, load_tensors, save_tensors
 
 
 def locate(model: str | os.PathLike[str], *, config_only: bool = False, **hub: Any) -> Path:
@@ -110,3 +111,17 @@ def load_tower(source: Path, *, impl: Impl, device: torch.device, dtype: torch.d
     )
     tower.load_state_dict(tensors, strict=True, assign=True)
     return tower
+
+
+def save_tower(directory: Path, tower: Tower, dtype: torch.dtype, processors: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write a tower alone, under the official names, with its config and the processors' (file name -> content).
+
+    Raises:
+        ValueError: the directory holds a whole checkpoint, which this would damage or which would be read instead.
+    """
+    refuse_whole_checkpoint(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    save_tensors(directory / "model.safetensors", tower.state_dict(), family=tower.config.family)
+    config = tower.config.to_hf() | {"dtype": str(dtype).removeprefix("torch.")}
+    for name, content in {**processors, "config.json": config}.items():
+        (directory / name).write_text(json.dumps(content, indent=2) + "\n")

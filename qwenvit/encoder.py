@@ -1,6 +1,5 @@
 """The encoder: images, videos or pixel values in, embeddings out."""
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,7 +10,7 @@ from torch import Tensor
 from qwenvit import demo
 from qwenvit.arguments import Impl, check_device, check_dtype, check_pixel_values
 from qwenvit.batching import PATCHES_PER_BATCH, batches
-from qwenvit.checkpoint import directory_of, load_tower, locate, refuse_whole_checkpoint
+from qwenvit.checkpoint import directory_of, load_tower, locate, save_tower
 from qwenvit.fast import FastTower
 from qwenvit.graphs import GraphedTower
 from qwenvit.grid import GridPlan, check_grid
@@ -20,7 +19,6 @@ from qwenvit.outputs import Embeddings, TowerOutput
 from qwenvit.processing import ImageProcessor, read_processors
 from qwenvit.towers import Tower
 from qwenvit.video import VideoProcessor
-from qwenvit.weights.local import save_tensors
 
 
 class Encoder:
@@ -215,25 +213,20 @@ class Encoder:
         """
         grid = check_grid(grid_thw, self.config.spatial_merge_size)
         check_pixel_values(pixel_values, grid, self.config)
-        if isinstance(self.tower, FastTower) and pixel_values.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
-                "pixel_values: the fast tower gives no gradients; use impl='reference', or torch.no_grad()"
-            )
         if self._graphed is not None:
             return self._graphed(pixel_values, grid)
         return self.tower(pixel_values.to(self.device), GridPlan.build(grid, self.config, self.device))
 
     def warmup(self, max_tokens: int) -> int:
-        """Compile kernels and capture CUDA graphs now, so that no image up to this size waits for it.
+        """Compile kernels and capture CUDA graphs now, so that no batch up to this size waits for it.
 
-        A graph serves every image and mix of images that fits; sizes in between share the next larger one. Without
-        this, each is captured when it is first needed, within a second once kernels are compiled.
+        A graph serves any images that fit; without this, each is captured when it is first needed.
 
         Args:
             max_tokens: merged tokens of the largest batch to come.
 
         Returns:
-            Graphs there are now for these sizes; 0 with the reference tower, which has none.
+            Graphs for these sizes; 0 with the reference tower, which has none.
 
         Raises:
             ValueError: not a positive number, or so large that batches run without graphs.
@@ -250,17 +243,11 @@ class Encoder:
         Raises:
             ValueError: the directory holds a whole checkpoint, which this would damage or which would be read instead.
         """
-        target = Path(directory)
-        refuse_whole_checkpoint(target)
-        target.mkdir(parents=True, exist_ok=True)
-        save_tensors(target / "model.safetensors", self.tower.state_dict(), family=self.config.family)
-        hf = self.config.to_hf() | {"dtype": str(self.dtype).removeprefix("torch.")}
-        for name, content in {
+        processors = {
             "preprocessor_config.json": self.image_processor.to_hf(),
             "video_preprocessor_config.json": self.video_processor.to_hf(),
-            "config.json": hf,
-        }.items():
-            (target / name).write_text(json.dumps(content, indent=2) + "\n")
+        }
+        save_tower(Path(directory), self.tower, self.dtype, processors)
 
     def __repr__(self) -> str:
         return f"Encoder({self.config.family}, {self.config.depth} blocks, {self.dtype}, {self.device})"

