@@ -218,9 +218,7 @@ class Encoder:
         return self.tower(pixel_values.to(self.device), GridPlan.build(grid, self.config, self.device))
 
     def warmup(self, max_tokens: int) -> int:
-        """Compile kernels and capture CUDA graphs now, so that no batch up to this size waits for it.
-
-        A graph serves any images that fit; without this, each is captured when it is first needed.
+        """Compile kernels and capture CUDA graphs now, for every batch up to this size, and not when first needed.
 
         Args:
             max_tokens: merged tokens of the largest batch to come.
@@ -243,10 +241,8 @@ class Encoder:
         Raises:
             ValueError: the directory holds a whole checkpoint, which this would damage or which would be read instead.
         """
-        processors = {
-            "preprocessor_config.json": self.image_processor.to_hf(),
-            "video_preprocessor_config.json": self.video_processor.to_hf(),
-        }
+        image, video = self.image_processor.to_hf(), self.video_processor.to_hf()
+        processors = {"preprocessor_config.json": image, "video_preprocessor_config.json": video}
         save_tower(Path(directory), self.tower, self.dtype, processors)
 
     def __repr__(self) -> str:

@@ -106,8 +106,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--impl", choices=("auto", "triton", "reference"), default="auto")
-    timed = "timed runs of each on one 448x448 image; 0: none"
-    parser.add_argument("--rounds", type=int, choices=range(1000), metavar="N", default=3, help=timed)
+    parser.add_argument("--rounds", type=int, choices=range(1000), metavar="N", default=3, help="timed runs; 0: none")
     return parser.parse_args()
 
 

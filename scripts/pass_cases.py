@@ -70,7 +70,7 @@ def norm_case(kind: str, channels: int, residual: bool, tokens: int) -> Case:
 
     def plain(x: Inputs) -> Any:
         if residual:
-            return op_references.add_norm(x["x"], x["residual"], x["weight"], x.get("bias"), kind, NORM_EPS)
+            return op_references.add_norm(x["x"], x["residual"], x["weight"], x.get("bias"), None, kind, NORM_EPS)
         return op_references.norm(x["x"], x["weight"], x.get("bias"), kind, NORM_EPS)
 
     def truth(x: Inputs) -> Tensor:
