@@ -155,7 +155,7 @@ class Pass:
 
 PASS = Pass(rows=2, pairs=256, num_warps=4)
 """The fastest or within 1 % of it with adjacent pairs, head_dim 64, 72 and 80 and M = 4096 to 16384. With head_dim 80,
-12.4, 26.3 and 45.2 µs at M = 4096, 9216 and 16384: 82, 87 and 90 % of copy bandwidth, where a copy of as many bytes
+12.6, 26.4 and 45.5 µs at M = 4096, 9216 and 16384: 81, 87 and 90 % of copy bandwidth, where a copy of as many bytes
 reaches 83, 91 and 95 %. The worst of 1 to 8 rows, 256 to 1024 pairs and 4 or 8 warps took 10 % longer, programs that
 stay resident 2 %, a head to a row of the block 34 %."""
 
