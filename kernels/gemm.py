@@ -119,9 +119,15 @@ class Tile:
 
 
 TMA_TILE = Tile(block_m=128, block_n=128, block_k=64, num_warps=4, num_stages=3, programs=2)
-"""QKV with rotation, N = 3840, K = 1280, at M = 4096 and 9216: 66.7 and 145.5 µs. With 8 warps 68.9 and 153.2;
-128 × 256 by one program of 8 warps 69.0 and 166.4; 64 × 128 82.2 and 201.2; BLOCK_K 32 in 6 stages a quarter slower.
-Bands of 4, 8, 16, 32 rows differ by 2 % at 4096; at 9216 they took 142.9, 144.0, 145.3, 149.5."""
+"""QKV with rotation, N = 3840, K = 1280, at M = 4096 and 9216: 65.5 and 142.8 µs; cuBLAS' product alone 59.3 and 127.3.
+What is left is how full the rounds are: at M = 4096 ours are 91 % full, cuBLAS' (192 × 128) 97 %, and the tensor cores
+are busy for 66 and 76 % of the time. The epilogue itself takes up to 10 %.
+
+Slower, over N = 3840 to 3072 and M = 4096 to 16384: 8 warps, by 3 to 5 %; 128 × 256 by one program of 8 warps, 3 to 14;
+128 × 192 as 128 + 64, 17 to 44; 64 × 128, 23 to 38; BLOCK_K 32 in 6 stages, 25; a program to a tile, or loops that are
+not flattened, up to 16, with the angles loaded before the main loop or after; stores by TMA, up to 11. Letting the two
+programs start apart changes nothing. Bands of 4, 8, 16, 32 rows differ by 2 % at 4096; at 9216 they took 142.9, 144.0,
+145.3, 149.5."""
 POINTER_TILE = Tile(block_m=128, block_n=128, block_k=32, num_warps=8, num_stages=4, programs=2)
 """48 KiB of shared memory and 161 registers on sm_80, where TMA_TILE would take all 255."""
 

@@ -41,6 +41,24 @@ def _times_sigmoid(b_x, b_y, EXACT: tl.constexpr):
 
 
 @triton.jit
+def _gelu(b_x):
+    """Exact GELU in half of erf's instructions: max(x, 0) - a · Φ(-a), a = |x|.
+
+    Φ(-a) = exp(-a² / 2) · t · P(t), t = 1 / (1 + 0.3 a), as in Abramowitz and Stegun 7.1.26; P, of degree 5, has the
+    smallest largest relative error, 1.6e-6, so the negative tail is as right as the rest.
+    """
+    b_a = tl.minimum(tl.abs(b_x), 40.0, propagate_nan=tl.PropagateNan.ALL)  # Φ(-40) = 0 in fp32, and inf · 0 no NaN
+    b_root = tl.rsqrt(1.0 + 0.3 * b_a)
+    b_t = b_root * b_root
+    b_p = 0.232915187 - 0.082585961 * b_t
+    b_p = b_p * b_t - 0.036836977
+    b_p = b_p * b_t + 0.155371389
+    b_p = b_p * b_t + 0.110759886
+    b_p = b_p * b_t + 0.120375808
+    return tl.maximum(b_x, 0.0) - b_a * b_t * b_p * tl.exp2(b_a * b_a * (-0.5 * LOG2_E))
+
+
+@triton.jit
 def _activation(b_x, ACT: tl.constexpr, EXACT: tl.constexpr):
     """The activation in fp32; EXACT to the last bits of fp32, else to those of 16-bit outputs and more."""
     if ACT == "gelu_tanh":  # 0.5 · (1 + tanh y) = sigmoid(2 y), y = √(2/π) · (x + 0.044715 x³)
@@ -48,7 +66,10 @@ def _activation(b_x, ACT: tl.constexpr, EXACT: tl.constexpr):
     elif ACT == "quick_gelu":
         b_x = _times_sigmoid(b_x, 1.702 * b_x, EXACT)
     elif ACT == "gelu":
-        b_x *= 0.5 + 0.5 * tl.erf(b_x * 0.7071067811865476)
+        if EXACT:
+            b_x *= 0.5 + 0.5 * tl.erf(b_x * 0.7071067811865476)
+        else:
+            b_x = _gelu(b_x)
     else:
         tl.static_assert(ACT == "silu")
         b_x = _times_sigmoid(b_x, b_x, EXACT)
@@ -101,17 +122,13 @@ def _activate(
     M,
     N: tl.constexpr,
     ACT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    EXACT: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
-    N_CHUNKS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    o_row = tl.program_id(0) // N_CHUNKS * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_col = tl.program_id(0) % N_CHUNKS * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_x = (o_row < M)[:, None] & (o_col < N)[None, :]
-    p_x = x_ptr + o_row.to(tl.int64)[:, None] * N + o_col[None, :]
-    b_x = tl.load(p_x, mask=m_x, other=0.0).to(tl.float32)
-    tl.store(p_x, _activation(b_x, ACT, EXACT).to(x_ptr.dtype.element_ty), mask=m_x)
+    o_x = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    m_x = o_x < M.to(tl.int64) * N
+    b_x = tl.load(x_ptr + o_x, mask=m_x, other=0.0).to(tl.float32)
+    b_x = _activation(b_x, ACT, x_ptr.dtype.element_ty == tl.float32)
+    tl.store(x_ptr + o_x, b_x.to(x_ptr.dtype.element_ty), mask=m_x)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -137,34 +154,49 @@ def _gate(
 
 
 @dataclass(frozen=True)
-class Pass:
-    """Rows and columns of the output of one program of a pass."""
+class GatePass:
+    """Rows and columns of the output of one program of SwiGLU's pass."""
 
     rows: int
     cols: int
     num_warps: int
 
 
-PASS = Pass(rows=2, cols=2048, num_warps=8)
-"""Of nine shapes with 1024 to 4096 outputs: SwiGLU, I = 3456, 21.7 µs at M = 4096 and 46.9 at 9216 (92 and 96 % of
-copy bandwidth; all nine within 3 %), and the fastest for GELU-tanh, N = 4304, 19.3 and 41.4 µs (86 and 90 %)."""
-ERF_PASS = Pass(rows=8, cols=256, num_warps=8)
-"""Exact GELU is bound by the 33 instructions of each erf: 27.4 µs at M = 4096, N = 4304, with PASS 35.3."""
+@dataclass(frozen=True)
+class ActivationPass:
+    """Elements of one program of an activation's pass."""
+
+    block: int
+    num_warps: int
+
+
+GATE_PASS = GatePass(rows=2, cols=2048, num_warps=8)
+"""Of nine shapes with 1024 to 4096 outputs: I = 3456, 21.7 µs at M = 4096 and 46.9 at 9216 (92 and 96 % of copy
+bandwidth; all nine within 3 %)."""
+ACTIVATION_PASS = ActivationPass(block=2048, num_warps=4)
+"""N = 4304 at M = 4096 and 9216: GELU-tanh 18.9 and 39.8 µs, quick-GELU the same, exact GELU 19.0 and 40.0 (88 and
+93 % of copy bandwidth; a copy takes 18.9 and 40.5). Blocks of 1024 to 8192 in 4 or 8 warps take up to 8 % longer;
+blocks of 2 rows x 2048 columns 3 %. Exact GELU by erf took 25.2 and 53.0. In fp32, where erf stays, 37.0 and 80.1 (90
+and 93 %)."""
 
 
 def fused_wins(x: Tensor, weight: Tensor, act: str) -> bool:
     """Whether the fused kernel beats cuBLAS and the pass.
 
-    SwiGLU does where rounds are 80 % full (8 of 8 cases, M = 1024 to 16384: 1.14 to 1.22 times) and not below (M = 256
-    and 784: 0.88 to 0.91). The plain activations, whose pass costs less, want a single round to be 95 % full (0.94 to
-    0.99 at 85 and 90 %, 1.15 at 97 %) and several to be 80 % full (19 cases: 0.99 to 1.22 times; of 9 below, 0.73 to
-    1.08). Exact GELU never does: 5120 × 5120, as in mergers, gives 0.55 to 0.94.
+    SwiGLU does where rounds are 80 % full (8 of 8 cases, M = 1024 to 16384: 1.12 to 1.22 times) and not below (M = 256
+    and 784: 0.92). The plain activations, whose pass costs less, want a single round to be 95 % full (0.97 and 0.99 at
+    85 and 90 %, 1.18 at 97 %), and several to be 77 % full, or less in narrow towers, where the pass is more of the
+    whole: 27 cases gain 1.00 to 1.24 times, and the 13 others, M = 256 to 2304, would gain 0.71 to 1.03 times. Exact
+    GELU, of mergers, whose K is 4096 to 5120, never does: 0.51 to 1.01 times.
     """
     if act == "gelu":
         return False
-    n_tiles = triton.cdiv(x.shape[0], TMA_TILE.block_m) * triton.cdiv(weight.shape[0], TMA_TILE.block_n)
+    M, K = x.shape
+    n_tiles = triton.cdiv(M, TMA_TILE.block_m) * triton.cdiv(weight.shape[0], TMA_TILE.block_n)
+    if act == "swiglu":
+        return fill(n_tiles, x) >= 0.8
     single = n_tiles <= TMA_TILE.programs * multiprocessors(x.device)
-    return fill(n_tiles, x) >= (0.95 if single and act != "swiglu" else 0.8)
+    return fill(n_tiles, x) >= (0.95 if single else min(0.77, K / 1380))
 
 
 def project_and_activate(
@@ -198,10 +230,9 @@ def activation_(x: Tensor, act: str) -> None:
     M, N = x.shape
     if M == 0 or N == 0:
         return
-    p = ERF_PASS if act == "gelu" else PASS
-    grid = (triton.cdiv(M, p.rows) * triton.cdiv(N, p.cols),)
+    p = ACTIVATION_PASS
     with torch.cuda.device_of(x):
-        _activate[grid](x, M, N=N, ACT=act, BLOCK_M=p.rows, BLOCK_N=p.cols, num_warps=p.num_warps)
+        _activate[(triton.cdiv(M * N, p.block),)](x, M, N=N, ACT=act, BLOCK=p.block, num_warps=p.num_warps)
 
 
 def swiglu_pass(gate_up: Tensor) -> Tensor:
@@ -210,9 +241,10 @@ def swiglu_pass(gate_up: Tensor) -> Tensor:
     out = gate_up.new_empty((M, N))
     if M == 0 or N == 0:
         return out
-    grid = (triton.cdiv(M, PASS.rows) * triton.cdiv(N, PASS.cols),)
+    p = GATE_PASS
+    grid = (triton.cdiv(M, p.rows) * triton.cdiv(N, p.cols),)
     with torch.cuda.device_of(out):
-        _gate[grid](gate_up, out, M, N=N, ACT="silu", BLOCK_M=PASS.rows, BLOCK_N=PASS.cols, num_warps=PASS.num_warps)
+        _gate[grid](gate_up, out, M, N=N, ACT="silu", BLOCK_M=p.rows, BLOCK_N=p.cols, num_warps=p.num_warps)
     return out
 
 

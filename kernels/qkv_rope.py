@@ -121,26 +121,27 @@ def _rotate(
     o_pair = i_chunk * BLOCK_P + tl.arange(0, BLOCK_P)
     m_pair = (o_row < M)[:, None] & (o_pair < N_PAIRS)[None, :]
     o_row = o_row.to(tl.int64)[:, None]
-    o_angle = o_row * D + (o_pair % (D // 2))[None, :]
-    b_cos = tl.load(cos_ptr + o_angle, mask=m_pair, other=0.0)
-    b_sin = tl.load(sin_ptr + o_angle, mask=m_pair, other=0.0)
     p_row = qkv_ptr + o_row * (3 * H * D)
     if INTERLEAVED:
         o_col = 2 * i_chunk * BLOCK_P + tl.arange(0, 2 * BLOCK_P)
         m_col = (o_row < M) & (o_col < 2 * N_PAIRS)[None, :]
         b_pairs = tl.load(p_row + o_col[None, :], mask=m_col, other=0.0).to(tl.float32)
         b_first, b_second = b_pairs.reshape(BLOCK_M, BLOCK_P, 2).split()
-        b_turned = tl.join(b_first * b_cos - b_second * b_sin, b_second * b_cos + b_first * b_sin)
-        b_turned = b_turned.reshape(BLOCK_M, 2 * BLOCK_P).to(qkv_ptr.dtype.element_ty)
-        tl.store(p_row + o_col[None, :], b_turned, mask=m_col)
     else:
         p_first = p_row + (o_pair // (D // 2) * D + o_pair % (D // 2))[None, :]
         b_first = tl.load(p_first, mask=m_pair, other=0.0).to(tl.float32)
         b_second = tl.load(p_first + D // 2, mask=m_pair, other=0.0).to(tl.float32)
-        b_new = b_first * b_cos - b_second * b_sin
-        tl.store(p_first, b_new.to(qkv_ptr.dtype.element_ty), mask=m_pair)
-        b_new = b_second * b_cos + b_first * b_sin
-        tl.store(p_first + D // 2, b_new.to(qkv_ptr.dtype.element_ty), mask=m_pair)
+    o_angle = o_row * D + (o_pair % (D // 2))[None, :]
+    b_cos = tl.load(cos_ptr + o_angle, mask=m_pair, other=0.0)
+    b_sin = tl.load(sin_ptr + o_angle, mask=m_pair, other=0.0)
+    b_new_first = b_first * b_cos - b_second * b_sin
+    b_new_second = b_second * b_cos + b_first * b_sin
+    if INTERLEAVED:
+        b_turned = tl.join(b_new_first, b_new_second).reshape(BLOCK_M, 2 * BLOCK_P)
+        tl.store(p_row + o_col[None, :], b_turned.to(qkv_ptr.dtype.element_ty), mask=m_col)
+    else:
+        tl.store(p_first, b_new_first.to(qkv_ptr.dtype.element_ty), mask=m_pair)
+        tl.store(p_first + D // 2, b_new_second.to(qkv_ptr.dtype.element_ty), mask=m_pair)
 
 
 @dataclass(frozen=True)
@@ -152,10 +153,11 @@ class Pass:
     num_warps: int
 
 
-PASS = Pass(rows=4, pairs=256, num_warps=8)
-"""The fastest or within 1 % of it with adjacent pairs, head_dim 64, 72 and 80 and M = 1024 to 9216 (12.7 µs at
-M = 4096, H·D = 1280, 80 % of copy bandwidth; 26.8 µs, 85 %, at 9216); the worst of 4 to 32 rows, 128 or 256 pairs and
-4 or 8 warps took 10 % longer."""
+PASS = Pass(rows=2, pairs=256, num_warps=4)
+"""The fastest or within 1 % of it with adjacent pairs, head_dim 64, 72 and 80 and M = 4096 to 16384. With head_dim 80,
+12.6, 26.4 and 45.5 µs at M = 4096, 9216 and 16384: 81, 87 and 90 % of copy bandwidth, where a copy of as many bytes
+reaches 83, 91 and 95 %. The worst of 1 to 8 rows, 256 to 1024 pairs and 4 or 8 warps took 10 % longer, programs that
+stay resident 2 %, a head to a row of the block 34 %."""
 
 
 def group_of(N: int, D: int) -> int:
@@ -168,13 +170,15 @@ def group_of(N: int, D: int) -> int:
 
 
 def fused_wins(hidden_states: Tensor, weight: Tensor) -> bool:
-    """Whether the fused kernel beats cuBLAS and the pass, adjacent pairs given: where rounds are 80 % full.
+    """Whether the fused kernel beats cuBLAS and the pass, adjacent pairs given: where its rounds are full enough.
 
-    Of 36 cases (N = 3840, 3456, 3072, 2304 of the published towers, M = 784 to 16384) the 23 at or above gain 1.00 to
-    1.19 times, the 13 below lie between 0.81 and 1.02, one excepted (N = 2304, M = 2304: 1.05).
+    The narrower the tower, the more the pass is of the whole, and the less full they need to be. Of 36 cases
+    (N = 3840, 3456, 3072, 2304 of the published towers, M = 784 to 16384) the 26 chosen gain 0.99 to 1.22 times, and
+    the 10 others would gain 0.83 to 1.01 times.
     """
-    n_tiles = triton.cdiv(hidden_states.shape[0], TMA_TILE.block_m) * triton.cdiv(weight.shape[0], TMA_TILE.block_n)
-    return fill(n_tiles, hidden_states) >= 0.8
+    M, K = hidden_states.shape
+    n_tiles = triton.cdiv(M, TMA_TILE.block_m) * triton.cdiv(weight.shape[0], TMA_TILE.block_n)
+    return fill(n_tiles, hidden_states) >= min(0.8, K / 1380)
 
 
 def project_and_rotate(

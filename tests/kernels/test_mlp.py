@@ -103,13 +103,24 @@ def test_passes_at_awkward_shapes(impl):
             torch.testing.assert_close(y.double(), act64(x.double(), act), rtol=2e-5, atol=1e-5)
 
 
-def test_limits_of_the_activations():
-    big = torch.tensor([[-1e30, -300.0, -0.0, 0.0, 300.0, 1e30, float("inf"), float("nan")]], device=DEVICE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_limits_of_the_activations(dtype):
+    large = torch.finfo(dtype).max / 4
+    big = torch.tensor([[-large, -300.0, -0.0, 0.0, 300.0, large, float("inf"), float("nan")]], device=DEVICE).to(dtype)
     for act in ACTS:
         y = ops.activation_(big.clone(), act, impl="triton")
         assert y[0, :4].abs().max() == 0
         torch.testing.assert_close(y[0, 4:7], big[0, 4:7])
         assert y[0, 7].isnan()
+
+
+def test_the_negative_tail_of_the_exact_gelu():
+    """Element by element, where 1 + erf(x) has lost its digits."""
+    x = -torch.linspace(0, 4, 3001, device=DEVICE)[None].half()
+    wide = x.double()
+    expected = wide * torch.special.ndtr(wide)
+    got = ops.activation_(x.clone(), "gelu", impl="triton").double()
+    assert ((got - expected).abs() <= 2**-10.9 * expected.abs()).all()
 
 
 def test_packed_gate_and_up_give_the_reference_towers_mlp():
