@@ -157,7 +157,7 @@ def _stage_rows(pixel_values: Tensor, restore_index: Tensor | None, merge_unit: 
     S, K = pixel_values.shape
     line = 128 // dtype.itemsize
     rows = pixel_values.new_empty((S, triton.cdiv(K, line) * line), dtype=dtype)
-    config = row_config(K)
+    config = row_config(K, adds=False)
     if S:
         with torch.cuda.device_of(rows):
             _stage[(S,)](
@@ -178,7 +178,7 @@ def _write_positions(
     merge_unit: int,
 ) -> Tensor:
     S, C = y.shape
-    config = row_config(C)
+    config = row_config(C, adds=x is not None)
     if S:
         with torch.cuda.device_of(y):
             _position_rows[(S,)](

@@ -93,8 +93,6 @@ def knobs(tma: bool = True) -> list[Knob]:
     norms = [norm_case(kind, channels, residual, tokens) for kind, channels in (("rms", 1280), ("layer", 1152))
              for residual in (True, False) for tokens in (1024, 9216)]  # fmt: skip
     tile, tiles = ("TMA_TILE", TMA_CHANGES) if tma else ("POINTER_TILE", POINTER_CHANGES)
-    passes = [activation_case(act, columns, tokens) for act, columns in (("swiglu", 3456), ("gelu_tanh", 4304))
-              for tokens in (4096, 9216)]  # fmt: skip
     either = (True, False)
     return [
         Knob("rope_attention", "window_config", grid(heads=(1, 2, 4), num_stages=(2, 3)), shapes(windows)),
@@ -105,9 +103,10 @@ def knobs(tma: bool = True) -> list[Knob]:
         Knob("qkv_rope", "group_of", (16, 32, 64), products(tile, ("qkv_rope",))),
         Knob("qkv_rope", "fused_wins", either, tuple(of_case(case, "dispatch") for case in qkv)),
         Knob("mlp", "fused_wins", either, tuple(of_case(case, "dispatch") for case in halves)),
-        Knob("mlp", "PASS", grid(rows=(1, 2, 4), cols=(1024, 2048), num_warps=(4, 8)), shapes(passes)),
-        Knob("mlp", "ERF_PASS", grid(rows=(4, 8, 16), cols=(128, 256), num_warps=(4, 8)),
-             shapes([activation_case("gelu", 5120, tokens) for tokens in (1024, 4096)])),
+        Knob("mlp", "GATE_PASS", grid(rows=(1, 2, 4), cols=(1024, 2048), num_warps=(4, 8)),
+             shapes([activation_case("swiglu", 3456, tokens) for tokens in (4096, 9216)])),
+        Knob("mlp", "ACTIVATION_PASS", grid(block=(1024, 2048, 4096, 8192), num_warps=(4, 8)),
+             shapes([activation_case(act, 4304, tokens) for act in ("gelu_tanh", "gelu") for tokens in (4096, 9216)])),
         Knob("norm", "row_config", grid(num_warps=(1, 2, 4, 8)),
              shapes(norms + [merger_case(*merger, tokens) for merger in MERGERS for tokens in (1024, 9216)])),
         Knob("spatial_merge", "CONCAT_BLOCK", (512, 1024, 2048, 4096), shapes([map_case("concat", 1280, 9216)])),
