@@ -74,11 +74,28 @@ def store_tile(p_x, o_x, m_row, b_x, b_tail, D: tl.constexpr):
 
 
 @triton.jit
+def add_product(b_factor, b_sum, b_a, b_b):
+    """b_factor * b_sum + b_a @ b_b. In fp32 the product is summed by itself: short sums, small errors."""
+    if b_a.dtype == tl.float32:  # no plain addition: Triton would make b_sum the product's accumulator again
+        b_sum = tl.fma(b_sum, b_factor, tl.dot(b_a, b_b, input_precision="ieee"))
+    else:
+        b_sum = tl.dot(b_a, b_b, b_sum * b_factor)
+    return b_sum
+
+
+@triton.jit
 def scores(b_q, b_q_tail, b_k, b_k_tail, D: tl.constexpr):
     """Products of queries and keys: [rows of queries, rows of keys], not scaled yet."""
-    b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
-    if D > 64:
-        b_s = tl.dot(b_q_tail, tl.trans(b_k_tail), b_s, input_precision="ieee")
+    if b_q.dtype == tl.float32:  # three short chains: a long one rounds at the size of its largest channel
+        b_q, b_q_odd = tl.split(tl.reshape(b_q, [b_q.shape[0], 32, 2]))
+        b_k, b_k_odd = tl.split(tl.reshape(b_k, [b_k.shape[0], 32, 2]))
+        b_s = add_product(1.0, tl.dot(b_q, tl.trans(b_k), input_precision="ieee"), b_q_odd, tl.trans(b_k_odd))
+        if D > 64:
+            b_s = add_product(1.0, b_s, b_q_tail, tl.trans(b_k_tail))
+    else:
+        b_s = tl.dot(b_q, tl.trans(b_k))
+        if D > 64:
+            b_s = tl.dot(b_q_tail, tl.trans(b_k_tail), b_s)
     return b_s
 
 
@@ -106,9 +123,9 @@ def attend(queries, keys, values, m_key, state, qk_scale, dtype: tl.constexpr, D
         b_s = tl.where(m_key[None, :], b_s, float("-inf"))
     b_p, b_alpha, b_max = softmax_step(b_s, b_max, qk_scale, dtype)
     b_sum = b_sum * b_alpha + tl.sum(b_p, 1)
-    b_out = tl.dot(b_p.to(dtype), b_v, b_out * b_alpha[:, None], input_precision="ieee")
+    b_out = add_product(b_alpha[:, None], b_out, b_p.to(dtype), b_v)
     if D > 64:
-        b_out_tail = tl.dot(b_p.to(dtype), b_v_tail, b_out_tail * b_alpha[:, None], input_precision="ieee")
+        b_out_tail = add_product(b_alpha[:, None], b_out_tail, b_p.to(dtype), b_v_tail)
     return b_max, b_sum, b_out, b_out_tail
 
 

@@ -74,7 +74,7 @@ def load_rotated(
     x_ptr,  # shape (rows, D), at the tile's first row and the head's first channel
     o_first,  # offset of each row
     m_row,
-    b_cos,  # [rows, PAIRS]; None where x is rotated already
+    b_cos,  # [rows, PAIRS]
     b_sin,
     D: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -85,11 +85,8 @@ def load_rotated(
 
     Queries and keys come in the same order of channels, whichever it is, so their products do not notice.
     """
-    if b_cos is None:
-        b_a, b_b = load_pairs(x_ptr, o_first, m_row, D, True, FIRST, PAIRS)
-    else:
-        b_a, b_b = load_pairs(x_ptr, o_first, m_row, D, INTERLEAVED, FIRST, PAIRS)
-        b_a, b_b = turn(b_a, b_b, b_cos, b_sin)
+    b_a, b_b = load_pairs(x_ptr, o_first, m_row, D, INTERLEAVED, FIRST, PAIRS)
+    b_a, b_b = turn(b_a, b_b, b_cos, b_sin)
     return tl.reshape(tl.join(b_a, b_b), [b_a.shape[0], 2 * PAIRS])
 
 

@@ -21,18 +21,21 @@ WINDOW = 64
 @triton.jit
 def _load_both(p_x, o_x, m_row, angles, D: tl.constexpr, INTERLEAVED: tl.constexpr):
     """A tile of rotated queries or keys: [rows, 64], and [rows, 16] of the channels beyond."""
-    b_cos, b_sin, b_cos_tail, b_sin_tail = angles
-    b_x = load_rotated(p_x, o_x, m_row, b_cos, b_sin, D, INTERLEAVED, 0, 32)
-    b_x_tail = b_x
-    if D > 64:
-        b_x_tail = load_rotated(p_x, o_x, m_row, b_cos_tail, b_sin_tail, D, INTERLEAVED, 32, 8)
+    if angles is None:
+        b_x, b_x_tail = load_tile(p_x, o_x, m_row, D)
+    else:
+        b_cos, b_sin, b_cos_tail, b_sin_tail = angles
+        b_x = load_rotated(p_x, o_x, m_row, b_cos, b_sin, D, INTERLEAVED, 0, 32)
+        b_x_tail = b_x
+        if D > 64:
+            b_x_tail = load_rotated(p_x, o_x, m_row, b_cos_tail, b_sin_tail, D, INTERLEAVED, 32, 8)
     return b_x, b_x_tail
 
 
 @triton.jit
 def _load_all_angles(cos_ptr, sin_ptr, i_first, o_row, m_row, D: tl.constexpr, ANGLE_STRIDE: tl.constexpr):
-    """Cosines and sines of all pairs as two tiles: (cos, sin, cos of the tail, sin of the tail), or four times None."""
-    angles = (None, None, None, None)
+    """Cosines and sines of all pairs as two tiles: (cos, sin, cos of the tail, sin of the tail); None without any."""
+    angles = None
     if cos_ptr is not None:
         p_cos = cos_ptr + i_first * ANGLE_STRIDE
         p_sin = sin_ptr + i_first * ANGLE_STRIDE
@@ -120,9 +123,9 @@ def _window_attention(
             o_query = i_query + o_row
             m_query = o_query < length
             i_one = i_head + i % HEADS
-            angles = _load_all_angles(cos_ptr, sin_ptr, i_first + i_query, o_row, m_query, D, ANGLE_STRIDE)
+            query_angles = _load_all_angles(cos_ptr, sin_ptr, i_first + i_query, o_row, m_query, D, ANGLE_STRIDE)
             p_q = q_ptr + (i_first + i_query) * stride_qs + i_one * stride_qh
-            queries = _load_both(p_q, o_row * stride_qs, m_query, angles, D, INTERLEAVED)
+            queries = _load_both(p_q, o_row * stride_qs, m_query, query_angles, D, INTERLEAVED)
             state = (
                 tl.full([BLOCK], float("-inf"), tl.float32),
                 tl.zeros([BLOCK], tl.float32),
@@ -131,9 +134,9 @@ def _window_attention(
             )
             for i_key in tl.range(0, length, BLOCK, num_stages=1):
                 m_key = o_row < length - i_key
-                angles = _load_all_angles(cos_ptr, sin_ptr, i_first + i_key, o_row, m_key, D, ANGLE_STRIDE)
+                key_angles = _load_all_angles(cos_ptr, sin_ptr, i_first + i_key, o_row, m_key, D, ANGLE_STRIDE)
                 p_k = k_ptr + (i_first + i_key) * stride_ks + i_one * stride_kh
-                keys = _load_both(p_k, o_row * stride_ks, m_key, angles, D, INTERLEAVED)
+                keys = _load_both(p_k, o_row * stride_ks, m_key, key_angles, D, INTERLEAVED)
                 p_v = v_ptr + (i_first + i_key) * stride_vs + i_one * stride_vh
                 values = load_tile(p_v, o_row * stride_vs, m_key, D)
                 state = attend(queries, keys, values, m_key, state, qk_scale, dtype, D)
