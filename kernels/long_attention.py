@@ -8,8 +8,8 @@ Queries and keys are rotated by a pass before: rotating keys here, once for each
 as long on an H200. Loads are plain pointers: the same loop with TMA descriptors was no faster, has five barriers a step
 where this has two, and builds its descriptors on the host.
 
-Channels come as two tiles (see `rope.tiles`). The first one's products with the next step's keys are issued behind this
-step's products with the values, so that they run while the loop turns and one wait a step is enough.
+Channels come as two tiles (see `rope.tiles`). The second one's products with the next step's keys are issued behind
+this step's products with the values, and the first one's are added to them: so one wait a step is enough for both.
 """
 
 from dataclasses import dataclass
@@ -183,23 +183,23 @@ def _long_attention(
         left = end - start
         n_keys = (left - 1) % BLOCK_N + 1
         m_n = o_n < n_keys
-        b_s = product(b_q, load_tile(p_k, o_n * (stride_ks * UNIT), m_n, FIRST, FIRST), None)
+        b_s = product(b_q_rest, load_tile(p_k_rest, o_n * (stride_k_rest_s * UNIT), m_n, QK_REST, REST), None)
         b_s = tl.where(m_n[None, :], b_s, float("-inf"))
         state = empty_state(BLOCK_M)
         for _ in tl.range(0, tl.cdiv(left, BLOCK_N), num_stages=STAGES):
-            left -= n_keys
-            p_k += n_keys * stride_ks * UNIT
-            b_k = load_tile(p_k, o_n * (stride_ks * UNIT), o_n < left, FIRST, FIRST)
             m_n = o_n < n_keys
-            b_k_rest = load_tile(p_k_rest, o_n * (stride_k_rest_s * UNIT), m_n, QK_REST, REST)
+            b_k = load_tile(p_k, o_n * (stride_ks * UNIT), m_n, FIRST, FIRST)
             b_v = load_tile(p_v, o_n * (stride_vs * UNIT), m_n, 64, 64)
             b_v_rest = b_v
             if D > 64:
                 b_v_rest = load_tile(p_v_rest, o_n * (stride_v_rest_s * UNIT), m_n, V_REST, REST)
-            b_s = product(b_q_rest, b_k_rest, b_s)
-            state = attend(b_s, b_v, b_v_rest, state, qk_scale, D)
-            b_s = product(b_q, b_k, None)
+            left -= n_keys
             p_k_rest += n_keys * stride_k_rest_s * UNIT
+            b_k_rest = load_tile(p_k_rest, o_n * (stride_k_rest_s * UNIT), o_n < left, QK_REST, REST)
+            b_s = product(b_q, b_k, b_s)
+            state = attend(b_s, b_v, b_v_rest, state, qk_scale, D)
+            b_s = product(b_q_rest, b_k_rest, None)
+            p_k += n_keys * stride_ks * UNIT
             p_v += n_keys * stride_vs * UNIT
             p_v_rest += n_keys * stride_v_rest_s * UNIT
             n_keys = BLOCK_N

@@ -106,14 +106,24 @@ def _rotate_tile(
     FIRST: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
+    mask = m_row[:, None]
     o_channel = tl.arange(0, CHANNELS)
+    o_pair = tl.arange(0, CHANNELS // 2)
+    p_out = out_ptr + (o_out * CHANNELS)[:, None]
     if is_value:
-        mask = m_row[:, None] & (FIRST + o_channel < D)[None, :]
-        b_x = tl.load(x_ptr + (o_x[:, None] + (FIRST + o_channel)[None, :]), mask=mask, other=0.0)
+        m_x = mask & (FIRST + o_channel < D)[None, :]
+        b_x = tl.load(x_ptr + FIRST + (o_x[:, None] + o_channel[None, :]), mask=m_x, other=0.0)
+        tl.store(p_out + o_channel[None, :], b_x, mask=mask)
     else:
         b_cos, b_sin = load_angles(cos_ptr, sin_ptr, o_row, m_row, D, ANGLE_STRIDE, FIRST // 2, CHANNELS // 2)
-        b_x = load_rotated(x_ptr, o_x, m_row, b_cos, b_sin, D, INTERLEAVED, FIRST // 2, CHANNELS // 2)
-    tl.store(out_ptr + ((o_out * CHANNELS)[:, None] + o_channel[None, :]), b_x, mask=m_row[:, None])
+        if INTERLEAVED:
+            b_x = load_rotated(x_ptr, o_x, m_row, b_cos, b_sin, D, True, FIRST // 2, CHANNELS // 2)
+            tl.store(p_out + o_channel[None, :], b_x, mask=mask)
+        else:
+            b_a, b_b = load_pairs(x_ptr, o_x, m_row, D, False, FIRST // 2, CHANNELS // 2)
+            b_a, b_b = turn(b_a, b_b, b_cos, b_sin)
+            tl.store(p_out + o_pair[None, :], b_a, mask=mask)
+            tl.store(p_out + CHANNELS // 2 + o_pair[None, :], b_b, mask=mask)
 
 
 @triton.jit(do_not_specialize=["S"])
@@ -222,8 +232,8 @@ def rotate(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, interleave
     """Queries and keys `[S, H, D]` rotated, and the values, as `tiles`, in one launch.
 
     Tiles of rotated tensors lie by themselves, head by head, and are of 16 channels where 8 are left, the others zero:
-    every row starts between sectors of 32 bytes. Queries and keys have their channels in the same order, pairs side by
-    side. Values are moved likewise if their rows are no sectors (head_dim 72 in 16 bits), else they stay.
+    every row starts between sectors of 32 bytes. Queries and keys have their channels in an order of their own. Values
+    are moved likewise if their rows are no sectors (head_dim 72 in 16 bits), else they stay.
     I/O: reads each tensor once, writes it once.
     """
     S, H, D = q.shape
