@@ -5,11 +5,9 @@ Which segment and which queries, it finds by bisecting `cu_seqlens`: segment i o
 cu_seqlens[i] // BLOCK_M + i on, which leaves room for its last, partial tile, grows with i, and needs no running sum.
 
 Queries and keys are rotated by a pass before: rotating keys here, once for each tile of queries, took 1.3 to 1.45 times
-as long on an H200. Loads are plain pointers: the same loop with TMA descriptors was no faster, has five barriers a step
-where this has two, and builds its descriptors on the host.
-
-Channels come as two tiles (see `rope.tiles`). The second one's products with the next step's keys are issued behind
-this step's products with the values, and the first one's are added to them: so one wait a step is enough for both.
+as long on an H200. The pass also lays them out so that their rows fill sectors (`rope.rotate`). Loads are plain
+pointers, 64 channels and 16 more: the same loop with TMA descriptors was no faster, has five barriers a step where this
+has two, and builds its descriptors on the host.
 """
 
 from dataclasses import dataclass
@@ -40,23 +38,42 @@ def _find_tile(cu_seqlens_ptr, n_segments, S, i_tile, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def load_tile(p_x, o_x, m_row, CHANNELS: tl.constexpr, WIDTH: tl.constexpr):
-    """Rows of queries, keys or values: [rows, WIDTH], zero beyond the CHANNELS that are there."""
+def _load_tile(p_x, o_x, m_row, CHANNELS: tl.constexpr, WIDTH: tl.constexpr):
     o_channel = tl.arange(0, WIDTH)
-    mask = m_row[:, None]
-    if CHANNELS < WIDTH:
-        mask = mask & (o_channel < CHANNELS)[None, :]
-    return tl.load(p_x + (o_x[:, None] + o_channel[None, :]), mask=mask, other=0.0)
+    p_tile = p_x + (o_x[:, None] + o_channel[None, :])
+    m_channel = (o_channel < CHANNELS)[None, :]
+    if m_row is None:
+        b_x = tl.load(p_tile, mask=m_channel, other=0.0) if CHANNELS < WIDTH else tl.load(p_tile)
+    elif CHANNELS < WIDTH:
+        b_x = tl.load(p_tile, mask=m_row[:, None] & m_channel, other=0.0)
+    else:
+        b_x = tl.load(p_tile, mask=m_row[:, None], other=0.0)
+    return b_x
 
 
 @triton.jit
-def store_tile(p_x, o_x, m_row, b_x, CHANNELS: tl.constexpr, WIDTH: tl.constexpr):
-    """The inverse of `load_tile`, rounded to the pointer's dtype."""
-    o_channel = tl.arange(0, WIDTH)
-    mask = m_row[:, None]
-    if CHANNELS < WIDTH:
-        mask = mask & (o_channel < CHANNELS)[None, :]
-    tl.store(p_x + (o_x[:, None] + o_channel[None, :]), b_x.to(p_x.dtype.element_ty), mask=mask)
+def load_tiles(p_x, p_rest, o_x, o_rest, m_row, REST: tl.constexpr):
+    """Rows of queries, keys or values: [rows, 64], and [rows, 16] of the REST channels beyond (else the first again).
+
+    `m_row` is None where all rows are there.
+    """
+    b_x = _load_tile(p_x, o_x, m_row, 64, 64)
+    b_rest = b_x
+    if REST > 0:
+        b_rest = _load_tile(p_rest, o_rest, m_row, REST, 16)
+    return b_x, b_rest
+
+
+@triton.jit
+def store_tiles(p_x, o_x, m_row, b_x, b_rest, D: tl.constexpr):
+    """Rows of output, rounded to the pointer's dtype."""
+    o_channel = tl.arange(0, 64)
+    b_x = b_x.to(p_x.dtype.element_ty)
+    tl.store(p_x + (o_x[:, None] + o_channel[None, :]), b_x, mask=m_row[:, None])
+    if D > 64:
+        o_channel = 64 + tl.arange(0, 16)
+        b_rest = b_rest.to(p_x.dtype.element_ty)
+        tl.store(p_x + (o_x[:, None] + o_channel[None, :]), b_rest, mask=m_row[:, None] & (o_channel < D)[None, :])
 
 
 @triton.jit
@@ -103,9 +120,22 @@ def softmax_step(b_s, b_max, qk_scale, dtype: tl.constexpr):
 
 
 @triton.jit
-def attend(b_s, b_v, b_v_rest, state, qk_scale, D: tl.constexpr):
+def scores(queries, keys, D: tl.constexpr):
+    """Products of queries and keys: [rows of queries, rows of keys], not scaled yet."""
+    b_s = product(queries[0], keys[0], None)
+    if D > 64:
+        b_s = product(queries[1], keys[1], b_s)
+    return b_s
+
+
+@triton.jit
+def attend(queries, keys, values, m_key, state, qk_scale, D: tl.constexpr):
     """One step of the online softmax; `state` is (maximum, sum, output of 64 channels, output of the rest)."""
     b_max, b_sum, b_out, b_out_rest = state
+    b_v, b_v_rest = values
+    b_s = scores(queries, keys, D)
+    if m_key is not None:
+        b_s = tl.where(m_key[None, :], b_s, float("-inf"))
     b_p, b_alpha, b_max = softmax_step(b_s, b_max, qk_scale, b_v.dtype)
     b_sum = b_sum * b_alpha + tl.sum(b_p, 1)
     b_p = b_p.to(b_v.dtype)
@@ -128,10 +158,10 @@ def empty_state(BLOCK_M: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n_segments", "S"])
 def _long_attention(
-    q_ptr,  # shape (S, H, FIRST), rotated
-    q_rest_ptr,  # shape (S, H, QK_REST)
-    k_ptr,  # shape (S, H, FIRST), rotated
-    k_rest_ptr,  # shape (S, H, QK_REST)
+    q_ptr,  # shape (S, H, 64), rotated
+    q_rest_ptr,  # shape (S, H, QK_REST), rotated
+    k_ptr,  # shape (S, H, 64), rotated
+    k_rest_ptr,  # shape (S, H, QK_REST), rotated
     v_ptr,  # shape (S, H, 64)
     v_rest_ptr,  # shape (S, H, V_REST)
     out_ptr,  # shape (S, H, D), contiguous
@@ -154,14 +184,12 @@ def _long_attention(
     qk_scale,  # scale * log2(e)
     D: tl.constexpr,
     UNIT: tl.constexpr,
-    FIRST: tl.constexpr,
     QK_REST: tl.constexpr,
     V_REST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    REST: tl.constexpr = 32 if D == 64 else 16
     i_head = tl.program_id(1).to(tl.int64)
     start, end, i_row = _find_tile(cu_seqlens_ptr, n_segments, S, tl.program_id(0), BLOCK_M)
     if i_row < end:
@@ -170,45 +198,37 @@ def _long_attention(
         i_first = i_row.to(tl.int64)
         p_q = q_ptr + (i_first * stride_qs + i_head * stride_qh) * UNIT
         p_q_rest = q_rest_ptr + (i_first * stride_q_rest_s + i_head * stride_q_rest_h) * UNIT
-        b_q = load_tile(p_q, o_m * (stride_qs * UNIT), m_m, FIRST, FIRST)
-        b_q_rest = load_tile(p_q_rest, o_m * (stride_q_rest_s * UNIT), m_m, QK_REST, REST)
+        queries = load_tiles(p_q, p_q_rest, o_m * (stride_qs * UNIT), o_m * (stride_q_rest_s * UNIT), m_m, QK_REST)
+        p_out = out_ptr + (i_first * stride_os + i_head * D)
         i_first = start.to(tl.int64)
         p_k = k_ptr + (i_first * stride_ks + i_head * stride_kh) * UNIT
         p_k_rest = k_rest_ptr + (i_first * stride_k_rest_s + i_head * stride_k_rest_h) * UNIT
         p_v = v_ptr + (i_first * stride_vs + i_head * stride_vh) * UNIT
         p_v_rest = v_rest_ptr + (i_first * stride_v_rest_s + i_head * stride_v_rest_h) * UNIT
         o_n = tl.arange(0, BLOCK_N)
-        # The first step takes what the others leave, so that they need no mask on their scores. Loads are masked: a
-        # neighbour's infinities never come in.
-        left = end - start
-        n_keys = (left - 1) % BLOCK_N + 1
-        m_n = o_n < n_keys
-        b_s = product(b_q_rest, load_tile(p_k_rest, o_n * (stride_k_rest_s * UNIT), m_n, QK_REST, REST), None)
-        b_s = tl.where(m_n[None, :], b_s, float("-inf"))
+        o_k = o_n * (stride_ks * UNIT)
+        o_k_rest = o_n * (stride_k_rest_s * UNIT)
+        o_v = o_n * (stride_vs * UNIT)
+        o_v_rest = o_n * (stride_v_rest_s * UNIT)
         state = empty_state(BLOCK_M)
-        for _ in tl.range(0, tl.cdiv(left, BLOCK_N), num_stages=STAGES):
-            m_n = o_n < n_keys
-            b_k = load_tile(p_k, o_n * (stride_ks * UNIT), m_n, FIRST, FIRST)
-            b_v = load_tile(p_v, o_n * (stride_vs * UNIT), m_n, 64, 64)
-            b_v_rest = b_v
-            if D > 64:
-                b_v_rest = load_tile(p_v_rest, o_n * (stride_v_rest_s * UNIT), m_n, V_REST, REST)
-            left -= n_keys
-            p_k_rest += n_keys * stride_k_rest_s * UNIT
-            b_k_rest = load_tile(p_k_rest, o_n * (stride_k_rest_s * UNIT), o_n < left, QK_REST, REST)
-            b_s = product(b_q, b_k, b_s)
-            state = attend(b_s, b_v, b_v_rest, state, qk_scale, D)
-            b_s = product(b_q_rest, b_k_rest, None)
-            p_k += n_keys * stride_ks * UNIT
-            p_v += n_keys * stride_vs * UNIT
-            p_v_rest += n_keys * stride_v_rest_s * UNIT
-            n_keys = BLOCK_N
+        n_full = (end - start) // BLOCK_N
+        for _ in tl.range(0, n_full, num_stages=STAGES):
+            keys = load_tiles(p_k, p_k_rest, o_k, o_k_rest, None, QK_REST)
+            values = load_tiles(p_v, p_v_rest, o_v, o_v_rest, None, V_REST)
+            state = attend(queries, keys, values, None, state, qk_scale, D)
+            p_k += BLOCK_N * stride_ks * UNIT
+            p_k_rest += BLOCK_N * stride_k_rest_s * UNIT
+            p_v += BLOCK_N * stride_vs * UNIT
+            p_v_rest += BLOCK_N * stride_v_rest_s * UNIT
+        left = end - start - n_full * BLOCK_N
+        if left > 0:  # masked loads: a neighbour's infinities never come in
+            m_n = o_n < left
+            keys = load_tiles(p_k, p_k_rest, o_k, o_k_rest, m_n, QK_REST)
+            values = load_tiles(p_v, p_v_rest, o_v, o_v_rest, m_n, V_REST)
+            state = attend(queries, keys, values, m_n, state, qk_scale, D)
         _, b_sum, b_out, b_out_rest = state
         b_inverse = (1.0 / b_sum)[:, None]
-        p_out = out_ptr + (i_row.to(tl.int64) * stride_os + i_head * D)
-        store_tile(p_out, o_m * stride_os, m_m, b_out * b_inverse, 64, 64)
-        if D > 64:
-            store_tile(p_out + 64, o_m * stride_os, m_m, b_out_rest * b_inverse, D - 64, REST)
+        store_tiles(p_out, o_m * stride_os, m_m, b_out * b_inverse, b_out_rest * b_inverse, D)
 
 
 @dataclass(frozen=True)
@@ -226,12 +246,22 @@ SMALL = 264
 """Tiles of 64 queries that are few: two for each of an H200's 132 multiprocessors."""
 
 
-def long_config(dtype: torch.dtype, capability: int, n_tokens: int, n_heads: int) -> LongConfig:
-    """Launch config. `block_n` orders the sums, so it knows nothing of the neighbours a segment may have."""
+def long_config(dtype: torch.dtype, capability: int, head_dim: int, n_tokens: int, n_heads: int) -> LongConfig:
+    """Launch config. `block_n` orders the sums, so it knows nothing of the neighbours a segment may have.
+
+    Times are of attention alone, 16 heads in bf16 on an H200.
+    """
     if dtype == torch.float32:  # no tensor cores in IEEE fp32: a small tile, whose operands lie in registers
         return LongConfig(block_m=32, block_n=32, num_warps=8, num_stages=2, maxnreg=None)
-    if capability != 9 or triton.cdiv(n_tokens, 64) * n_heads <= SMALL:
-        return LongConfig(block_m=64, block_n=64, num_warps=4, num_stages=4, maxnreg=None)
+    n_tiles = triton.cdiv(n_tokens, 64) * n_heads
+    if capability != 9 or n_tiles <= SMALL:
+        # As many stages as let a multiprocessor hold two programs: it would take a third from another that has one
+        # (1024 tokens, head_dim 72 and 80: 17.3 µs, with three programs 21.4).
+        return LongConfig(block_m=64, block_n=64, num_warps=4, num_stages=5 if head_dim == 64 else 4, maxnreg=None)
+    if head_dim == 64 or (head_dim == 80 and n_tiles >= 1000):
+        # Two programs of 128 queries: 9216 tokens of head_dim 64 and 80 took 785 and 952 µs, with three programs of 64
+        # queries 828 and 1005; 2304 tokens of 80, 91 and 78.
+        return LongConfig(block_m=128, block_n=64, num_warps=8, num_stages=4 if head_dim == 64 else 3, maxnreg=128)
     return LongConfig(block_m=64, block_n=64, num_warps=4, num_stages=3, maxnreg=168)
 
 
@@ -254,13 +284,13 @@ def long_attention(
     else:
         q, k, v = (tiles(within_reach(x)) for x in (q, k, v))
     capability = torch.cuda.get_device_capability(out.device)[0] if out.is_cuda else 0
-    config = long_config(out.dtype, capability, S, H)
+    config = long_config(out.dtype, capability, D, S, H)
     views = (*q, *k, *v)
     size = unit(*views)
     options = {} if config.maxnreg is None else {"maxnreg": config.maxnreg}
     _long_attention[(S // config.block_m + n_segments, H)](
         *views, out, cu_seqlens, *(x.stride(i) // size for x in views for i in (0, 1)), out.stride(0),
         n_segments, S, scale * LOG2_E,
-        D=D, UNIT=size, FIRST=q[0].shape[2], QK_REST=q[1].shape[2], V_REST=v[1].shape[2],
+        D=D, UNIT=size, QK_REST=q[1].shape[2], V_REST=v[1].shape[2],
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, STAGES=config.num_stages, num_warps=config.num_warps, **options,
     )  # fmt: skip

@@ -131,8 +131,8 @@ def _rotate(
     q_ptr,  # shape (S, H, D)
     k_ptr,  # same
     v_ptr,  # same; not read where the grid has programs for q and k alone
-    first_ptr,  # shape (2 or 3, H, S, FIRST)
-    rest_ptr,  # shape (2 or 3, H, S, REST)
+    out_ptr,  # shape (2 or 3, H, S, 64)
+    rest_ptr,  # shape (2 or 3, H, S, 16)
     cos_ptr,  # fp32, shape (S, D)
     sin_ptr,  # same
     stride_qs,  # this and the next five in UNITs of elements
@@ -147,8 +147,6 @@ def _rotate(
     UNIT: tl.constexpr,
     ANGLE_STRIDE: tl.constexpr,
     INTERLEAVED: tl.constexpr,
-    FIRST: tl.constexpr,
-    REST: tl.constexpr,
     ROWS: tl.constexpr,
     HEADS: tl.constexpr,
 ):
@@ -173,18 +171,18 @@ def _rotate(
     cos_ptr += i_row * ANGLE_STRIDE
     sin_ptr += i_row * ANGLE_STRIDE
     i_out = (i_tensor * H + i_head) * S + i_row
-    first_ptr += i_out * FIRST
-    rest_ptr += i_out * REST
+    out_ptr += i_out * 64
+    rest_ptr += i_out * 16
     o_x = (o_row * stride_qs + o_head * stride_qh) * UNIT
     o_out = o_head.to(tl.int64) * S + o_row
+    is_value = i_tensor == 2
     _rotate_tile(
-        x_ptr, first_ptr, cos_ptr, sin_ptr, o_x, o_out, o_row, m_row, i_tensor == 2,
-        D, ANGLE_STRIDE, INTERLEAVED, 0, FIRST,
-    )  # fmt: skip
-    _rotate_tile(
-        x_ptr, rest_ptr, cos_ptr, sin_ptr, o_x, o_out, o_row, m_row, i_tensor == 2,
-        D, ANGLE_STRIDE, INTERLEAVED, FIRST, REST,
-    )  # fmt: skip
+        x_ptr, out_ptr, cos_ptr, sin_ptr, o_x, o_out, o_row, m_row, is_value, D, ANGLE_STRIDE, INTERLEAVED, 0, 64
+    )
+    if D > 64:
+        _rotate_tile(
+            x_ptr, rest_ptr, cos_ptr, sin_ptr, o_x, o_out, o_row, m_row, is_value, D, ANGLE_STRIDE, INTERLEAVED, 64, 16
+        )
 
 
 @dataclass(frozen=True)
@@ -217,36 +215,28 @@ def within_reach(x: Tensor) -> Tensor:
     return x if max(x.stride()) < 2**24 else x.contiguous()
 
 
-def first_channels(head_dim: int) -> int:
-    """Channels of a head's first tile; the rest are 32, or up to 16."""
-    return 32 if head_dim == 64 else 64
-
-
 def tiles(x: Tensor) -> tuple[Tensor, Tensor]:
-    """`x [S, H, D]` as a head's first tile and the rest."""
-    first = first_channels(x.shape[2])
-    return x[..., :first], x[..., first:]
+    """`x [S, H, D]` as its first 64 channels and the rest."""
+    return x[..., :64], x[..., 64:]
 
 
 def rotate(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> list[tuple[Tensor, Tensor]]:
     """Queries and keys `[S, H, D]` rotated, and the values, as `tiles`, in one launch.
 
-    Tiles of rotated tensors lie by themselves, head by head, and are of 16 channels where 8 are left, the others zero:
-    every row starts between sectors of 32 bytes. Queries and keys have their channels in an order of their own. Values
-    are moved likewise if their rows are no sectors (head_dim 72 in 16 bits), else they stay.
+    Tiles of rotated tensors lie by themselves, head by head, and the rest is always 16 channels, zero beyond D: so rows
+    fill whole sectors of 32 bytes, and neighbours fill cache lines. Queries and keys have their channels in an order of
+    their own. Values are moved likewise if their rows fill no sectors (head_dim 72 in 16 bits), else they stay.
     I/O: reads each tensor once, writes it once.
     """
     S, H, D = q.shape
-    first = first_channels(D)
-    rest = 32 if D == 64 else 16
     n = 2 if D * q.element_size() % 32 == 0 else 3
     q, k, v = within_reach(q), within_reach(k), within_reach(v)
-    out, out_rest = q.new_empty(n, H, S, first), q.new_empty(n, H, S, rest)
+    out, out_rest = q.new_empty(n, H, S, 64), q.new_empty(n, H, S, 0 if D == 64 else 16)
     size = unit(q, k, v)
     strides = [stride // size for x in (q, k, v) for stride in x.stride()[:2]]
     _rotate[(triton.cdiv(S, ROTATE.rows), n * triton.cdiv(H, ROTATE.heads))](
         q, k, v, out, out_rest, cos, sin, *strides, S, H,
-        D=D, UNIT=size, ANGLE_STRIDE=cos.stride(0), INTERLEAVED=interleaved, FIRST=first, REST=rest,
+        D=D, UNIT=size, ANGLE_STRIDE=cos.stride(0), INTERLEAVED=interleaved,
         ROWS=ROTATE.rows, HEADS=ROTATE.heads, num_warps=ROTATE.num_warps,
     )  # fmt: skip
     done = list(zip(out.transpose(1, 2), out_rest.transpose(1, 2), strict=True))

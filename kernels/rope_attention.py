@@ -15,11 +15,12 @@ from qwenvit.kernels.long_attention import (
     LOG2_E,
     attend,
     empty_state,
-    load_tile,
+    load_tiles,
     long_attention,
     product,
+    scores,
     softmax_step,
-    store_tile,
+    store_tiles,
 )
 from qwenvit.kernels.rope import load_angles, load_rotated, unit, within_reach
 
@@ -28,20 +29,10 @@ WINDOW = 64
 
 
 @triton.jit
-def _load_values(p_v, o_v, m_row, D: tl.constexpr):
-    """A tile of values: [rows, 64], and [rows, 16] of the channels beyond (else the first again)."""
-    b_v = load_tile(p_v, o_v, m_row, 64, 64)
-    b_v_rest = b_v
-    if D > 64:
-        b_v_rest = load_tile(p_v + 64, o_v, m_row, D - 64, 16)
-    return b_v, b_v_rest
-
-
-@triton.jit
 def _load_rotated(p_x, o_x, m_row, angles, D: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """A tile of queries or keys, likewise, rotated if there are angles."""
+    """A tile of queries or keys, rotated if there are angles: [rows, 64], and [rows, 16] of the channels beyond."""
     if angles is None:
-        b_x, b_x_rest = _load_values(p_x, o_x, m_row, D)
+        b_x, b_x_rest = load_tiles(p_x, p_x + 64, o_x, o_x, m_row, D - 64)
     else:
         b_cos, b_sin, b_cos_rest, b_sin_rest = angles
         b_x = load_rotated(p_x, o_x, m_row, b_cos, b_sin, D, INTERLEAVED, 0, 32)
@@ -49,22 +40,6 @@ def _load_rotated(p_x, o_x, m_row, angles, D: tl.constexpr, INTERLEAVED: tl.cons
         if D > 64:
             b_x_rest = load_rotated(p_x, o_x, m_row, b_cos_rest, b_sin_rest, D, INTERLEAVED, 32, 8)
     return b_x, b_x_rest
-
-
-@triton.jit
-def _store_output(p_out, o_out, m_row, b_out, b_out_rest, D: tl.constexpr):
-    store_tile(p_out, o_out, m_row, b_out, 64, 64)
-    if D > 64:
-        store_tile(p_out + 64, o_out, m_row, b_out_rest, D - 64, 16)
-
-
-@triton.jit
-def _scores(queries, keys, D: tl.constexpr):
-    """Products of queries and keys: [rows of queries, rows of keys], not scaled yet."""
-    b_s = product(queries[0], keys[0], None)
-    if D > 64:
-        b_s = product(queries[1], keys[1], b_s)
-    return b_s
 
 
 @triton.jit
@@ -139,15 +114,15 @@ def _window_attention(
         for _ in tl.range(0, HEADS, num_stages=STAGES):
             queries = _load_rotated(p_q, o_row * stride_qs, m_row, angles, D, INTERLEAVED)
             keys = _load_rotated(p_k, o_row * stride_ks, m_row, angles, D, INTERLEAVED)
-            b_v, b_v_rest = _load_values(p_v, o_row * stride_vs, m_row, D)
-            b_s = tl.where(m_row[None, :], _scores(queries, keys, D), float("-inf"))
+            b_v, b_v_rest = load_tiles(p_v, p_v + 64, o_row * stride_vs, o_row * stride_vs, m_row, D - 64)
+            b_s = tl.where(m_row[None, :], scores(queries, keys, D), float("-inf"))
             b_p, _, _ = softmax_step(b_s, tl.full([BLOCK], float("-inf"), tl.float32), qk_scale, dtype)
             b_inverse = (1.0 / tl.sum(b_p, 1))[:, None]
             b_out = product(b_p.to(dtype), tl.trans(b_v), None) * b_inverse
             b_out_rest = b_out
             if D > 64:
                 b_out_rest = product(b_p.to(dtype), tl.trans(b_v_rest), None) * b_inverse
-            _store_output(p_out, o_row * stride_os, m_row, b_out, b_out_rest, D)
+            store_tiles(p_out, o_row * stride_os, m_row, b_out, b_out_rest, D)
             p_q += stride_qh
             p_k += stride_kh
             p_v += stride_vh
@@ -168,13 +143,12 @@ def _window_attention(
                 p_k = k_ptr + (i_first + i_key) * stride_ks + i_one * stride_kh
                 keys = _load_rotated(p_k, o_row * stride_ks, m_key, key_angles, D, INTERLEAVED)
                 p_v = v_ptr + (i_first + i_key) * stride_vs + i_one * stride_vh
-                b_v, b_v_rest = _load_values(p_v, o_row * stride_vs, m_key, D)
-                b_s = tl.where(m_key[None, :], _scores(queries, keys, D), float("-inf"))
-                state = attend(b_s, b_v, b_v_rest, state, qk_scale, D)
+                values = load_tiles(p_v, p_v + 64, o_row * stride_vs, o_row * stride_vs, m_key, D - 64)
+                state = attend(queries, keys, values, m_key, state, qk_scale, D)
             _, b_sum, b_out, b_out_rest = state
             b_inverse = (1.0 / b_sum)[:, None]
             p_out = out_ptr + (i_first + i_query) * stride_os + i_one * D
-            _store_output(p_out, o_row * stride_os, m_query, b_out * b_inverse, b_out_rest * b_inverse, D)
+            store_tiles(p_out, o_row * stride_os, m_query, b_out * b_inverse, b_out_rest * b_inverse, D)
 
 
 @dataclass(frozen=True)
