@@ -1,4 +1,4 @@
-"""Rotary position embedding: the tile functions that attention over windows rotates with, and a pass that only rotates.
+"""Rotary position embedding: the tile functions that attention over windows rotates with, and a pass for long segments.
 
 A head's D channels are D/2 pairs. Pair i is channels (i, i + D/2), or (2i, 2i + 1) where the rows of the projection's
 weights were permuted so (`INTERLEAVED`). A tile holds 32 pairs, another the 4 or 8 that head_dim 72 and 80 have more:
@@ -7,7 +7,6 @@ powers of two, so nothing is padded in memory, and 36 or 40 pairs cost a tile of
 
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -74,7 +73,7 @@ def load_rotated(
     x_ptr,  # shape (rows, D), at the tile's first row and the head's first channel
     o_first,  # offset of each row
     m_row,
-    b_cos,  # [rows, PAIRS]; None where x is rotated already
+    b_cos,  # [rows, PAIRS]
     b_sin,
     D: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -85,60 +84,65 @@ def load_rotated(
 
     Queries and keys come in the same order of channels, whichever it is, so their products do not notice.
     """
-    if b_cos is None:
-        b_a, b_b = load_pairs(x_ptr, o_first, m_row, D, True, FIRST, PAIRS)
-    else:
-        b_a, b_b = load_pairs(x_ptr, o_first, m_row, D, INTERLEAVED, FIRST, PAIRS)
-        b_a, b_b = turn(b_a, b_b, b_cos, b_sin)
+    b_a, b_b = load_pairs(x_ptr, o_first, m_row, D, INTERLEAVED, FIRST, PAIRS)
+    b_a, b_b = turn(b_a, b_b, b_cos, b_sin)
     return tl.reshape(tl.join(b_a, b_b), [b_a.shape[0], 2 * PAIRS])
 
 
 @triton.jit
-def _rotate_pairs(
-    x_ptr,
-    out_ptr,
+def _rotate_tile(
+    x_ptr,  # shape (S, H, D), at the program's first row and head
+    out_ptr,  # shape (H, S, CHANNELS), same
+    cos_ptr,  # fp32, shape (S, D), at the program's first row
+    sin_ptr,  # same
     o_x,
     o_out,
+    o_row,
     m_row,
-    b_cos,
-    b_sin,
+    is_value,
     D: tl.constexpr,
+    ANGLE_STRIDE: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     FIRST: tl.constexpr,
-    PAIRS: tl.constexpr,
+    CHANNELS: tl.constexpr,
 ):
-    b_a, b_b = load_pairs(x_ptr, o_x, m_row, D, INTERLEAVED, FIRST, PAIRS)
-    b_a, b_b = turn(b_a, b_b, b_cos, b_sin)
     mask = m_row[:, None]
-    if INTERLEAVED:
-        o_channel = 2 * FIRST + tl.arange(0, 2 * PAIRS)
-        if 2 * (FIRST + PAIRS) > D:
-            mask = mask & (o_channel < D)[None, :]
-        b_x = tl.reshape(tl.join(b_a, b_b), [b_a.shape[0], 2 * PAIRS])
-        tl.store(out_ptr + (o_out[:, None] + o_channel[None, :]), b_x, mask=mask)
+    o_channel = tl.arange(0, CHANNELS)
+    o_pair = tl.arange(0, CHANNELS // 2)
+    p_out = out_ptr + (o_out * CHANNELS)[:, None]
+    if is_value:
+        m_x = mask & (FIRST + o_channel < D)[None, :]
+        b_x = tl.load(x_ptr + FIRST + (o_x[:, None] + o_channel[None, :]), mask=m_x, other=0.0)
+        tl.store(p_out + o_channel[None, :], b_x, mask=mask)
     else:
-        o_channel = FIRST + tl.arange(0, PAIRS)
-        if FIRST + PAIRS > D // 2:
-            mask = mask & (o_channel < D // 2)[None, :]
-        offset = o_out[:, None] + o_channel[None, :]
-        tl.store(out_ptr + offset, b_a, mask=mask)
-        tl.store(out_ptr + D // 2 + offset, b_b, mask=mask)
+        b_cos, b_sin = load_angles(cos_ptr, sin_ptr, o_row, m_row, D, ANGLE_STRIDE, FIRST // 2, CHANNELS // 2)
+        if INTERLEAVED:
+            b_x = load_rotated(x_ptr, o_x, m_row, b_cos, b_sin, D, True, FIRST // 2, CHANNELS // 2)
+            tl.store(p_out + o_channel[None, :], b_x, mask=mask)
+        else:
+            b_a, b_b = load_pairs(x_ptr, o_x, m_row, D, False, FIRST // 2, CHANNELS // 2)
+            b_a, b_b = turn(b_a, b_b, b_cos, b_sin)
+            tl.store(p_out + o_pair[None, :], b_a, mask=mask)
+            tl.store(p_out + CHANNELS // 2 + o_pair[None, :], b_b, mask=mask)
 
 
 @triton.jit(do_not_specialize=["S"])
 def _rotate(
-    x_ptr,  # shape (S, N, D)
-    y_ptr,  # same
-    x_out_ptr,  # same, contiguous
-    y_out_ptr,  # same, contiguous
+    q_ptr,  # shape (S, H, D)
+    k_ptr,  # same
+    v_ptr,  # same; not read where the grid has programs for q and k alone
+    out_ptr,  # shape (2 or 3, H, S, 64)
+    rest_ptr,  # shape (2 or 3, H, S, 16)
     cos_ptr,  # fp32, shape (S, D)
     sin_ptr,  # same
-    stride_xs,  # this and the next three in UNITs of elements
-    stride_xn,
-    stride_ys,
-    stride_yn,
+    stride_qs,  # this and the next five in UNITs of elements
+    stride_qh,
+    stride_ks,
+    stride_kh,
+    stride_vs,
+    stride_vh,
     S,
-    N,
+    H,
     D: tl.constexpr,
     UNIT: tl.constexpr,
     ANGLE_STRIDE: tl.constexpr,
@@ -147,29 +151,38 @@ def _rotate(
     HEADS: tl.constexpr,
 ):
     i_row = tl.program_id(0).to(tl.int64) * ROWS
-    i_group = tl.program_id(1)
-    if i_group >= tl.cdiv(N, HEADS):
-        i_group -= tl.cdiv(N, HEADS)
-        x_ptr = y_ptr
-        x_out_ptr = y_out_ptr
-        stride_xs = stride_ys
-        stride_xn = stride_yn
+    n_groups = tl.cdiv(H, HEADS)
+    i_tensor = tl.program_id(1) // n_groups
+    i_head = (tl.program_id(1) % n_groups * HEADS).to(tl.int64)
+    x_ptr = q_ptr
+    if i_tensor == 1:
+        x_ptr = k_ptr
+        stride_qs = stride_ks
+        stride_qh = stride_kh
+    elif i_tensor == 2:
+        x_ptr = v_ptr
+        stride_qs = stride_vs
+        stride_qh = stride_vh
     # Rows and heads in one axis: repeated loads of the angles hit L1, and no store holds up another head's loads.
     o_row = tl.arange(0, ROWS * HEADS) // HEADS
     o_head = tl.arange(0, ROWS * HEADS) % HEADS
-    i_head = (i_group * HEADS).to(tl.int64)
-    m_row = (o_row < S - i_row) & (o_head < N - i_head)
+    m_row = (o_row < S - i_row) & (o_head < H - i_head)
+    x_ptr += (i_row * stride_qs + i_head * stride_qh) * UNIT
     cos_ptr += i_row * ANGLE_STRIDE
     sin_ptr += i_row * ANGLE_STRIDE
-    x_ptr += (i_row * stride_xs + i_head * stride_xn) * UNIT
-    x_out_ptr += (i_row * N + i_head) * D
-    o_x = (o_row * stride_xs + o_head * stride_xn) * UNIT
-    o_out = (o_row * N + o_head) * D
-    b_cos, b_sin = load_angles(cos_ptr, sin_ptr, o_row, m_row, D, ANGLE_STRIDE, 0, 32)
-    _rotate_pairs(x_ptr, x_out_ptr, o_x, o_out, m_row, b_cos, b_sin, D, INTERLEAVED, 0, 32)
+    i_out = (i_tensor * H + i_head) * S + i_row
+    out_ptr += i_out * 64
+    rest_ptr += i_out * 16
+    o_x = (o_row * stride_qs + o_head * stride_qh) * UNIT
+    o_out = o_head.to(tl.int64) * S + o_row
+    is_value = i_tensor == 2
+    _rotate_tile(
+        x_ptr, out_ptr, cos_ptr, sin_ptr, o_x, o_out, o_row, m_row, is_value, D, ANGLE_STRIDE, INTERLEAVED, 0, 64
+    )
     if D > 64:
-        b_cos, b_sin = load_angles(cos_ptr, sin_ptr, o_row, m_row, D, ANGLE_STRIDE, 32, 8)
-        _rotate_pairs(x_ptr, x_out_ptr, o_x, o_out, m_row, b_cos, b_sin, D, INTERLEAVED, 32, 8)
+        _rotate_tile(
+            x_ptr, rest_ptr, cos_ptr, sin_ptr, o_x, o_out, o_row, m_row, is_value, D, ANGLE_STRIDE, INTERLEAVED, 64, 16
+        )
 
 
 @dataclass(frozen=True)
@@ -202,16 +215,29 @@ def within_reach(x: Tensor) -> Tensor:
     return x if max(x.stride()) < 2**24 else x.contiguous()
 
 
-def rotate(x: Tensor, y: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
-    """Queries and keys `[S, N, D]` rotated, contiguous, in one launch. I/O: reads both once, writes both once."""
-    S, N, D = x.shape
-    x, y = within_reach(x), within_reach(y)
-    x_out, y_out = (torch.empty_like(part, memory_format=torch.contiguous_format) for part in (x, y))
-    size = unit(x, y)
-    strides = [stride // size for part in (x, y) for stride in part.stride()[:2]]
-    _rotate[(triton.cdiv(S, ROTATE.rows), 2 * triton.cdiv(N, ROTATE.heads))](
-        x, y, x_out, y_out, cos, sin, *strides, S, N,
+def tiles(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`x [S, H, D]` as its first 64 channels and the rest."""
+    return x[..., :64], x[..., 64:]
+
+
+def rotate(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> list[tuple[Tensor, Tensor]]:
+    """Queries and keys `[S, H, D]` rotated, and the values, as `tiles`, in one launch.
+
+    Tiles of rotated tensors lie by themselves, head by head, and the rest is always 16 channels, zero beyond D: so rows
+    fill whole sectors of 32 bytes, and neighbours fill cache lines. Queries and keys have their channels in an order of
+    their own. Values are moved likewise if their rows fill no sectors (head_dim 72 in 16 bits), else they stay.
+    I/O: reads each tensor once, writes it once.
+    """
+    S, H, D = q.shape
+    n = 2 if D * q.element_size() % 32 == 0 else 3
+    q, k, v = within_reach(q), within_reach(k), within_reach(v)
+    out, out_rest = q.new_empty(n, H, S, 64), q.new_empty(n, H, S, 0 if D == 64 else 16)
+    size = unit(q, k, v)
+    strides = [stride // size for x in (q, k, v) for stride in x.stride()[:2]]
+    _rotate[(triton.cdiv(S, ROTATE.rows), n * triton.cdiv(H, ROTATE.heads))](
+        q, k, v, out, out_rest, cos, sin, *strides, S, H,
         D=D, UNIT=size, ANGLE_STRIDE=cos.stride(0), INTERLEAVED=interleaved,
         ROWS=ROTATE.rows, HEADS=ROTATE.heads, num_warps=ROTATE.num_warps,
     )  # fmt: skip
-    return x_out, y_out
+    done = list(zip(out.transpose(1, 2), out_rest.transpose(1, 2), strict=True))
+    return done if n == 3 else [*done, tiles(v)]

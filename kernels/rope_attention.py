@@ -11,7 +11,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwenvit.kernels.long_attention import LOG2_E, attend, load_tile, long_attention, scores, softmax_step, store_tile
+from qwenvit.kernels.long_attention import (
+    LOG2_E,
+    attend,
+    empty_state,
+    load_tiles,
+    long_attention,
+    product,
+    scores,
+    softmax_step,
+    store_tiles,
+)
 from qwenvit.kernels.rope import load_angles, load_rotated, unit, within_reach
 
 WINDOW = 64
@@ -19,28 +29,31 @@ WINDOW = 64
 
 
 @triton.jit
-def _load_both(p_x, o_x, m_row, angles, D: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """A tile of rotated queries or keys: [rows, 64], and [rows, 16] of the channels beyond."""
-    b_cos, b_sin, b_cos_tail, b_sin_tail = angles
-    b_x = load_rotated(p_x, o_x, m_row, b_cos, b_sin, D, INTERLEAVED, 0, 32)
-    b_x_tail = b_x
-    if D > 64:
-        b_x_tail = load_rotated(p_x, o_x, m_row, b_cos_tail, b_sin_tail, D, INTERLEAVED, 32, 8)
-    return b_x, b_x_tail
+def _load_rotated(p_x, o_x, m_row, angles, D: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """A tile of queries or keys, rotated if there are angles: [rows, 64], and [rows, 16] of the channels beyond."""
+    if angles is None:
+        b_x, b_x_rest = load_tiles(p_x, p_x + 64, o_x, o_x, m_row, D - 64)
+    else:
+        b_cos, b_sin, b_cos_rest, b_sin_rest = angles
+        b_x = load_rotated(p_x, o_x, m_row, b_cos, b_sin, D, INTERLEAVED, 0, 32)
+        b_x_rest = b_x
+        if D > 64:
+            b_x_rest = load_rotated(p_x, o_x, m_row, b_cos_rest, b_sin_rest, D, INTERLEAVED, 32, 8)
+    return b_x, b_x_rest
 
 
 @triton.jit
 def _load_all_angles(cos_ptr, sin_ptr, i_first, o_row, m_row, D: tl.constexpr, ANGLE_STRIDE: tl.constexpr):
-    """Cosines and sines of all pairs as two tiles: (cos, sin, cos of the tail, sin of the tail), or four times None."""
-    angles = (None, None, None, None)
+    """Cosines and sines of all pairs as two tiles: (cos, sin, cos of the rest, sin of the rest); None without any."""
+    angles = None
     if cos_ptr is not None:
         p_cos = cos_ptr + i_first * ANGLE_STRIDE
         p_sin = sin_ptr + i_first * ANGLE_STRIDE
         b_cos, b_sin = load_angles(p_cos, p_sin, o_row, m_row, D, ANGLE_STRIDE, 0, 32)
         angles = (b_cos, b_sin, b_cos, b_sin)
         if D > 64:
-            b_cos_tail, b_sin_tail = load_angles(p_cos, p_sin, o_row, m_row, D, ANGLE_STRIDE, 32, 8)
-            angles = (b_cos, b_sin, b_cos_tail, b_sin_tail)
+            b_cos_rest, b_sin_rest = load_angles(p_cos, p_sin, o_row, m_row, D, ANGLE_STRIDE, 32, 8)
+            angles = (b_cos, b_sin, b_cos_rest, b_sin_rest)
     return angles
 
 
@@ -99,17 +112,17 @@ def _window_attention(
         m_row = o_row < length
         angles = _load_all_angles(cos_ptr, sin_ptr, i_first, o_row, m_row, D, ANGLE_STRIDE)
         for _ in tl.range(0, HEADS, num_stages=STAGES):
-            b_q, b_q_tail = _load_both(p_q, o_row * stride_qs, m_row, angles, D, INTERLEAVED)
-            b_k, b_k_tail = _load_both(p_k, o_row * stride_ks, m_row, angles, D, INTERLEAVED)
-            b_v, b_v_tail = load_tile(p_v, o_row * stride_vs, m_row, D)
-            b_s = tl.where(m_row[None, :], scores(b_q, b_q_tail, b_k, b_k_tail, D), float("-inf"))
+            queries = _load_rotated(p_q, o_row * stride_qs, m_row, angles, D, INTERLEAVED)
+            keys = _load_rotated(p_k, o_row * stride_ks, m_row, angles, D, INTERLEAVED)
+            b_v, b_v_rest = load_tiles(p_v, p_v + 64, o_row * stride_vs, o_row * stride_vs, m_row, D - 64)
+            b_s = tl.where(m_row[None, :], scores(queries, keys, D), float("-inf"))
             b_p, _, _ = softmax_step(b_s, tl.full([BLOCK], float("-inf"), tl.float32), qk_scale, dtype)
             b_inverse = (1.0 / tl.sum(b_p, 1))[:, None]
-            b_out = tl.dot(b_p.to(dtype), b_v, input_precision="ieee") * b_inverse
-            b_out_tail = b_out
+            b_out = product(b_p.to(dtype), tl.trans(b_v), None) * b_inverse
+            b_out_rest = b_out
             if D > 64:
-                b_out_tail = tl.dot(b_p.to(dtype), b_v_tail, input_precision="ieee") * b_inverse
-            store_tile(p_out, o_row * stride_os, m_row, b_out, b_out_tail, D)
+                b_out_rest = product(b_p.to(dtype), tl.trans(b_v_rest), None) * b_inverse
+            store_tiles(p_out, o_row * stride_os, m_row, b_out, b_out_rest, D)
             p_q += stride_qh
             p_k += stride_kh
             p_v += stride_vh
@@ -120,27 +133,22 @@ def _window_attention(
             o_query = i_query + o_row
             m_query = o_query < length
             i_one = i_head + i % HEADS
-            angles = _load_all_angles(cos_ptr, sin_ptr, i_first + i_query, o_row, m_query, D, ANGLE_STRIDE)
+            query_angles = _load_all_angles(cos_ptr, sin_ptr, i_first + i_query, o_row, m_query, D, ANGLE_STRIDE)
             p_q = q_ptr + (i_first + i_query) * stride_qs + i_one * stride_qh
-            queries = _load_both(p_q, o_row * stride_qs, m_query, angles, D, INTERLEAVED)
-            state = (
-                tl.full([BLOCK], float("-inf"), tl.float32),
-                tl.zeros([BLOCK], tl.float32),
-                tl.zeros([BLOCK, 64], tl.float32),
-                tl.zeros([BLOCK, 16], tl.float32),
-            )
+            queries = _load_rotated(p_q, o_row * stride_qs, m_query, query_angles, D, INTERLEAVED)
+            state = empty_state(BLOCK)
             for i_key in tl.range(0, length, BLOCK, num_stages=1):
                 m_key = o_row < length - i_key
-                angles = _load_all_angles(cos_ptr, sin_ptr, i_first + i_key, o_row, m_key, D, ANGLE_STRIDE)
+                key_angles = _load_all_angles(cos_ptr, sin_ptr, i_first + i_key, o_row, m_key, D, ANGLE_STRIDE)
                 p_k = k_ptr + (i_first + i_key) * stride_ks + i_one * stride_kh
-                keys = _load_both(p_k, o_row * stride_ks, m_key, angles, D, INTERLEAVED)
+                keys = _load_rotated(p_k, o_row * stride_ks, m_key, key_angles, D, INTERLEAVED)
                 p_v = v_ptr + (i_first + i_key) * stride_vs + i_one * stride_vh
-                values = load_tile(p_v, o_row * stride_vs, m_key, D)
-                state = attend(queries, keys, values, m_key, state, qk_scale, dtype, D)
-            _, b_sum, b_out, b_out_tail = state
+                values = load_tiles(p_v, p_v + 64, o_row * stride_vs, o_row * stride_vs, m_key, D - 64)
+                state = attend(queries, keys, values, m_key, state, qk_scale, D)
+            _, b_sum, b_out, b_out_rest = state
             b_inverse = (1.0 / b_sum)[:, None]
             p_out = out_ptr + (i_first + i_query) * stride_os + i_one * D
-            store_tile(p_out, o_row * stride_os, m_query, b_out * b_inverse, b_out_tail * b_inverse, D)
+            store_tiles(p_out, o_row * stride_os, m_query, b_out * b_inverse, b_out_rest * b_inverse, D)
 
 
 @dataclass(frozen=True)

@@ -170,7 +170,8 @@ def rope_attention(
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     for start, end in pairwise(bounds):
         if end > start:
-            own_q, own_k, own_v = (x[None, start:end].transpose(1, 2) for x in (q, k, v))
+            # Contiguous, because torch's attention on a GPU cannot read fp32 rows that start between 16 bytes.
+            own_q, own_k, own_v = (x[None, start:end].transpose(1, 2).contiguous() for x in (q, k, v))
             out[start:end] = F.scaled_dot_product_attention(own_q, own_k, own_v, scale=scale)[0].transpose(0, 1)
     return out
 

@@ -66,6 +66,7 @@ def call_everything(dtype: torch.dtype) -> None:
         for longest in (64, None):
             for interleaved in (True, False):
                 ops.rope_attention(*qkv.unbind(1), angles, angles, bounds, longest, None, interleaved, impl="triton")
+            ops.rope_attention(*qkv.unbind(1), None, None, bounds, longest, impl="triton")
         width = 16 * head_dim
         packed = tensor(256, 3 * width)
         ops.rotate_qk_(packed, angles, angles, 16, impl="triton")

@@ -1,10 +1,21 @@
-"""RoPE and attention in Triton against fp64, held to the error of plain torch in the same dtype."""
+"""RoPE and attention against fp64, held to plain torch's error: on a GPU, or in Triton's interpreter without one."""
 
 import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
-from rope_attention_cases import HEAD_DIMS, angles, contract, error, packed, poisoned, truth
+from rope_attention_cases import (
+    DEVICE,
+    DTYPES,
+    HEAD_DIMS,
+    angles,
+    boundaries,
+    contract,
+    error,
+    packed,
+    poisoned,
+    truth,
+)
 
 from qwenvit import ops
 
@@ -17,7 +28,7 @@ MIXED = {"windows": (WINDOWS, 64), "ragged": (RAGGED, None), "one": ([0, 150], N
 @pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
 @pytest.mark.parametrize("case", MIXED)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_no_further_from_the_truth_than_torch(dtype, head_dim, case, interleaved):
     bounds, max_seqlen = MIXED[case]
     contract(packed(bounds[-1], 3, head_dim, dtype), bounds, max_seqlen, interleaved)
@@ -26,31 +37,35 @@ def test_no_further_from_the_truth_than_torch(dtype, head_dim, case, interleaved
 @pytest.mark.parametrize("max_seqlen", [64, None], ids=["windows", "long"])
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_rotated_before(head_dim, max_seqlen):
-    contract(packed(164, 2, head_dim, torch.float32), WINDOWS, max_seqlen, rotate=False)
+    for bounds in (WINDOWS, RAGGED):  # the second longer than a hint of 64 says
+        contract(packed(bounds[-1], 2, head_dim, DTYPES[-1]), bounds, max_seqlen, rotate=False)
 
 
 @pytest.mark.parametrize("max_seqlen", [64, None], ids=["windows", "long"])
-def test_strides(max_seqlen):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_strides(dtype, max_seqlen):
     """Transposed, unaligned, and each different: what other frameworks may hold."""
-    q = torch.randn(3, 70, 72).transpose(0, 1)
-    k = torch.randn(70, 3 * 72 + 1)[:, 1:].unflatten(1, (3, 72))
-    v = torch.randn(70, 3, 80)[..., 3:75]
-    contract((q, k, v), [0, 6, 70], max_seqlen)
-    expanded = q[:, :1].expand(70, 3, 72)
-    contract((expanded, expanded, v), [0, 6, 70], max_seqlen)
+    bounds = [0, 6, 70, 134]
+    q = torch.randn(3, 134, 72, device=DEVICE).to(dtype).transpose(0, 1)
+    k = torch.randn(134, 3 * 72 + 1, device=DEVICE).to(dtype)[:, 1:].unflatten(1, (3, 72))
+    v = torch.randn(134, 3, 80, device=DEVICE).to(dtype)[..., 3:75]
+    contract((q, k, v), bounds, max_seqlen)
+    expanded = q[:, :1].expand(134, 3, 72)
+    contract((expanded, expanded, v), bounds, max_seqlen)
 
 
 @pytest.mark.parametrize("max_seqlen", [64, None], ids=["windows", "long"])
-def test_a_segment_does_not_know_its_neighbours(max_seqlen):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_segment_does_not_know_its_neighbours(dtype, max_seqlen):
     """The same bits alone and among others, were they infinite."""
-    q, k, v = (x.clone() for x in packed(200, 2, 72, torch.float32))
+    q, k, v = (x.clone() for x in packed(200, 2, 72, dtype))
     cos, sin = angles(200, 72)
     bounds = [0, 10, 70, 199, 200]
     for x in (q, k, v):
         x[:10], x[70], x[199] = float("inf"), float("nan"), float("-inf")
-    out = ops.rope_attention(q, k, v, cos, sin, torch.tensor(bounds, dtype=torch.int32), max_seqlen, impl="triton")
+    out = ops.rope_attention(q, k, v, cos, sin, boundaries(bounds), max_seqlen, impl="triton")
     own = (x[10:70] for x in (q, k, v, cos, sin))
-    alone = ops.rope_attention(*own, torch.tensor([0, 60], dtype=torch.int32), max_seqlen, impl="triton")
+    alone = ops.rope_attention(*own, boundaries([0, 60]), max_seqlen, impl="triton")
     assert alone.isfinite().all()
     assert torch.equal(out[10:70], alone)
 
@@ -63,27 +78,25 @@ def test_a_segment_does_not_know_its_neighbours(max_seqlen):
 )
 def test_any_lengths(lengths, max_seqlen, scale):
     bounds = torch.tensor([0, *lengths]).cumsum(0).tolist()
-    contract(packed(bounds[-1], 1, 64, torch.float32), bounds, max_seqlen, scale=scale)
+    contract(packed(bounds[-1], 1, 64, torch.float32, outliers=False), bounds, max_seqlen, scale=scale)
 
 
 def test_nothing_to_do():
-    empty = torch.empty(0, 2, 64)
+    empty = torch.empty(0, 2, 64, device=DEVICE)
     for bounds in ([0], [0, 0, 0]):
-        out = ops.rope_attention(
-            empty, empty, empty, None, None, torch.tensor(bounds, dtype=torch.int32), impl="triton"
-        )
+        out = ops.rope_attention(empty, empty, empty, None, None, boundaries(bounds), impl="triton")
         assert out.shape == (0, 2, 64)
 
 
 def test_auto_is_the_reference_on_a_cpu():
-    q, k, v = packed(20, 2, 64, torch.float32)
-    arguments = (q, k, v, *angles(20, 64), torch.tensor([0, 20], dtype=torch.int32))
+    q, k, v = packed(20, 2, 64, torch.float32, "cpu")
+    arguments = (q, k, v, *angles(20, 64, "cpu"), torch.tensor([0, 20], dtype=torch.int32))
     assert torch.equal(ops.rope_attention(*arguments), ops.rope_attention(*arguments, impl="reference"))
 
 
 def test_the_operation_is_registered_as_it_behaves():
     q, k, v = packed(20, 2, 64, torch.float32)
-    cu_seqlens = torch.tensor([0, 4, 20], dtype=torch.int32)
+    cu_seqlens = boundaries([0, 4, 20])
     ops.rope_attention(q, k, v, None, None, cu_seqlens, impl="triton")  # registers it
     arguments = (q, k, v, *angles(20, 64), cu_seqlens, 64, 0.125, False)
     torch.library.opcheck(torch.ops.qwenvit.rope_attention.default, arguments)
@@ -94,7 +107,7 @@ def test_the_measure_can_fail():
     bounds = [0, 30, 94]
     q, k, v = packed(94, 1, 80, torch.float32)
     cos, sin = angles(94, 80)
-    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+    cu_seqlens = boundaries(bounds)
     right = truth(q, k, v, cos, sin, bounds)
     with poisoned():
         good = ops.rope_attention(q, k, v, cos, sin, cu_seqlens, impl="triton")
