@@ -28,8 +28,9 @@ def rope_attention(
     """Rotate queries and keys, then let each token attend to the tokens of its segment.
 
     With S tokens, H heads and head_dim D, segments of up to 64 tokens move 4·S·H·D elements (Q, K and V read once, the
-    output written once) and 4·S·D bytes of angles; longer ones 4·S·H·D elements more, for the rotated Q and K. A
-    segment of L tokens takes 4·L²·H·D FLOPs. Inference only: no gradient flows through `impl="triton"`.
+    output written once) and 4·S·D bytes of angles; longer ones 4·S·H·D elements more, for the rotated Q and K, and
+    2·S·H·D for a V of head_dim 72 in 16 bits, which is moved to whole sectors with them. A segment of L tokens takes
+    4·L²·H·D FLOPs. Inference only: no gradient flows through `impl="triton"`.
 
     Args:
         q: `[S, H, D]`, bfloat16, float16 or float32 (in IEEE fp32, no TF32), D one of 64, 72 and 80. Any strides but
