@@ -167,12 +167,15 @@ def window_config(dtype: torch.dtype, capability: int, n_heads: int, n_windows: 
     Measured on an H200 (132 multiprocessors) at head_dim 80 with 16 heads. A cap of 168 registers lets three programs
     share a multiprocessor, or two with loads in three stages; 128, for four, spills (9216 tokens: 35.7 µs and 52.9).
     1, 2 and 4 heads a program took 8.5, 8.2 and 11.3 µs at 16 windows, 22.4, 20.3 and 17.6 at 64 (4 just make one wave
-    of programs there), 44.2, 35.7 and 38.6 at 144.
+    of programs there), 44.2, 35.7 and 38.6 at 144; 2 and 4 took 14.1 and 16.4 at 36, and with head_dim 72 16.2 and 17.8
+    at 49.
     """
     if dtype == torch.float32:  # no tensor cores in IEEE fp32: more threads, fewer sums each
         return WindowConfig(heads=1, num_warps=8, num_stages=1, maxnreg=None)
     n = n_windows * n_heads
-    heads, num_stages = (1, 2) if n <= 132 else (2, 3) if n <= 4 * 132 else (4, 3) if n <= 8 * 132 else (2, 2)
+    heads, num_stages = (1, 2) if n <= 132 else (2, 3) if n <= 4 * 132 else (2, 2)
+    if 6 * 132 < n <= 8 * 132:  # two programs of four heads, each with three stages, on every multiprocessor
+        heads, num_stages = 4, 3
     while n_heads % heads:
         heads //= 2
     if capability != 9:

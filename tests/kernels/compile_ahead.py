@@ -20,6 +20,7 @@ from triton.runtime.jit import JITFunction
 
 from qwenvit import ops
 from qwenvit.kernels import gemm
+from qwenvit.kernels.grid_plan import grid_plan
 
 PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
@@ -96,6 +97,9 @@ def call_everything(dtype: torch.dtype) -> None:
         from qwenvit.kernels.patch_embed import embed_to_order
 
         embed_to_order(tensor(256, 1176), tensor(1280, 1216)[:, :1176], None, torch.arange(64), 4)
+    quarter = torch.zeros(64, 18)
+    for side, table_side in ((4, 0), (0, 48)):
+        grid_plan(torch.ones(3, 5, dtype=torch.int64), quarter, quarter, 256, 8, 16, 2, side, table_side)
     types, grid = torch.zeros(2, 600, dtype=torch.int64), torch.ones(3, 3, dtype=torch.int64)
     for apart in (False, True):
         seconds = None if apart else tensor(3)

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 KERNELS = {
-    "_activate", "_average", "_concat", "_count", "_gate", "_long_attention", "_place", "_project_and_activate",
-    "_project_and_rotate", "_rotate", "_window_attention", "norm_rows",
+    "_activate", "_average", "_bound", "_concat", "_count", "_gate", "_long_attention", "_place", "_position_rows",
+    "_project_and_activate", "_project_and_rotate", "_rotate", "_stage", "_window_attention", "norm_rows",
 }  # fmt: skip
+WITH_TMA = {"_embed"}
 SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
 """Bytes a block may have."""
 SPILLED = {"sm_80": 380, "sm_90": 0, "sm_100": 0}
@@ -28,7 +29,7 @@ def test_every_kernel_compiles(arch, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     print(done.stdout)
-    assert {row["kernel"] for row in rows} == KERNELS
+    assert {row["kernel"] for row in rows} == KERNELS | (WITH_TMA if arch != "sm_80" else set())
     assert all(row["shared"] <= SHARED_MEMORY[arch] for row in rows)
     # 16 bits is what towers run in; in fp32 attention holds twice as much and spills some of it.
     assert [row for row in rows if row["dtype"] == "torch.bfloat16" and row["spilled"] > SPILLED[arch]] == []
