@@ -18,7 +18,7 @@ over the others needs no mask. Its order depends on nothing but the segment's le
 """
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -34,8 +34,7 @@ BLOCK_N = gl.constexpr(128)
 """Keys of a tile. It orders the sums, so it is the same for all shapes."""
 END = gl.constexpr(2**30)
 """Coordinate at which every segment ends."""
-PASS_COST = gl.constexpr(1)
-"""What starting and ending a unit weighs, in key tiles."""
+CONSUMERS = gl.constexpr(3)
 
 
 @gluon.jit
@@ -61,90 +60,46 @@ def _unpack(b_x, dtype: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _add(a, b):
-    return a + b
-
-
-@gluon.jit
-def _units_and_tiles(start, end):
-    """Units of queries and tiles of keys in a segment."""
-    return (end - start + UNIT - 1) // UNIT, (end - start + BLOCK_N - 1) // BLOCK_N
-
-
-@gluon.jit
-def _weigh(cu_seqlens_ptr, n_segments, S, i_first, BLOCK: gl.constexpr):
-    """Units of one head in BLOCK segments from `i_first` on, and what they weigh together."""
-    o_segment = i_first + gl.arange(0, BLOCK, layout=gl.BlockedLayout([BLOCK // 32], [32], [4], [0]))
-    m_segment = o_segment < n_segments
-    start = gl.load(cu_seqlens_ptr + o_segment, mask=m_segment, other=0)
-    end = gl.minimum(gl.load(cu_seqlens_ptr + o_segment + 1, mask=m_segment, other=0), S)
-    n_units, n_tiles = _units_and_tiles(start, end)
-    return n_units, n_units.to(gl.int64) * (n_tiles + PASS_COST)
-
-
-@gluon.jit
-def _locate(cu_seqlens_ptr, n_segments, S, H, target, i_segment, n_units, weight):
-    """Number of the first unit that has `target` before it, counted in its segment.
-
-    Args: segments that lie before `target` as a whole, and one head's units and weight in them.
-    """
-    i_here = gl.minimum(i_segment, n_segments - 1)
-    start = gl.load(cu_seqlens_ptr + i_here)
-    _, n_tiles = _units_and_tiles(start, gl.minimum(gl.load(cu_seqlens_ptr + i_here + 1), S))
-    each = n_tiles + PASS_COST
-    return ((target - weight * H + each - 1) // each).to(gl.int32)
-
-
-@gluon.jit
-def _share(cu_seqlens_ptr, n_segments, S, H):
-    """This program's run of units: the segment and the unit in it where it starts, and how many they are."""
-    BLOCK: gl.constexpr = 256
-    zero = n_segments.to(gl.int64) * 0
-    total = zero
-    for i_first in range(0, n_segments, BLOCK):
-        _, b_weight = _weigh(cu_seqlens_ptr, n_segments, S, i_first, BLOCK)
-        total += gl.sum(b_weight, 0)
-    n_programs = gl.num_programs(0)
-    first = (total * H * gl.program_id(0) + n_programs - 1) // n_programs
-    past = (total * H * (gl.program_id(0) + 1) + n_programs - 1) // n_programs
-    before = zero
-    i_segment, n_units, weight = 0, 0, zero
-    i_segment_past, n_units_past, weight_past = 0, 0, zero
-    for i_first in range(0, n_segments, BLOCK):
-        b_units, b_weight = _weigh(cu_seqlens_ptr, n_segments, S, i_first, BLOCK)
-        b_end = (before + gl.associative_scan(b_weight, 0, _add)) * H
-        m_first = b_end <= first
-        m_past = b_end <= past
-        i_segment += gl.sum(m_first.to(gl.int32), 0)
-        i_segment_past += gl.sum(m_past.to(gl.int32), 0)
-        n_units += gl.sum(gl.where(m_first, b_units, 0), 0)
-        n_units_past += gl.sum(gl.where(m_past, b_units, 0), 0)
-        weight += gl.sum(gl.where(m_first, b_weight, 0), 0)
-        weight_past += gl.sum(gl.where(m_past, b_weight, 0), 0)
-        before += gl.sum(b_weight, 0)
-    i_unit = _locate(cu_seqlens_ptr, n_segments, S, H, first, i_segment, n_units, weight)
-    i_past = _locate(cu_seqlens_ptr, n_segments, S, H, past, i_segment_past, n_units_past, weight_past)
-    return i_segment, i_unit, (n_units_past - n_units) * H + i_past - i_unit
-
-
-@gluon.jit
-def _next(cu_seqlens_ptr, S, H, i_segment, i_unit, n_left, CONSUMERS: gl.constexpr):
-    """The next units of one head that the consumers take together, evenly many each time."""
+def _tiles_of(cu_seqlens_ptr, n_segments, S, H, i_segment, tall, n_tall):
+    """A segment's bounds and units, how many of its heads have tall tiles, and each head's tiles, tall or short."""
+    i_segment = gl.minimum(i_segment, n_segments - 1)
     start = gl.load(cu_seqlens_ptr + i_segment)
     end = gl.minimum(gl.load(cu_seqlens_ptr + i_segment + 1), S)
-    n_units, n_tiles = _units_and_tiles(start, end)
-    while i_unit == n_units * H:  # the segment is done, or empty
+    n_units = (end - start + UNIT - 1) // UNIT
+    short = gl.maximum(tall - 1, 1)
+    heads = gl.minimum(gl.maximum(n_tall - i_segment * H, 0), H)
+    return start, end, n_units, heads, (n_units + tall - 1) // tall, (n_units + short - 1) // short
+
+
+@gluon.jit
+def _walk(cu_seqlens_ptr, n_segments, S, H, i_segment, i_first, i_tile, tall, n_tall):
+    """The segment that tile `i_tile` belongs to and the number of its first tile, from those of an earlier tile."""
+    start, end, n_units, heads, n_high, n_low = _tiles_of(cu_seqlens_ptr, n_segments, S, H, i_segment, tall, n_tall)
+    n_tiles = heads * n_high + (H - heads) * n_low
+    while (i_segment < n_segments) & (i_tile >= i_first + n_tiles):
+        i_first += n_tiles
         i_segment += 1
-        i_unit = 0
-        start = end
-        end = gl.minimum(gl.load(cu_seqlens_ptr + i_segment + 1), S)
-        n_units, n_tiles = _units_and_tiles(start, end)
-    i_head = i_unit // n_units
-    i_row = i_unit - i_head * n_units
-    n_here = gl.minimum(n_units - i_row, n_left)
-    n_passes = (n_here + CONSUMERS - 1) // CONSUMERS
-    n_active = (n_here + n_passes - 1) // n_passes
-    return i_segment, i_unit, start, end, n_tiles, i_head, i_row * UNIT, n_active
+        start, end, n_units, heads, n_high, n_low = _tiles_of(cu_seqlens_ptr, n_segments, S, H, i_segment, tall, n_tall)
+        n_tiles = heads * n_high + (H - heads) * n_low
+    return i_segment, i_first
+
+
+@gluon.jit
+def _post(ticket, n_steps, n_keys, i_row, n_rows, i_head):
+    o = gl.arange(0, 8, layout=gl.BlockedLayout([1], [32], [1], [0]))
+    b_ticket = gl.where(o == 0, n_steps, gl.where(o == 1, n_keys, gl.where(o == 2, i_row, gl.where(o == 3, n_rows, i_head))))
+    ticket.store(b_ticket)
+
+
+@gluon.jit
+def _read(tickets, posted, i_pass):
+    mbarrier.wait(posted.index(i_pass & 1), (i_pass >> 1) & 1)
+    LAYOUT: gl.constexpr = gl.BlockedLayout([8], [32], [4], [0])
+    b_ticket = tickets.index(i_pass & 1).load(LAYOUT)
+    o = gl.arange(0, 8, layout=LAYOUT)
+    return (gl.sum(gl.where(o == 0, b_ticket, 0), 0), gl.sum(gl.where(o == 1, b_ticket, 0), 0),
+            gl.sum(gl.where(o == 2, b_ticket, 0), 0), gl.sum(gl.where(o == 3, b_ticket, 0), 0),
+            gl.sum(gl.where(o == 4, b_ticket, 0), 0))
 
 
 @gluon.jit
@@ -164,39 +119,64 @@ def _copy(descriptors, tiles, full, i_row, end, length, i_head, D: gl.constexpr,
 
 
 @gluon.jit
-def _produce(inputs, descriptors, D: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
-    share, cu_seqlens_ptr, S, H, tiles, barriers = inputs
+def _produce(inputs, descriptors, cu_seqlens_ptr, counter_ptr, n_segments, S, tall, n_tall, D: gl.constexpr,
+             STAGES: gl.constexpr):
     q, q_tail, k, k_tail, v, v_tail = descriptors
+    H, tickets, tiles, barriers = inputs
     q_tiles, q_tails, k_tiles, k_tails, v_tiles, v_tails = tiles
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, turns = barriers
+    posted, q_full, q_empty, k_full, v_full, empty, turns = barriers
     ROW: gl.constexpr = 128 if D == 64 else 160
-    i_segment, i_unit, n_left = share
+    i_tile = gl.program_id(0)
+    i_segment = 0
+    i_first = 0
+    i_segment, i_first = _walk(cu_seqlens_ptr, n_segments, S, H, i_segment, i_first, i_tile, tall, n_tall)
     i_step = 0
     i_pass = 0
-    i_turn = 0
-    while n_left > 0:
-        i_segment, i_unit, start, end, n_tiles, i_head, i_row, n_active = _next(
-            cu_seqlens_ptr, S, H, i_segment, i_unit, n_left, CONSUMERS)
-        for i_tile in range(n_tiles):
+    while i_segment < n_segments:
+        start, end, n_units, heads, n_high, n_low = _tiles_of(cu_seqlens_ptr, n_segments, S, H, i_segment, tall, n_tall)
+        length = end - start
+        i_here = i_tile - i_first
+        n_tiles = n_high
+        i_head = 0
+        if i_here >= heads * n_high:
+            i_here -= heads * n_high
+            i_head = heads
+            n_tiles = n_low
+        i_head += i_here // n_tiles
+        i_here = i_here % n_tiles
+        each = n_units // n_tiles
+        more = n_units % n_tiles  # that many tiles have a unit more
+        i_row = (i_here * each + gl.minimum(i_here, more)) * UNIT
+        n_rows = gl.minimum(((i_here + 1) * each + gl.minimum(i_here + 1, more)) * UNIT, length) - i_row
+        n_steps = (length + BLOCK_N - 1) // BLOCK_N
+
+        i_q = i_pass & 1
+        mbarrier.wait(q_empty.index(i_q), ((i_pass >> 1) & 1) ^ 1)
+        _post(tickets.index(i_q), n_steps, length - (n_steps - 1) * BLOCK_N, start + i_row, n_rows, i_head)
+        mbarrier.arrive(posted.index(i_q), count=1)
+        mbarrier.expect(q_full.index(i_q), CONSUMERS * UNIT * ROW)
+        for i_consumer in gl.static_range(CONSUMERS):
+            i = i_q * CONSUMERS + i_consumer
+            _copy((q, q_tail), (q_tiles.index(i), q_tails.index(i)), q_full.index(i_q),
+                  i_row + i_consumer * UNIT, end, length, i_head, D, UNIT)
+        for i_key in range(n_steps):
             i = i_step % STAGES
-            phase = ((i_step // STAGES) & 1) ^ 1
-            i_key = (n_tiles - 1 - i_tile) * BLOCK_N
-            mbarrier.wait(k_empty.index(i), phase)
+            o_key = (n_steps - 1 - i_key) * BLOCK_N
             mbarrier.expect(k_full.index(i), BLOCK_N * ROW)
-            _copy((k, k_tail), (k_tiles.index(i), k_tails.index(i)), k_full.index(i), i_key, end, end - start, i_head, D, BLOCK_N)
-            if i_tile == 0:  # after the first keys, which need not wait for the last pass to end
-                mbarrier.wait(q_empty, (i_pass & 1) ^ 1)
-                mbarrier.expect(q_full, CONSUMERS * UNIT * ROW)
-                for i_consumer in gl.static_range(CONSUMERS):
-                    _copy((q, q_tail), (q_tiles.index(i_consumer), q_tails.index(i_consumer)), q_full,
-                          i_row + i_consumer * UNIT, end, end - start, i_head, D, UNIT)
-            mbarrier.wait(v_empty.index(i), phase)
+            _copy((k, k_tail), (k_tiles.index(i), k_tails.index(i)), k_full.index(i), o_key, end, length, i_head, D, BLOCK_N)
+            mbarrier.wait(empty.index((i_step + 1) % STAGES), (((i_step + 1) // STAGES) & 1) ^ 1)
             mbarrier.expect(v_full.index(i), BLOCK_N * ROW)
-            _copy((v, v_tail), (v_tiles.index(i), v_tails.index(i)), v_full.index(i), i_key, end, end - start, i_head, D, BLOCK_N)
+            _copy((v, v_tail), (v_tiles.index(i), v_tails.index(i)), v_full.index(i), o_key, end, length, i_head, D, BLOCK_N)
             i_step += 1
         i_pass += 1
-        i_unit += n_active
-        n_left -= n_active
+        if n_segments == 1:
+            i_tile += gl.num_programs(0)
+        else:
+            i_tile = gl.num_programs(0) + gl.atomic_add(counter_ptr, 1, sem="relaxed")
+        i_segment, i_first = _walk(cu_seqlens_ptr, n_segments, S, H, i_segment, i_first, i_tile, tall, n_tall)
+    mbarrier.wait(q_empty.index(i_pass & 1), ((i_pass >> 1) & 1) ^ 1)
+    _post(tickets.index(i_pass & 1), 0, 0, 0, 0, 0)
+    mbarrier.arrive(posted.index(i_pass & 1), count=1)
 
 
 @gluon.jit
@@ -224,57 +204,55 @@ def _weighted(b_packed, b_v, b_v_tail, b_out, b_out_tail, dtype: gl.constexpr, D
 
 
 @gluon.jit
-def _consume(I: gl.constexpr, inputs, out_ptr, qk_scale, D: gl.constexpr, STAGES: gl.constexpr,
-             CONSUMERS: gl.constexpr, MODE: gl.constexpr):
-    share, cu_seqlens_ptr, S, H, tiles, barriers = inputs
+def _consume(I: gl.constexpr, inputs, out_ptr, qk_scale, D: gl.constexpr, STAGES: gl.constexpr, MODE: gl.constexpr):
+    H, tickets, tiles, barriers = inputs
     q_tiles, q_tails, k_tiles, k_tails, v_tiles, v_tails = tiles
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, turns = barriers
+    posted, q_full, q_empty, k_full, v_full, empty, turns = barriers
     dtype: gl.constexpr = out_ptr.dtype.element_ty
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     TAIL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 16, 16])
-    b_q = q_tiles.index(I)
-    b_q_tail = q_tails.index(I)
     b_zero = gl.zeros([UNIT, BLOCK_N], gl.float32, SCORES)
-    i_segment, i_unit, n_left = share
     i_step = 0
     i_pass = 0
     i_turn = 0
-    while n_left > 0:
-        i_segment, i_unit, start, end, n_tiles, i_head, i_row, n_active = _next(
-            cu_seqlens_ptr, S, H, i_segment, i_unit, n_left, CONSUMERS)
-        mbarrier.wait(q_full, i_pass & 1)
-        if I < n_active:
+    n_steps, n_keys, i_row, n_rows, i_head = _read(tickets, posted, 0)
+    while n_steps > 0:
+        i_q = i_pass & 1
+        mbarrier.wait(q_full.index(i_q), (i_pass >> 1) & 1)
+        if I * UNIT < n_rows:
+            b_q = q_tiles.index(i_q * CONSUMERS + I)
+            b_q_tail = q_tails.index(i_q * CONSUMERS + I)
             i = i_step % STAGES
             phase = (i_step // STAGES) & 1
             mbarrier.wait(k_full.index(i), phase)
             b_s = _scores(b_q, b_q_tail, k_tiles.index(i), k_tails.index(i), b_zero, D)
             b_s = warpgroup_mma_wait(0, deps=[b_s])
-            mbarrier.arrive(k_empty.index(i), count=1)
-            o_key = (n_tiles - 1) * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, SCORES))
-            b_s = gl.where((o_key < end - start)[None, :], b_s, float("-inf"))
+            mbarrier.arrive(empty.index(i), count=1)
+            o_key = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, SCORES))
+            b_s = gl.where((o_key < n_keys)[None, :], b_s, float("-inf"))
             b_max = gl.max(b_s, 1)
             b_p = _exp2(b_s * qk_scale - (b_max * qk_scale)[:, None])
             b_sum = gl.sum(b_p, 1)
             b_packed = _pack(b_p, dtype)
             b_out = gl.zeros([UNIT, 64], gl.float32, OUT)
             b_out_tail = gl.zeros([UNIT, 16], gl.float32, TAIL)
-            for i_next in range(i_step + 1, i_step + n_tiles):
+            for i_next in range(i_step + 1, i_step + n_steps):
                 mbarrier.wait(v_full.index(i), phase)
-                if MODE == 2:
-                    mbarrier.wait(turns.index(I), (i_turn & 1) ^ (1 if I == 0 else 0))
-                b_out, b_out_tail = _weighted(
-                    b_packed, v_tiles.index(i), v_tails.index(i), b_out, b_out_tail, dtype, D, OUT, TAIL)
-                mbarrier.arrive(v_empty.index(i), count=1)
+                i_v = i
                 i = i_next % STAGES
                 phase = (i_next // STAGES) & 1
                 mbarrier.wait(k_full.index(i), phase)
+                if MODE == 2:
+                    mbarrier.wait(turns.index(I), (i_turn & 1) ^ (1 if I == 0 else 0))
+                b_out, b_out_tail = _weighted(
+                    b_packed, v_tiles.index(i_v), v_tails.index(i_v), b_out, b_out_tail, dtype, D, OUT, TAIL)
                 b_s = _scores(b_q, b_q_tail, k_tiles.index(i), k_tails.index(i), b_zero, D)
                 if MODE == 2:
                     mbarrier.arrive(turns.index((I + 1) % CONSUMERS), count=1)
                     i_turn += 1
                 b_s = warpgroup_mma_wait(0, deps=[b_s])
-                mbarrier.arrive(k_empty.index(i), count=1)
+                mbarrier.arrive(empty.index(i), count=1)
                 b_top = gl.maximum(b_max, gl.max(b_s, 1))
                 b_alpha = _exp2((b_max - b_top) * qk_scale)
                 b_max = b_top
@@ -284,35 +262,31 @@ def _consume(I: gl.constexpr, inputs, out_ptr, qk_scale, D: gl.constexpr, STAGES
                 b_out *= gl.convert_layout(b_alpha, gl.SliceLayout(1, OUT), assert_trivial=True)[:, None]
                 if D > 64:
                     b_out_tail *= gl.convert_layout(b_alpha, gl.SliceLayout(1, TAIL), assert_trivial=True)[:, None]
-            mbarrier.arrive(q_empty, count=1)
+            mbarrier.arrive(q_empty.index(i_q), count=1)
             mbarrier.wait(v_full.index(i), phase)
             b_out, b_out_tail = _weighted(
                 b_packed, v_tiles.index(i), v_tails.index(i), b_out, b_out_tail, dtype, D, OUT, TAIL)
-            mbarrier.arrive(v_empty.index(i), count=1)
             b_inverse = 1.0 / b_sum
-            o_row = i_row + I * UNIT
-            p_out = out_ptr + (start + o_row).to(gl.int64) * (H * D) + i_head * D
-            _store(p_out, end - start - o_row, H * D, b_out, b_inverse, 64, OUT)
+            p_out = out_ptr + (i_row + I * UNIT).to(gl.int64) * (H * D) + i_head * D
+            _store(p_out, n_rows - I * UNIT, H * D, b_out, b_inverse, 64, OUT)
             if D > 64:
-                _store(p_out + 64, end - start - o_row, H * D, b_out_tail, b_inverse, D - 64, TAIL)
+                _store(p_out + 64, n_rows - I * UNIT, H * D, b_out_tail, b_inverse, D - 64, TAIL)
         else:  # no unit is left for this consumer: only let the others' stages go on
-            mbarrier.arrive(q_empty, count=1)
-            for i_next in range(i_step, i_step + n_tiles):
+            mbarrier.arrive(q_empty.index(i_q), count=1)
+            for i_next in range(i_step, i_step + n_steps):
                 i = i_next % STAGES
                 phase = (i_next // STAGES) & 1
                 mbarrier.wait(k_full.index(i), phase)
-                mbarrier.arrive(k_empty.index(i), count=1)
+                mbarrier.arrive(empty.index(i), count=1)
                 mbarrier.wait(v_full.index(i), phase)
-                mbarrier.arrive(v_empty.index(i), count=1)
                 if MODE == 2:
                     if i_next > i_step:
                         mbarrier.wait(turns.index(I), (i_turn & 1) ^ (1 if I == 0 else 0))
                         mbarrier.arrive(turns.index((I + 1) % CONSUMERS), count=1)
                         i_turn += 1
-        i_step += n_tiles
+        i_step += n_steps
         i_pass += 1
-        i_unit += n_active
-        n_left -= n_active
+        n_steps, n_keys, i_row, n_rows, i_head = _read(tickets, posted, i_pass)
 
 
 @gluon.jit
@@ -341,84 +315,100 @@ def _tiles(COUNT: gl.constexpr, ROWS: gl.constexpr, dtype: gl.constexpr):
     return head, tail
 
 
-@gluon.jit(do_not_specialize=["n_segments", "S", "H"])
+@gluon.jit(do_not_specialize=["cu_seqlens_ptr", "counter_ptr", "n_segments", "S", "H", "tall", "n_tall"])
 def _hopper_attention(
     q, q_tail, k, k_tail, v, v_tail,  # descriptors of tensors (S, H, D)
     out_ptr,  # shape (S, H, D), contiguous
     cu_seqlens_ptr,  # int32, shape (n_segments + 1,)
+    counter_ptr,
     n_segments,
     S,
     H,
     qk_scale,  # scale * log2(e)
+    tall,
+    n_tall,
     D: gl.constexpr,
     STAGES: gl.constexpr,
-    CONSUMERS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
+    PRODUCER_REGISTERS: gl.constexpr,
     MODE: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q.dtype
-    q_tiles, q_tails = _tiles(CONSUMERS, UNIT, dtype)
+    q_tiles, q_tails = _tiles(2 * CONSUMERS, UNIT, dtype)
     k_tiles, k_tails = _tiles(STAGES, BLOCK_N, dtype)
     v_tiles, v_tails = _tiles(STAGES, BLOCK_N, dtype)
     tiles = (q_tiles, q_tails, k_tiles, k_tails, v_tiles, v_tails)
-    q_full = _barriers(1, 1).index(0)
-    q_empty = _barriers(1, CONSUMERS).index(0)
-    barriers = (q_full, q_empty, _barriers(STAGES, 1), _barriers(STAGES, CONSUMERS), _barriers(STAGES, 1),
-                _barriers(STAGES, CONSUMERS), _barriers(CONSUMERS, 1))
-    share = _share(cu_seqlens_ptr, n_segments, S, H)
+    tickets = gl.allocate_shared_memory(gl.int32, [2, 8], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    barriers = (_barriers(2, 1), _barriers(2, 1), _barriers(2, CONSUMERS),
+                _barriers(STAGES, 1), _barriers(STAGES, 1), _barriers(STAGES, CONSUMERS), _barriers(CONSUMERS, 1))
     descriptors = (q, q_tail, k, k_tail, v, v_tail)
-    inputs = (share, cu_seqlens_ptr, S, H, tiles, barriers)
-    if CONSUMERS == 2:
-        gl.warp_specialize(
-            [
-                (_consume, (0, inputs, out_ptr, qk_scale, D, STAGES, CONSUMERS, MODE)),
-                (_consume, (1, inputs, out_ptr, qk_scale, D, STAGES, CONSUMERS, MODE)),
-                (_produce, (inputs, descriptors, D, STAGES, CONSUMERS)),
-            ],
-            [4, 1],
-            [CONSUMER_REGISTERS, 24],
-        )
-    else:
-        gl.warp_specialize(
-            [
-                (_consume, (0, inputs, out_ptr, qk_scale, D, STAGES, CONSUMERS, MODE)),
-                (_consume, (1, inputs, out_ptr, qk_scale, D, STAGES, CONSUMERS, MODE)),
-                (_consume, (2, inputs, out_ptr, qk_scale, D, STAGES, CONSUMERS, MODE)),
-                (_produce, (inputs, descriptors, D, STAGES, CONSUMERS)),
-            ],
-            [4, 4, 1],
-            [CONSUMER_REGISTERS, CONSUMER_REGISTERS, 24],
-        )
+    inputs = (H, tickets, tiles, barriers)
+    gl.warp_specialize(
+        [
+            (_consume, (0, inputs, out_ptr, qk_scale, D, STAGES, MODE)),
+            (_consume, (1, inputs, out_ptr, qk_scale, D, STAGES, MODE)),
+            (_consume, (2, inputs, out_ptr, qk_scale, D, STAGES, MODE)),
+            (_produce, (inputs, descriptors, cu_seqlens_ptr, counter_ptr, n_segments, S, tall, n_tall, D, STAGES)),
+        ],
+        [4, 4, 1],
+        [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+    )
 
 
 @dataclass(frozen=True)
 class HopperConfig:
-    consumers: int
-    stages: int
-    registers: int
-    maxnreg: int
+    stages: int = 3
+    registers: int = 160
+    producer: int = 32
     mode: int = 0
 
 
-THREE = HopperConfig(consumers=3, stages=3, registers=160, maxnreg=128)
-TWO = HopperConfig(consumers=2, stages=3, registers=240, maxnreg=168)
-FOUR = HopperConfig(consumers=3, stages=4, registers=160, maxnreg=128)
-CHAIN = HopperConfig(consumers=3, stages=4, registers=160, maxnreg=128, mode=2)
+THREE = HopperConfig()
+FOUR = HopperConfig(stages=4)
+TURN = HopperConfig(mode=2)
+OVER = HopperConfig(mode=3)
 
 SWIZZLED = {64: gl.NVMMASharedLayout(128, 16, 5), 16: gl.NVMMASharedLayout(32, 16, 5)}
 
 
+class _Rows(TensorDescriptor):
+    """Spares the checks, which take longer than the rest of a descriptor."""
+
+    def __post_init__(self) -> None:
+        pass
+
+
 def descriptor(x: Tensor, rows: int, channels: int) -> TensorDescriptor:
-    S, H, D = x.shape
-    row, head = x.stride(0), x.stride(1)
-    return TensorDescriptor(
-        x, [2**31 - 2**16, 2**31 - 2**16, H, 2**30, D], [2**34 - row, row, head, row, 1],
-        [1, 1, 1, rows, channels], SWIZZLED[channels])
+    _, H, D = x.shape
+    row, head, _ = x.stride()
+    strides = [2**34 - row, row, head, row, 1]
+    return _Rows(x, [2**31 - 2**16, 2**31 - 2**16, H, 2**30, D], strides, [1, 1, 1, rows, channels], SWIZZLED[channels])
 
 
 @cache
 def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@lru_cache(1024)
+def heights(n_tokens: int, n_segments: int, n_heads: int, n_programs: int) -> tuple[int, int]:
+    """Units of a tall tile, and the number of pairs of segment and head that have tall tiles; others are one shorter.
+
+    Fewest units for the busiest program if all segments were equally long; a hint, of influence on speed alone.
+    """
+    pairs = n_segments * n_heads
+    n_units = -(-n_tokens // (64 * n_segments))
+    for most in range(-(-pairs * n_units // n_programs), 4):
+        if pairs * -(-n_units // most) <= n_programs:
+            return most, pairs
+    most = max(4, -(-pairs * n_units // n_programs))
+    while True:
+        n_passes = -(-most // 3)
+        high, low = -(-n_units // 3), -(-n_units // 2)
+        n_tall = min(pairs, (most - 2 * n_passes) * n_programs // high)
+        if (pairs - n_tall) * low <= n_passes * n_programs - n_tall * high:
+            return 3, n_tall
+        most += 1
 
 
 def within_tma(x: Tensor) -> Tensor:
@@ -427,14 +417,25 @@ def within_tma(x: Tensor) -> Tensor:
     return x if aligned else x.clone(memory_format=torch.contiguous_format)
 
 
-def hopper_attention(q, k, v, cu_seqlens, scale, out, config=THREE):
+_compiled: dict = {}
+
+
+def hopper_attention(q, k, v, cu_seqlens, scale, out, config=THREE, tiles=None):
     S, H, D = q.shape
     n_segments = len(cu_seqlens) - 1
     q, k, v = within_tma(q), within_tma(k), within_tma(v)
-    pairs = [descriptor(x, rows, c) for x, rows in ((q, 64), (k, 128), (v, 128)) for c in (64, 16)]
-    n_units = (S // 64 + n_segments) * H
-    grid = (min(n_units, multiprocessors(q.device)),)
-    _hopper_attention[grid](
-        *pairs, out, cu_seqlens, n_segments, S, H, scale * LOG2_E,
-        D=D, STAGES=config.stages, CONSUMERS=config.consumers, CONSUMER_REGISTERS=config.registers, MODE=config.mode,
-        num_warps=4, maxnreg=config.maxnreg)
+    n_programs = multiprocessors(q.device)
+    tall, n_tall = tiles or heights(S, n_segments, H, n_programs)
+    counter = cu_seqlens if n_segments == 1 else torch.zeros(1, dtype=torch.int32, device=q.device)
+    arguments = (
+        descriptor(q, 64, 64), descriptor(q, 64, 16), descriptor(k, 128, 64), descriptor(k, 128, 16),
+        descriptor(v, 128, 64), descriptor(v, 128, 16), out, cu_seqlens, counter, n_segments, S, H, scale * LOG2_E,
+        tall, n_tall, D, config.stages, config.registers, config.producer, config.mode,
+    )  # fmt: skip
+    grid = (min((S // 64 + n_segments) * H, n_programs), 1, 1)
+    key = (q.device, q.dtype, D, config)
+    kernel = _compiled.get(key)
+    if kernel is None:
+        _compiled[key] = _hopper_attention[grid](*arguments, num_warps=4, maxnreg=128)
+    else:
+        kernel[grid](*arguments)
