@@ -29,37 +29,55 @@ END = gl.constexpr(2**30)
 _LAYOUTS = {64: gl.NVMMASharedLayout(128, 16, 5), 16: gl.NVMMASharedLayout(32, 16, 5)}
 
 
+class _From:
+    """A tensor from a byte on, as far as a launch asks for it: slicing it takes longer than the rest of the launch."""
+
+    __slots__ = ("dtype", "offset", "x")
+
+    def __init__(self, x: Tensor, offset: int) -> None:
+        self.x = x  # kept alive until the launch
+        self.offset = offset
+        self.dtype = x.dtype
+
+    def data_ptr(self) -> int:
+        return self.x.data_ptr() + self.offset
+
+
 class _Rows(TensorDescriptor):
     """A descriptor without the checks, which take longer than all the rest of it."""
 
-    def __init__(self, base: Tensor, form: tuple) -> None:
+    def __init__(self, base: _From, form: tuple) -> None:
         self.base = base
         self.shape, self.strides, self.block_shape, self.layout = form
 
 
 @lru_cache(1024)
-def _form(heads: int, channels: int, strides: tuple[int, ...], rows: int, box: int) -> tuple:
+def _forms(shape: torch.Size, strides: tuple[int, ...], rows: int) -> tuple[tuple, tuple] | None:
+    """Descriptors of `[S, H, D]`, but for the address: 64 channels, and the rest. None if TMA could not address them."""
+    _, heads, channels = shape
     row, head, _ = strides
-    head = head if heads > 1 else channels  # the stride of a single head may be anything
-    shape = [2**31 - 2**16, 2**31 - 2**16, heads, 2**30, channels]
-    return shape, [2**34 - row, row, head, row, 1], [1, 1, 1, rows, box], _LAYOUTS[box]
+    if heads == 1:
+        head = channels  # the stride of a single head may be anything
+    if any(stride % 8 or not 0 < stride < 2**32 for stride in (row, head)):
+        return None
+    many = 2**31 - 2**16
+    moves = [2**34 - row, row, head, row, 1]
+    rest = channels % 64 or channels  # of 64 channels there is no rest, but a kernel's arguments are what they are
+    first_form = ([many, many, heads, 2**30, channels - rest or rest], moves, [1, 1, 1, rows, 64], _LAYOUTS[64])
+    return first_form, ([many, many, heads, 2**30, rest], moves, [1, 1, 1, rows, 16], _LAYOUTS[16])
 
 
-def within_tma(x: Tensor) -> Tensor:
-    """`x [S, H, channels]`, copied if TMA could not address it: all has to be a multiple of 16 bytes."""
-    strides = x.stride()[:2]
-    aligned = x.data_ptr() % 16 == 0 and all(0 < stride < 2**32 and stride % 8 == 0 for stride in strides)
-    return x if aligned else x.clone(memory_format=torch.contiguous_format)
+def descriptors(x: Tensor | tuple[Tensor, Tensor], rows: int) -> tuple[TensorDescriptor, TensorDescriptor]:
+    """Boxes of `rows` rows of `x [S, H, D]`: 64 channels, and the rest. `x` may be these two, apart.
 
-
-def descriptors(first: Tensor, rest: Tensor, rows: int) -> tuple[TensorDescriptor, TensorDescriptor]:
-    """Boxes of `rows` rows of a tensor `[S, H, D]`, given as its first 64 channels and the rest."""
-    first = within_tma(first)
-    rest = within_tma(rest) if rest.shape[2] else first
-    return (
-        _Rows(first, _form(*first.shape[1:], first.stride(), rows, 64)),
-        _Rows(rest, _form(*rest.shape[1:], rest.stride(), rows, 16)),
-    )
+    Copied if TMA cannot address it: addresses and strides have to be multiples of 16 bytes.
+    """
+    if isinstance(x, tuple):
+        return descriptors(x[0], rows)[0], descriptors(x[1], rows)[1]
+    forms = _forms(x.shape, x.stride(), rows)
+    if forms is None or x.data_ptr() % 16:
+        return descriptors(x.clone(memory_format=torch.contiguous_format), rows)
+    return _Rows(_From(x, 0), forms[0]), _Rows(_From(x, 128 if x.shape[2] > 64 else 0), forms[1])
 
 
 @gluon.jit
