@@ -9,8 +9,8 @@ head. A tile is up to three units, one for each consumer; they share the segment
 
 A consumer waits for its own products, so it overlaps nothing by itself: the other two keep the tensor cores busy while
 it exponentiates. They issue their products in turns, so that none waits behind both others': on an H200 that gained
-1 to 6 % from 7000 to 24000 tokens, and nothing below. A step with one, two, three consumers at work took 1.14, 1.37 and
-1.74 µs at head_dim 80, the products of three alone 1.36 at the rate of cuBLAS's best.
+1 to 6 % from 7000 to 24000 tokens and nothing below, and lost 3 to 5 % at 65536. A step with one, two, three consumers
+at work took 1.14, 1.37 and 1.74 µs at head_dim 80; the products of three alone take 1.36 at the rate of cuBLAS's best.
 
 The last, partial step of the keys goes first, and the loop over the others needs no mask. Sums depend on nothing but
 the segment's own rows and their number: the same bits alone, among others, and however tiles are cut and handed out.
@@ -282,8 +282,9 @@ def hopper_attention(
 ) -> None:
     """Attention within segments of any length, into `out [S, H, D]`, contiguous, in bfloat16 or float16.
 
-    Queries, keys (both rotated) and values are `[S, H, D]` each, or two tensors, `[S, H, 64]` and the other channels: D
-    - 64 of them, or 16, zero where there are no more.
+    Queries, keys (both rotated) and values are `[S, H, D]` each, or two tensors: `[S, H, 64]`, and the other channels,
+    D - 64 of them, or 16 with zeros at the end. I/O: reads all three once, if K and V stay in L2, and writes `out`. A
+    segment of L tokens takes 4 L² H D FLOPs.
     """
     S, H, D = out.shape
     n_segments = len(cu_seqlens) - 1

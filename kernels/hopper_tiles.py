@@ -22,7 +22,7 @@ STEP = gl.constexpr(128)
 CONSUMERS = gl.constexpr(3)
 """Consumers, and units of the tallest tile."""
 STAGES = gl.constexpr(3)
-"""Steps of K and V that shared memory holds; a fourth fits, and gained nothing on top of turns."""
+"""Steps of K and V that shared memory holds. A fourth fits: without turns it gained up to 4 %, less than turns did."""
 END = gl.constexpr(2**30)
 """Coordinate at which every segment ends."""
 
@@ -53,7 +53,7 @@ class _Rows(TensorDescriptor):
 
 @lru_cache(1024)
 def _forms(shape: torch.Size, strides: tuple[int, ...], rows: int) -> tuple[tuple, tuple] | None:
-    """Descriptors of `[S, H, D]`, but for the address: 64 channels, and the rest. None if TMA could not address them."""
+    """Descriptors of `[S, H, D]` but for their addresses: 64 channels, and the rest. None if TMA could not read them."""
     _, heads, channels = shape
     row, head, _ = strides
     if heads == 1:
