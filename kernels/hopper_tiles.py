@@ -53,7 +53,7 @@ class _Rows(TensorDescriptor):
 
 @lru_cache(1024)
 def _forms(shape: torch.Size, strides: tuple[int, ...], rows: int) -> tuple[tuple, tuple] | None:
-    """Descriptors of `[S, H, D]` but for their addresses: 64 channels, and the rest. None if TMA could not read them."""
+    """Descriptors of `[S, H, D]` but for their addresses: 64 channels, and the rest. None if TMA cannot read them."""
     _, heads, channels = shape
     row, head, _ = strides
     if heads == 1:
