@@ -1,7 +1,9 @@
 """Cases of RoPE and attention: windows, whole images, and attention alone over lengths."""
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import torch
 from kernel_baselines import Attention, cudnn, fa2, fa3, split, torch_rope, triton_rope
@@ -12,6 +14,7 @@ from torch import Tensor
 from qwenvit import ops
 from qwenvit.config import VisionConfig
 from qwenvit.grid import GridPlan, Segments
+from qwenvit.kernels import rope_attention
 from qwenvit.packing import adjacent_pairs
 
 HEADS = 16
@@ -22,6 +25,8 @@ MODELS = {80: "Qwen2.5-VL", 72: "Qwen3-VL", 64: "Qwen3-VL small"}
 """Whose head_dim it is."""
 TORCH, TRITON = "torch RoPE", "Triton RoPE"
 ROTARY = (TORCH, TRITON)
+CONTENDERS = ("qwenvit", "portable")
+"""What `ops.rope_attention` chooses on this GPU, and what it chooses on GPUs other than Hopper."""
 
 
 @functools.cache
@@ -52,6 +57,18 @@ def exact_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
 
 
+def portable(*arguments: object, **options: object) -> Tensor:
+    """`ops.rope_attention` as GPUs other than Hopper run it."""
+    with mock.patch.object(rope_attention, "runs_hopper", return_value=False):
+        return ops.rope_attention(*arguments, **options)
+
+
+def layout_bytes(tokens: int, heads: int, head_dim: int) -> int:
+    """What the pass before attention over long segments reads and writes: rotated, and laid out by head."""
+    tensors = 3 if head_dim * ITEM % 32 else 2
+    return tensors * tokens * heads * (head_dim + (64 if head_dim == 64 else 80)) * ITEM
+
+
 def attention_case(
     side: int, patches: int, head_dim: int, windows: bool, libraries: dict[str, Attention], interleaved: bool = True,
     heads: int = HEADS,
@@ -68,9 +85,9 @@ def attention_case(
         angles = {name: getattr(plan, name).to(device, copy=True) for name in ("cos", "sin")}
         return {"qkv": qkv, "turned": turned, "cu_seqlens": segments.cu_seqlens.to(device, copy=True)} | angles
 
-    def ours(x: Inputs, impl: str = "auto") -> Tensor:
+    def ours(x: Inputs, impl: str = "auto", attend: Callable[..., Tensor] = ops.rope_attention) -> Tensor:
         q, k, v = split(x["turned"], heads)
-        return ops.rope_attention(q, k, v, x["cos"], x["sin"], x["cu_seqlens"], longest, None, interleaved, impl)
+        return attend(q, k, v, x["cos"], x["sin"], x["cu_seqlens"], longest, None, interleaved, impl)
 
     def truth(x: Inputs) -> Tensor:
         q, k, v = split(x["qkv"].double(), heads)
@@ -95,7 +112,7 @@ def attention_case(
         tokens=tokens,
         head_dim=head_dim,
         inputs=inputs,
-        ours={"qwenvit": Run(ours)},
+        ours={"qwenvit": Run(ours)} | ({} if windows else {"portable": Run(functools.partial(ours, attend=portable))}),
         rivals={
             f"{rope} + {name}": rival(rope, attend)
             for rope in ROTARY
@@ -105,18 +122,20 @@ def attention_case(
         truth=truth,
         stick=Run(functools.partial(ours, impl="reference")),
         fewest_bytes=fewest,
-        pass_bytes={"_rotate": 4 * tokens * heads * head_dim * ITEM},
+        pass_bytes={"_rotate": layout_bytes(tokens, heads, head_dim)},
         flops=4 * int((lengths**2).sum()) * heads * head_dim,
-        bars={"qwenvit": _bars(tokens, head_dim, windows, interleaved, tuple(libraries))},
+        bars={name: _bars(name, tokens, head_dim, windows, interleaved, tuple(libraries)) for name in CONTENDERS},
     )
     return with_copy(case) if windows else case
 
 
-def _bars(tokens: int, head_dim: int, windows: bool, interleaved: bool, names: tuple[str, ...]) -> tuple[Bar, ...]:
+def _bars(
+    ours: str, tokens: int, head_dim: int, windows: bool, interleaved: bool, names: tuple[str, ...]
+) -> tuple[Bar, ...]:
     if not interleaved:
         return ()
     if not windows:
-        bar = Bar("over Triton RoPE + cuDNN", lambda f: f.over("qwenvit", f"{TRITON} + cuDNN"), 1.0)
+        bar = Bar("over Triton RoPE + cuDNN", lambda f: f.over(ours, f"{TRITON} + cuDNN"), 1.0)
         return (bar,) if head_dim in (72, 80) else ()
     bars: tuple[Bar, ...] = ()
     if head_dim == 80 and tokens == 1024:
@@ -139,8 +158,8 @@ def length_case(tokens: int, libraries: dict[str, Attention], head_dim: int = 64
         qkv = normal(tokens, 3 * heads * head_dim, device=device, dtype=dtype)
         return {"qkv": qkv, "cu_seqlens": cu_seqlens.to(device, copy=True)}
 
-    def ours(x: Inputs, impl: str = "auto") -> Tensor:
-        return ops.rope_attention(*split(x["qkv"], heads), None, None, x["cu_seqlens"], tokens, impl=impl)
+    def ours(x: Inputs, impl: str = "auto", attend: Callable[..., Tensor] = ops.rope_attention) -> Tensor:
+        return attend(*split(x["qkv"], heads), None, None, x["cu_seqlens"], tokens, impl=impl)
 
     return Case(
         section="lengths",
@@ -149,7 +168,7 @@ def length_case(tokens: int, libraries: dict[str, Attention], head_dim: int = 64
         tokens=tokens,
         head_dim=head_dim,
         inputs=inputs,
-        ours={"qwenvit": Run(ours)},
+        ours={"qwenvit": Run(ours), "portable": Run(functools.partial(ours, attend=portable))},
         rivals={
             name: Run(lambda x, attend=attend: attend(*split(x["qkv"], heads), x["cu_seqlens"], tokens))
             for name, attend in libraries.items()
@@ -158,7 +177,7 @@ def length_case(tokens: int, libraries: dict[str, Attention], head_dim: int = 64
         stick=Run(functools.partial(ours, impl="reference")),
         fewest_bytes=4 * tokens * heads * head_dim * ITEM + cu_seqlens.nbytes,
         flops=4 * tokens**2 * heads * head_dim,
-        bars={"qwenvit": (Bar("over cuDNN", lambda f: f.over("qwenvit", "cuDNN"), 0.9),)},
+        bars={ours: (Bar("over cuDNN", lambda f, ours=ours: f.over(ours, "cuDNN"), 0.9),) for ours in CONTENDERS},
     )
 
 

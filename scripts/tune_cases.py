@@ -96,7 +96,7 @@ def knobs(tma: bool = True) -> list[Knob]:
     either = (True, False)
     return [
         Knob("rope_attention", "window_config", grid(heads=(1, 2, 4), num_stages=(2, 3)), shapes(windows)),
-        Knob("long_attention", "long_config", LONG_CHANGES, shapes(images)),
+        Knob("long_attention", "long_config", LONG_CHANGES, tuple(of_case(case, "portable") for case in images)),
         Knob("rope", "ROTATE", grid(rows=(4, 8, 16), heads=(8, 16), num_warps=(4,)), rotations(in_place=False)),
         Knob("qkv_rope", "PASS", grid(rows=(2, 4, 8), pairs=(128, 256), num_warps=(4, 8)), rotations(in_place=True)),
         Knob("gemm", tile, tiles, products(tile)),

@@ -1,0 +1,223 @@
+"""Attention on Hopper: it compiles well without a GPU; on one, every layout against fp64, torch, and bit for bit.
+
+Run as a script it compiles the kernel as its launcher would and prints what ptxas has to say, a JSON line for each.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from itertools import pairwise
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from rope_attention_cases import HEAD_DIMS, error, packed, poisoned, truth
+
+from qwenvit import op_references
+from qwenvit.kernels import hopper_attention as kernel
+from qwenvit.kernels.hopper_attention import HopperConfig, hopper_attention, hopper_config
+
+DTYPES = (torch.bfloat16, torch.float16)
+ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+needs_hopper = pytest.mark.skipif(not ON_HOPPER, reason="needs a GPU of compute capability 9.0")
+LAYOUTS = {
+    "448 px": [1024],
+    "odd": [1765],
+    "frames": [784] * 6,
+    "windows": [64] * 40 + [4, 12],
+    "single": [1] * 300,
+    "edges": [0, 1, 63, 64, 65, 127, 128, 129, 0, 0, 191, 192, 193, 0],
+    "empty ones in 1200": [5, 0, 70] * 400,
+    "nothing after the first": [200, 0, 0, 0],
+    "4 to 4000": [4 + 7919 * i % 3997 for i in range(12)],
+}
+
+
+def report(ptx):
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        command = [PTXAS / "ptxas", "-v", "-arch=sm_90a", source, "-o", f"{folder}/kernel.cubin"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+
+
+def compile_all():
+    driver.set_active(AbsentGPU(90))
+    run = JITFunction.run
+    compiled = {}
+
+    def compile_only(function, *args, **options):
+        compiled[head_dim, str(dtype)] = run(function, *args, **options | {"warmup": True})
+
+    with (
+        mock.patch.object(JITFunction, "run", compile_only),
+        mock.patch.object(kernel, "_multiprocessors", return_value=132),
+    ):
+        for dtype in DTYPES:
+            for head_dim in HEAD_DIMS:
+                out = torch.zeros(256, 16, head_dim, dtype=dtype)
+                bounds = torch.tensor([0, 64, 256], dtype=torch.int32)
+                hopper_attention(out, out, out, bounds, 1.0, out)
+    for name, binary in compiled.items():
+        print(json.dumps({"kernel": name, "shared": binary.metadata.shared, "report": report(binary.asm["ptx"])}))
+
+
+def test_compiles_without_spills_and_serialised_products(tmp_path):
+    # In a process of its own, since this one may have chosen the interpreter for good.
+    root = Path(__file__).parents[2]
+    paths = os.pathsep.join([str(root), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": paths, "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(rows) == len(HEAD_DIMS) * len(DTYPES)
+    for row in rows:
+        assert row["shared"] <= 227 * 1024, row
+        assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in row["report"], row
+        assert "Performance Loss" not in row["report"], row  # C7512: products serialised for want of registers
+
+
+@pytest.mark.parametrize("n_segments", [1, 2, 16, 300])
+@pytest.mark.parametrize("length", [1, 64, 784, 1024, 1764, 2304, 3136, 4096, 7056, 9216, 24336, 65536])
+def test_config(n_segments, length):
+    """Equal segments: no program has more units than the rounds of tiles say, and never more than with tall tiles."""
+    heads = 16 * n_segments
+    config = hopper_config(length * n_segments, n_segments, 16, 132)
+    assert 1 <= config.units <= 3
+    assert 0 <= config.n_tall <= heads
+
+    def busiest(units, n_tall):
+        n_units, low = -(-length // 64), max(units - 1, 1)
+        tiles = n_tall * -(-n_units // units), (heads - n_tall) * -(-n_units // low)
+        order = [units] * tiles[0] + [low] * tiles[1]
+        return sum(order[::132])
+
+    assert busiest(config.units, config.n_tall) <= busiest(3, heads)
+
+
+def cumulated(lengths):
+    return torch.tensor([0, *lengths]).cumsum(0).tolist()
+
+
+def attend(q, k, v, bounds):
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device="cuda")
+    with poisoned():
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    hopper_attention(q, k, v, cu_seqlens, q.shape[2] ** -0.5, out)
+    return out
+
+
+def reference(q, k, v, bounds):
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device="cuda")
+    return op_references.rope_attention(q, k, v, None, None, cu_seqlens, q.shape[2] ** -0.5, False)
+
+
+def contract(q, k, v, bounds):
+    right = truth(q, k, v, None, None, bounds)
+    ours, theirs = error(attend(q, k, v, bounds), right), error(reference(q, k, v, bounds), right)
+    assert ours <= 1.05 * theirs, (ours, theirs)
+
+
+@needs_hopper
+@pytest.mark.parametrize("case", LAYOUTS)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layouts(dtype, head_dim, case):
+    bounds = cumulated(LAYOUTS[case])
+    contract(*packed(bounds[-1], 16 if bounds[-1] < 5000 else 3, head_dim, dtype, "cuda"), bounds)
+
+
+@needs_hopper
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_thousand_random_layouts(head_dim):
+    generator = torch.Generator().manual_seed(head_dim)
+
+    def integer(past):
+        return int(torch.randint(past, (), generator=generator))
+
+    for seed in range(1000):
+        bounds = cumulated([integer((2, 10, 150, 1200)[integer(4)]) for _ in range(1 + integer(50))])
+        if bounds[-1] == 0:
+            continue
+        heads = 1 + integer(16)
+        q, k, v = packed(bounds[-1], heads, head_dim, torch.bfloat16, "cuda", seed=seed)
+        config = HopperConfig(1 + integer(3), integer(heads * len(bounds)))
+        with mock.patch.object(kernel, "hopper_config", return_value=config):
+            assert error(attend(q, k, v, bounds), reference(q, k, v, bounds).double()) < 8e-3, (bounds, heads, config)
+
+
+@needs_hopper
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_strides_and_parts(head_dim):
+    bounds = [0, 6, 70, 134, 170]
+    q = torch.randn(3, 170, head_dim, device="cuda").bfloat16().transpose(0, 1)
+    k = torch.randn(170, 3 * head_dim + 1, device="cuda").bfloat16()[:, 1:].unflatten(1, (3, head_dim))
+    v = torch.randn(170, 3, head_dim + 16, device="cuda").bfloat16()[..., 3 : head_dim + 3]
+    contract(q, k, v, bounds)
+    expanded = q[:, :1].expand(170, 3, head_dim)
+    contract(expanded, expanded, v, bounds)
+    contract(q[:, :1], k[:, 1:2], v[:, 2:], bounds)
+    if head_dim > 64:  # parts of their own, the second padded, as `rotate` leaves them
+        rest = torch.nn.functional.pad(q[..., 64:], (0, 80 - head_dim))
+        out = torch.empty(170, 3, head_dim, dtype=q.dtype, device="cuda")
+        cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device="cuda")
+        hopper_attention((q[..., :64].contiguous(), rest), k, v, cu_seqlens, head_dim**-0.5, out)
+        assert torch.equal(out, attend(q, k, v, bounds))
+
+
+@needs_hopper
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_same_bits_again_alone_and_with_other_tiles(dtype, head_dim):
+    bounds = cumulated([1000, 3, 64, 0, 777, 128, 2500, 31])
+    q, k, v = packed(bounds[-1], 16, head_dim, dtype, "cuda")
+    first = attend(q, k, v, bounds)
+    for _ in range(10):
+        assert torch.equal(attend(q, k, v, bounds), first)
+    for config in (HopperConfig(1, 0), HopperConfig(2, 5), HopperConfig(3, 0), HopperConfig(3, 1000)):
+        with mock.patch.object(kernel, "hopper_config", return_value=config):
+            assert torch.equal(attend(q, k, v, bounds), first)
+    for start, end in pairwise(bounds):
+        if end > start:
+            alone = attend(q[start:end], k[start:end], v[start:end], [0, end - start])
+            assert torch.equal(alone, first[start:end])
+
+
+@needs_hopper
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_neighbours_that_are_not_finite(head_dim):
+    bounds = [0, 10, 70, 199, 200, 330, 331]
+    q, k, v = (x.clone() for x in packed(331, 2, head_dim, torch.bfloat16, "cuda"))
+    right = attend(q, k, v, bounds)
+    for x in (q, k, v):
+        x[:10], x[70:200], x[330] = float("inf"), float("nan"), float("-inf")
+    out = attend(q, k, v, bounds)
+    assert torch.equal(out[10:70], right[10:70])
+    assert torch.equal(out[200:330], right[200:330])
+
+
+@needs_hopper
+def test_graph_whose_bounds_change():
+    q, k, v = packed(1500, 4, 80, torch.bfloat16, "cuda")
+    out = torch.empty(1500, 4, 80, dtype=q.dtype, device="cuda")
+    cu_seqlens = torch.tensor([0, 64, 128, 1500], dtype=torch.int32, device="cuda")
+    attend(q, k, v, [0, 64, 128, 1500])  # compiled before
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        hopper_attention(q, k, v, cu_seqlens, 80**-0.5, out)
+    for bounds in ([0, 64, 128, 1500], [0, 1, 1490, 1500], [0, 0, 1500, 1500], [0, 500, 1000, 1500]):
+        cu_seqlens.copy_(torch.tensor(bounds))
+        out.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(out, attend(q, k, v, bounds))
+
+
+if __name__ == "__main__":
+    from compile_ahead import PTXAS, AbsentGPU
+    from triton.runtime.driver import driver
+    from triton.runtime.jit import JITFunction
+
+    compile_all()
