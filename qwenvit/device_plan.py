@@ -82,11 +82,11 @@ def _windows(h: np.ndarray, w: np.ndarray, config: VisionConfig) -> np.ndarray:
 
 
 def angle_tables(config: VisionConfig, side: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of positions 0 .. side, `[side, head_dim / 4]` fp32 each."""
-    positions = torch.arange(side, device="cpu")[:, None].expand(-1, 2)
+    """Cosines and sines of positions 0 .. side, `[side, head_dim / 4]` fp32 each, computed where `GridPlan`'s are."""
+    positions = torch.arange(side, device=device)[:, None].expand(-1, 2)
     quarter = config.head_dim // 4
     cos, sin = rope_cos_sin(positions, config.head_dim, config.rope_theta)
-    return cos[:, :quarter].contiguous().to(device), sin[:, :quarter].contiguous().to(device)
+    return cos[:, :quarter].contiguous(), sin[:, :quarter].contiguous()
 
 
 def compute(

@@ -25,25 +25,25 @@ def check(config, grid, spare, impl):
     )
     table = device_plan.tabulate(grid, config, room.items).to(DEVICE)
     angles = device_plan.angle_tables(config, room.side, torch.device(DEVICE))
-    ours, plan = device_plan.compute(table, angles, config, room, impl), GridPlan.build(grid, config)
+    ours, plan = device_plan.compute(table, angles, config, room, impl), GridPlan.build(grid, config, DEVICE)
     n = plan.num_patches
     assert n == need.patches
-    assert torch.equal(ours.cos[:n].cpu(), plan.cos)
-    assert torch.equal(ours.sin[:n].cpu(), plan.sin)
+    assert torch.equal(ours.cos[:n], plan.cos)
+    assert torch.equal(ours.sin[:n], plan.sin)
     for segments, expected in ((ours.frames, plan.frames), (ours.windows, plan.windows)):
         assert (segments is None) == (expected is None)
         if expected is not None:
-            bounds, count = segments.cu_seqlens.cpu(), len(expected.cu_seqlens)
+            bounds, count = segments.cu_seqlens, len(expected.cu_seqlens)
             assert torch.equal(bounds[:count], expected.cu_seqlens)
             assert (bounds[count:] == n).all()
             assert len(bounds) == count + spare
             assert segments.max_seqlen >= expected.max_seqlen
     if plan.restore_index is not None:
-        assert torch.equal(ours.restore_index[: n // 4].cpu(), plan.restore_index)
+        assert torch.equal(ours.restore_index[: n // 4], plan.restore_index)
         assert ours.restore_index.sort().values.tolist() == list(range(room.patches // 4))
     if plan.position_taps is not None:
-        assert torch.equal(ours.position_taps[:n].cpu(), plan.position_taps)
-        assert torch.equal(ours.position_weights[:n].cpu(), plan.position_weights)
+        assert torch.equal(ours.position_taps[:n], plan.position_taps)
+        assert torch.equal(ours.position_weights[:n], plan.position_weights)
         assert 0 <= ours.position_taps.min() <= ours.position_taps.max() < config.num_position_embeddings
 
 

@@ -115,7 +115,8 @@ def test_which_tower_runs(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:model='demo'")
-def test_an_encoder_with_it_loads_encodes_and_saves(tmp_path):
+def test_an_encoder_with_it_loads_encodes_and_saves(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     image = torch.randint(0, 256, (48, 80, 3), dtype=torch.uint8).numpy()
     options, small = {"device": DEVICE, "dtype": "float32"}, {"min_pixels": 4096, "max_pixels": 4096}
     fast = Encoder.from_pretrained("demo", impl="triton", **options)

