@@ -36,7 +36,7 @@ def capacity_for(need: Capacity, merge_unit: int) -> Capacity:
     step = max(64, 2 ** ((need.patches - 1).bit_length() - 5))
     patches = -(-need.patches // step) * step
     least = max(8, patches // 1024)
-    windows = _power(max(need.windows, patches // 64)) if need.windows else 0
+    windows = _power(max(need.windows, patches // 32)) if need.windows else 0
     frames, items = (_power(max(count, least)) for count in (need.frames, need.items))
     return Capacity(-(-patches // merge_unit) * merge_unit, frames, windows, items, _power(max(need.side, LEAST_SIDE)))
 

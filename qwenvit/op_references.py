@@ -184,20 +184,20 @@ def grid_plan(
     sizes = rows[1:, 0] - rows[:-1, 0]
     kept = sizes > 0
     h_and_w = rows[:-1, 3:][kept]
-    plan = GridPlan.build(torch.cat((sizes[kept, None] // h_and_w.prod(1, keepdim=True), h_and_w), 1), config)
+    plan = GridPlan.build(
+        torch.cat((sizes[kept, None] // h_and_w.prod(1, keepdim=True), h_and_w), 1), config, table.device
+    )
     spare = patches - plan.num_patches
 
     def bounds(cu_seqlens: Tensor, room: int) -> Tensor:
-        return F.pad(cu_seqlens, (0, room + 1 - len(cu_seqlens)), value=plan.num_patches).to(table.device)
+        return F.pad(cu_seqlens, (0, room + 1 - len(cu_seqlens)), value=plan.num_patches)
 
     restore = taps = weights = window_bounds = None
     if plan.windows is not None and plan.restore_index is not None:
         window_bounds = bounds(plan.windows.cu_seqlens, windows)
-        own_places = torch.arange(len(plan.restore_index), patches // config.merge_unit)
-        restore = torch.cat((plan.restore_index, own_places)).to(table.device)
+        own_places = torch.arange(len(plan.restore_index), patches // config.merge_unit, device=table.device)
+        restore = torch.cat((plan.restore_index, own_places))
     cos, sin = F.pad(plan.cos, (0, 0, 0, spare), value=1.0), F.pad(plan.sin, (0, 0, 0, spare))
     if plan.position_taps is not None and plan.position_weights is not None:
-        taps = F.pad(plan.position_taps, (0, 0, 0, spare)).to(table.device)
-        weights = F.pad(plan.position_weights, (0, 0, 0, spare)).to(table.device)
-    frame_bounds = bounds(plan.frames.cu_seqlens, frames)
-    return cos.to(table.device), sin.to(table.device), frame_bounds, window_bounds, restore, taps, weights
+        taps, weights = (F.pad(x, (0, 0, 0, spare)) for x in (plan.position_taps, plan.position_weights))
+    return cos, sin, bounds(plan.frames.cu_seqlens, frames), window_bounds, restore, taps, weights
