@@ -15,7 +15,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
+
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError as error:
+    raise ImportError(f"fused matrix products need triton 3.4 or later, got {triton.__version__}") from error
 
 
 @triton.jit

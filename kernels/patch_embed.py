@@ -14,9 +14,18 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from qwenvit.kernels.gemm import Tile, accumulate, add_bias, fill, halves, multiprocessors, tile_at, uses_tma
+from qwenvit.kernels.gemm import (
+    TensorDescriptor,
+    Tile,
+    accumulate,
+    add_bias,
+    fill,
+    halves,
+    multiprocessors,
+    tile_at,
+    uses_tma,
+)
 from qwenvit.kernels.norm import load_row, row_config, store_row
 
 PASS_WARPS = 1

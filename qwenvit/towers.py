@@ -12,6 +12,7 @@ from qwenvit.fast import FastTower
 from qwenvit.reference import ReferenceTower
 
 Tower = ReferenceTower | FastTower
+OLDEST_TRITON = (3, 4)
 OLDEST_GPU = (8, 0)
 """Compute capability of the first GPUs with bfloat16."""
 
@@ -42,6 +43,10 @@ def _obstacle(config: VisionConfig, device: torch.device) -> str | None:
         return f"head_dim {config.head_dim} is none of {HEAD_DIMS}"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
+    import triton  # type: ignore[import-untyped]  # slow, and only now needed
+
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST_TRITON:
+        return f"triton {triton.__version__} is older than {'.'.join(map(str, OLDEST_TRITON))}"
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         return None if capability >= OLDEST_GPU else f"{device} has compute capability {capability}, below {OLDEST_GPU}"

@@ -59,7 +59,10 @@ def test_every_contender_does_the_same_work(case, monkeypatch):
     assert set(errors) == {"plain torch", *case.ours, *case.rivals} - {"torch.compile"}
     for name, run in case.floors.items():
         out = run.call(case.inputs(CPU, torch.float32))
-        assert out.nbytes == case.fewest_bytes // 2 if name == kernel_cases.COPY else out.shape[0] == case.tokens
+        if name == kernel_cases.COPY:
+            assert 0 <= case.fewest_bytes - 2 * out.nbytes < 32
+        else:
+            assert out.shape[0] == case.tokens
 
 
 class Reads(dict):

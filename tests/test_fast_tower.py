@@ -109,6 +109,11 @@ def test_which_tower_runs(monkeypatch):
     assert tower_class("auto", odd, torch.device("cuda")) is ReferenceTower
     with pytest.raises(ValueError, match=r"head_dim 32 is none of \(64, 72, 80\)"):
         tower_class("triton", odd, torch.device("cuda"))
+    with monkeypatch.context() as older:
+        older.setattr("triton.__version__", "3.3.1")
+        assert tower_class("auto", config, torch.device("cuda")) is ReferenceTower
+        with pytest.raises(ValueError, match=r"triton 3\.3\.1 is older than 3\.4"):
+            tower_class("triton", config, torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     with pytest.raises(ValueError, match=r"compute capability \(7, 5\), below \(8, 0\)"):
         tower_class("triton", config, torch.device("cuda"))
