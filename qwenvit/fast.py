@@ -6,6 +6,7 @@ freely. A block is two norms, four matrix products and an attention: nothing is 
 keys of long segments is written twice.
 """
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -46,7 +47,10 @@ def _take(state_dict: dict[str, Any], prefix: str) -> dict[str, Tensor]:
 
 
 def _load_packed(module: Packed, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
-    state_dict |= {prefix + name: tensor for name, tensor in module.pack(_take(state_dict, prefix)).items()}
+    tensors = _take(state_dict, prefix)
+    with suppress(KeyError):  # something is missing: load_state_dict says what
+        tensors = module.pack(tensors)
+    state_dict |= {prefix + name: tensor for name, tensor in tensors.items()}
 
 
 def _give_unpacked(module: Packed, state_dict: dict[str, Any], prefix: str, _: object) -> None:

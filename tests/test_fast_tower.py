@@ -77,6 +77,14 @@ def test_weights_go_in_and_come_out_as_the_reference_towers(family):
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), fast.parameters(), strict=True))
 
 
+def test_what_is_missing_is_named():
+    reference, fast, _ = both("qwen2_5_vl", "reference")
+    tensors = reference.state_dict()
+    del tensors["blocks.2.mlp.up_proj.bias"], tensors["patch_embed.proj.weight"]
+    with pytest.raises(RuntimeError, match=r"Missing key.*patch_embed\.weight.*blocks\.2\.mlp\.gate_up\.weight"):
+        fast.load_state_dict(tensors)
+
+
 def test_padding_changes_nothing():
     """Whatever stands in a gate's padded rows, it is multiplied by zero."""
     _, fast, config = both("qwen2_5_vl", "reference")
