@@ -99,6 +99,10 @@ class GraphedTower:
         self._lock = threading.Lock()
         self._forget()
 
+    def __reduce__(self) -> tuple[type["GraphedTower"], tuple[FastTower]]:
+        """Copies and pickles begin without graphs."""
+        return GraphedTower, (self.tower,)
+
     def _forget(self) -> None:
         self.device = self.tower.patch_embed.weight.device
         self._weights = _addresses(self.tower)

@@ -1,5 +1,7 @@
 """The fast tower against the reference tower: weights in and out, numbers, and which of the two is chosen."""
 
+import pickle
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -75,6 +77,17 @@ def test_weights_go_in_and_come_out_as_the_reference_towers(family):
         assert {n: t.shape for n, t in again.state_dict().items()} == {n: t.shape for n, t in before.items()}
     again.load_state_dict(after, assign=True)
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), fast.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("copy", [deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+def test_a_copy_is_a_tower_of_its_own(copy):
+    reference, fast, _ = both("qwen2_5_omni", "reference")
+    other = copy(fast)
+    for parameter in other.parameters():
+        parameter.zero_()
+    assert all(torch.equal(tensor, reference.state_dict()[name]) for name, tensor in fast.state_dict().items())
+    other.load_state_dict(reference.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(other.parameters(), fast.parameters(), strict=True))
 
 
 def test_what_is_missing_is_named():

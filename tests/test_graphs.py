@@ -1,5 +1,6 @@
 """CUDA graphs of the fast tower: capacities, and any layout through any graph."""
 
+import copy
 import threading
 from dataclasses import replace
 
@@ -125,6 +126,19 @@ def test_a_tower_that_was_converted_gets_new_graphs():
     output = enc(pixels, torch.tensor([[1, 8, 8]]))
     assert output.pooler_output.dtype == torch.float32
     check(enc, [[1, 8, 8]], pixels.float(), output)
+
+
+@needs_gpu
+def test_a_copy_has_graphs_of_its_own():
+    enc = encoder()
+    grid = [[1, 8, 8]]
+    pixels = pixels_of(grid, enc)
+    before = enc(pixels, torch.tensor(grid))
+    other = copy.deepcopy(enc)
+    for parameter in other.tower.parameters():
+        parameter.mul_(0.5)
+    check(other, grid, pixels, other(pixels, torch.tensor(grid)))
+    assert torch.equal(enc(pixels, torch.tensor(grid)).pooler_output, before.pooler_output)
 
 
 @needs_gpu
