@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from qwenvit import op_references
-from qwenvit.arguments import DTYPES, Impl
+from qwenvit.arguments import Impl
 from qwenvit.dispatch import use_triton
+from qwenvit.op_checks import check_floating, check_tensor
 
 HEAD_DIMS = (64, 72, 80)
 """Channels per head of every published tower."""
@@ -63,7 +64,9 @@ def rope_attention(
     for name, angles in (("cos", cos), ("sin", sin)):
         if angles is not None:
             _check_angles(name, angles, q)
-    _check_cu_seqlens(cu_seqlens, q)
+    check_tensor("cu_seqlens", cu_seqlens, (None,), torch.int32, q)
+    if not len(cu_seqlens):
+        raise ValueError("cu_seqlens: expected at least one entry, got none")
     if max_seqlen is not None and (isinstance(max_seqlen, bool) or not isinstance(max_seqlen, int) or max_seqlen < 0):
         raise ValueError(f"max_seqlen: expected None or a number of tokens, got {max_seqlen!r}")
     if scale is None:
@@ -77,37 +80,25 @@ def rope_attention(
     return torch.ops.qwenvit.rope_attention(q, k, v, cos, sin, cu_seqlens, max_seqlen, scale, interleaved)
 
 
-def _kind(x: object) -> str:
-    return str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
-
-
 def _check_heads(name: str, x: Tensor, q: Tensor) -> None:
-    if not isinstance(x, Tensor) or x.dtype not in DTYPES.values():
-        raise TypeError(f"{name}: expected a bfloat16, float16 or float32 tensor [S, H, D], got {_kind(x)}")
+    check_floating(name, x, "[S, H, D]")
     if x.ndim != 3 or x.shape[2] not in HEAD_DIMS:
         raise ValueError(f"{name}: expected shape [S, H, D] with D one of {HEAD_DIMS}, got {list(x.shape)}")
-    if x.stride(2) != 1 and x.numel():
-        raise ValueError(f"{name}: expected an inner stride of 1, got strides {x.stride()}")
     if x.dtype != q.dtype:
         raise TypeError(f"{name}: expected {q.dtype} as q has, got {x.dtype}")
-    if x.shape != q.shape or x.device != q.device:
-        expected = f"{list(q.shape)} on {q.device} as q"
-        raise ValueError(f"{name}: expected {expected}, got {list(x.shape)} on {x.device}")
+    _check_rows(name, x, q.shape, q)
+
+
+def _check_rows(name: str, x: Tensor, shape: tuple[int, ...], q: Tensor) -> None:
+    """As `op_checks.check_tensor`, with any strides but the last."""
+    if x.shape != shape or x.device != q.device:
+        raise ValueError(f"{name}: expected {list(shape)} on {q.device}, got {list(x.shape)} on {x.device}")
+    if x.stride(-1) != 1 and x.numel():
+        raise ValueError(f"{name}: expected an inner stride of 1, got strides {x.stride()}")
 
 
 def _check_angles(name: str, angles: Tensor, q: Tensor) -> None:
-    shape = [q.shape[0], q.shape[2]]
     if not isinstance(angles, Tensor) or angles.dtype != torch.float32:
-        raise TypeError(f"{name}: expected a float32 tensor {shape}, got {_kind(angles)}")
-    if list(angles.shape) != shape or angles.stride(1) != 1 or angles.device != q.device:
-        got = f"{list(angles.shape)} with strides {angles.stride()} on {angles.device}"
-        raise ValueError(f"{name}: expected {shape} with inner stride 1 on {q.device}, got {got}")
-
-
-def _check_cu_seqlens(cu_seqlens: Tensor, q: Tensor) -> None:
-    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype != torch.int32:
-        raise TypeError(f"cu_seqlens: expected an int32 tensor [segments + 1], got {_kind(cu_seqlens)}")
-    fits = cu_seqlens.ndim == 1 and len(cu_seqlens) and cu_seqlens.is_contiguous() and cu_seqlens.device == q.device
-    if not fits:
-        got = f"{list(cu_seqlens.shape)} with strides {cu_seqlens.stride()} on {cu_seqlens.device}"
-        raise ValueError(f"cu_seqlens: expected [segments + 1], contiguous, on {q.device}, got {got}")
+        got = angles.dtype if isinstance(angles, Tensor) else type(angles).__name__
+        raise TypeError(f"{name}: expected a float32 tensor [S, D], got {got}")
+    _check_rows(name, angles, (q.shape[0], q.shape[2]), q)

@@ -13,38 +13,21 @@ def check(fits: bool, name: str, expected: str, got: object) -> None:
         raise ValueError(f"{name}: expected {expected}, got {got}")
 
 
-def check_like(
-    tensor: Tensor, name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None
-) -> None:
-    """Refuse a tensor that is not contiguous, of this shape, and of the dtype and on the device of another."""
-    wanted = f"a contiguous {dtype or like.dtype} tensor {list(shape)} on {like.device}"
-    fits = tensor.shape == shape and tensor.dtype == (dtype or like.dtype) and tensor.device == like.device
-    got = f"{'' if tensor.is_contiguous() else 'non-contiguous '}{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
-    check(fits and tensor.is_contiguous(), name, wanted, got)
-
-
-def check_matrix(tensor: Tensor, name: str) -> None:
+def check_matrix(name: str, tensor: Tensor) -> None:
     """Refuse anything but a contiguous matrix of a dtype that the kernels know."""
-    if tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise TypeError(f"{name}: expected bfloat16, float16 or float32, got {tensor.dtype}")
-    check(
-        tensor.ndim == 2 and tensor.is_contiguous(),
-        name,
-        "a contiguous matrix",
-        f"shape {list(tensor.shape)}, strides {list(tensor.stride())}",
-    )
+    check_floating(name, tensor, "[rows, columns]")
+    check_tensor(name, tensor, (None, None), None, tensor)
 
 
-def check_projection(x: Tensor, x_name: str, weight: Tensor, bias: Tensor | None, prefix: str = "") -> None:
+def check_projection(name: str, x: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "") -> None:
     """Refuse what `F.linear` would, and strides it would not."""
-    check_matrix(x, x_name)
-    check(weight.ndim == 2, f"{prefix}weight", "a matrix [out, in]", f"shape {list(weight.shape)}")
-    check_like(weight, f"{prefix}weight", (weight.shape[0], x.shape[1]), x)
+    check_matrix(name, x)
+    check_tensor(f"{prefix}weight", weight, (None, x.shape[1]), x.dtype, x)
     if bias is not None:
-        check_like(bias, f"{prefix}bias", (weight.shape[0],), x)
+        check_tensor(f"{prefix}bias", bias, (weight.shape[0],), x.dtype, x)
 
 
-def check_rotation(width: int, name: str, cos: Tensor, sin: Tensor, num_heads: int, like: Tensor) -> None:
+def check_rotation(name: str, width: int, cos: Tensor, sin: Tensor, num_heads: int, like: Tensor) -> None:
     """Refuse heads that do not divide packed Q, K and V, and angles that do not fit them."""
     check(
         num_heads > 0 and width > 0 and width % (12 * num_heads) == 0,
@@ -52,8 +35,8 @@ def check_rotation(width: int, name: str, cos: Tensor, sin: Tensor, num_heads: i
         f"columns of Q, K and V in {num_heads} heads of a multiple of 4 channels",
         width,
     )
-    for angles, angles_name in ((cos, "cos"), (sin, "sin")):
-        check_like(angles, angles_name, (like.shape[0], width // (3 * num_heads)), like, torch.float32)
+    for angles_name, angles in (("cos", cos), ("sin", sin)):
+        check_tensor(angles_name, angles, (like.shape[0], width // (3 * num_heads)), torch.float32, like)
 
 
 def check_act(act: str) -> None:

@@ -41,8 +41,8 @@ def qkv_rope(
         TypeError: another dtype than these.
         ValueError: shapes, dtypes, devices or strides that do not fit together.
     """
-    check_projection(hidden_states, "hidden_states", weight, bias)
-    check_rotation(weight.shape[0], "weight", cos, sin, num_heads, hidden_states)
+    check_projection("hidden_states", hidden_states, weight, bias)
+    check_rotation("weight", weight.shape[0], cos, sin, num_heads, hidden_states)
     if not use_triton(impl, hidden_states):
         return op_references.qkv_rope(hidden_states, weight, bias, cos, sin, num_heads, interleaved)
     from qwenvit.kernels.qkv_rope import qkv_rope_op
@@ -70,8 +70,8 @@ def rotate_qk_(
         TypeError: another dtype than these.
         ValueError: shapes, dtypes, devices or strides that do not fit together.
     """
-    check_matrix(qkv, "qkv")
-    check_rotation(qkv.shape[1], "qkv", cos, sin, num_heads, qkv)
+    check_matrix("qkv", qkv)
+    check_rotation("qkv", qkv.shape[1], cos, sin, num_heads, qkv)
     if not use_triton(impl, qkv):
         return op_references.rotate_qk_(qkv, cos, sin, num_heads, interleaved)
     from qwenvit.kernels.qkv_rope import rotate_qk_op
@@ -100,7 +100,7 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, act: str, impl: I
         TypeError: another dtype than these.
         ValueError: unknown activation; shapes, dtypes, devices or strides that do not fit together.
     """
-    check_projection(x, "x", weight, bias)
+    check_projection("x", x, weight, bias)
     check_act(act)
     if not use_triton(impl, x):
         return op_references.linear_act(x, weight, bias, act)
@@ -116,7 +116,7 @@ def activation_(x: Tensor, act: str, impl: Impl = "auto") -> Tensor:
         TypeError: another dtype than bfloat16, float16 or float32.
         ValueError: unknown activation, or not a contiguous matrix.
     """
-    check_matrix(x, "x")
+    check_matrix("x", x)
     check_act(act)
     if not use_triton(impl, x):
         return op_references.activation_(x, act)
@@ -145,7 +145,7 @@ def swiglu(x: Tensor, gate_up_weight: Tensor, gate_up_bias: Tensor | None, impl:
         TypeError: another dtype than these.
         ValueError: shapes, dtypes, devices or strides that do not fit together.
     """
-    check_projection(x, "x", gate_up_weight, gate_up_bias, "gate_up_")
+    check_projection("x", x, gate_up_weight, gate_up_bias, "gate_up_")
     check(gate_up_weight.shape[0] % 2 == 0, "gate_up_weight", "an even number of rows", gate_up_weight.shape[0])
     if not use_triton(impl, x):
         return op_references.swiglu(x, gate_up_weight, gate_up_bias)
@@ -161,7 +161,7 @@ def swiglu_pass(gate_up: Tensor, impl: Impl = "auto") -> Tensor:
         TypeError: another dtype than bfloat16, float16 or float32.
         ValueError: not a contiguous matrix with an even number of columns.
     """
-    check_matrix(gate_up, "gate_up")
+    check_matrix("gate_up", gate_up)
     check(gate_up.shape[1] % 2 == 0, "gate_up", "an even number of columns", gate_up.shape[1])
     if not use_triton(impl, gate_up):
         return op_references.swiglu_pass(gate_up)

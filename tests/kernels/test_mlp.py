@@ -158,7 +158,7 @@ def test_what_does_not_fit_is_named():
         ops.swiglu_pass(torch.zeros(2, 9))
     with pytest.raises(ValueError, match=r"gate_up_bias: expected .*\[9\].*got .*\[4\]"):
         ops.swiglu(x, weight, bias[:4])
-    with pytest.raises(TypeError, match="x: expected bfloat16"):
+    with pytest.raises(TypeError, match="x: expected a float32, bfloat16 or float16"):
         ops.activation_(torch.zeros(2, 2, dtype=torch.int32), "gelu")
 
 
