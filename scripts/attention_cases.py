@@ -1,32 +1,27 @@
-"""Cases of RoPE and attention: windows, whole images, and attention alone over lengths."""
+"""Cases of RoPE and attention: windows and whole images; attention alone is in `length_cases`."""
 
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from unittest import mock
 
 import torch
 from kernel_baselines import Attention, cudnn, fa2, fa3, split, torch_rope, triton_rope
 from kernel_cases import ITEM, SIDES, Bar, Case, Run, normal, with_copy
 from kernel_timing import Inputs
+from length_cases import CONTENDERS, HEADS, LENGTHS, SEGMENTS, exact_attention, length_case, portable
 from torch import Tensor
 
 from qwenvit import ops
 from qwenvit.config import VisionConfig
-from qwenvit.grid import GridPlan, Segments
-from qwenvit.kernels import rope_attention
+from qwenvit.grid import GridPlan
 from qwenvit.packing import adjacent_pairs
 
-HEADS = 16
-LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384)
 PATCHES = (14, 16)
 """Pixels along a patch: 1024, 2304, 4096, 9216 patches and 784, 1764, 3136, 7056."""
 MODELS = {80: "Qwen2.5-VL", 72: "Qwen3-VL", 64: "Qwen3-VL small"}
 """Whose head_dim it is."""
 TORCH, TRITON = "torch RoPE", "Triton RoPE"
 ROTARY = (TORCH, TRITON)
-CONTENDERS = ("qwenvit", "portable")
-"""What `ops.rope_attention` chooses on this GPU, and what it chooses on GPUs other than Hopper."""
 
 
 @functools.cache
@@ -39,28 +34,11 @@ def plan_of(patches: int, head_dim: int, heads: int = HEADS) -> GridPlan:
     return GridPlan.build([[1, patches, patches]], config)
 
 
-def exact_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-    """In fp64, a head at a time."""
-    out = torch.full_like(q, torch.nan)
-    for head in range(q.shape[1]):
-        for _, patches in segments.groups:
-            own_q, own_k, own_v = (x[:, head][patches.to(x.device)] for x in (q, k, v))
-            scores = own_q @ own_k.mT * q.shape[2] ** -0.5
-            out[patches.to(q.device), head] = scores.softmax(-1) @ own_v
-    return out
-
-
 def exact_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Pairs (i, i + D / 2), in fp64."""
     first, second = x.chunk(2, -1)
     cos, sin = (angles[:, None, : first.shape[-1]].double() for angles in (cos, sin))
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
-
-
-def portable(*arguments: object, **options: object) -> Tensor:
-    """`ops.rope_attention` as GPUs other than Hopper run it."""
-    with mock.patch.object(rope_attention, "runs_hopper", return_value=False):
-        return ops.rope_attention(*arguments, **options)
 
 
 def layout_bytes(tokens: int, heads: int, head_dim: int) -> int:
@@ -149,38 +127,6 @@ def _bars(
     return bars
 
 
-def length_case(tokens: int, libraries: dict[str, Attention], head_dim: int = 64, heads: int = HEADS) -> Case:
-    """Attention alone over one sequence."""
-    cu_seqlens = torch.tensor([0, tokens], dtype=torch.int32)
-    segments = Segments(cu_seqlens, tokens, ((tokens, torch.arange(tokens)[None]),))
-
-    def inputs(device: torch.device, dtype: torch.dtype) -> Inputs:
-        qkv = normal(tokens, 3 * heads * head_dim, device=device, dtype=dtype)
-        return {"qkv": qkv, "cu_seqlens": cu_seqlens.to(device, copy=True)}
-
-    def ours(x: Inputs, impl: str = "auto", attend: Callable[..., Tensor] = ops.rope_attention) -> Tensor:
-        return attend(*split(x["qkv"], heads), None, None, x["cu_seqlens"], tokens, impl=impl)
-
-    return Case(
-        section="lengths",
-        series=f"head_dim {head_dim}",
-        title="attention alone",
-        tokens=tokens,
-        head_dim=head_dim,
-        inputs=inputs,
-        ours={"qwenvit": Run(ours), "portable": Run(functools.partial(ours, attend=portable))},
-        rivals={
-            name: Run(lambda x, attend=attend: attend(*split(x["qkv"], heads), x["cu_seqlens"], tokens))
-            for name, attend in libraries.items()
-        },
-        truth=lambda x: exact_attention(*split(x["qkv"].double(), heads), segments),
-        stick=Run(functools.partial(ours, impl="reference")),
-        fewest_bytes=4 * tokens * heads * head_dim * ITEM + cu_seqlens.nbytes,
-        flops=4 * tokens**2 * heads * head_dim,
-        bars={ours: (Bar("over cuDNN", lambda f, ours=ours: f.over(ours, "cuDNN"), 0.9),) for ours in CONTENDERS},
-    )
-
-
 def attention_cases(fa3_library: Path | None) -> list[Case]:
     libraries: dict[str, Attention] = {"cuDNN": cudnn, "FA2": fa2}
     if fa3_library is not None:
@@ -191,4 +137,11 @@ def attention_cases(fa3_library: Path | None) -> list[Case]:
             for patch in PATCHES:
                 cases += [attention_case(side, side // patch, head_dim, windows, libraries) for side in SIDES]
     cases += [attention_case(side, side // 14, 80, True, libraries, interleaved=False) for side in SIDES]
-    return cases + [length_case(tokens, libraries) for tokens in LENGTHS]
+    cases += [length_case((tokens,), libraries) for tokens in LENGTHS]
+    for head_dim in MODELS:
+        for lengths in SEGMENTS:
+            title = (
+                "one segment" if len(lengths) == 1 else f"{len(lengths)} segments of {min(lengths)} to {max(lengths)}"
+            )
+            cases.append(length_case(lengths, libraries, head_dim, section="segments", title=title))
+    return cases

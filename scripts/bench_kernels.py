@@ -169,7 +169,7 @@ def main() -> None:
     print(f"{header(limits, options.commit)}\n\n{FLAGS}")
     if options.fa3:
         load_fa3(options.fa3)
-    elif {"windows", "full", "lengths"} & set(options.only):
+    elif {"windows", "full", "lengths", "segments"} & set(options.only):
         print("\nFlashAttention 3 is left out: no library was given (--fa3).")
     if cold:
         print(compile_table(cold))

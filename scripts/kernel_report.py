@@ -11,6 +11,7 @@ SECTIONS = {
     "windows": "RoPE + attention over windows of 64 patches",
     "full": "RoPE + attention over a whole image",
     "lengths": "Attention alone, one sequence",
+    "segments": "Attention alone over long segments",
     "qkv": "QKV projection + bias + RoPE",
     "mlp": "MLP, first half: projection + bias + activation",
     "passes": "Single passes: norms, activations, merges, positions",

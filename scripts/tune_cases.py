@@ -4,11 +4,12 @@ import dataclasses
 import itertools
 from typing import Any
 
-from attention_cases import attention_case, length_case
+from attention_cases import attention_case
 from kernel_baselines import split, triton_rope
 from kernel_cases import SIDES, Case
 from kernel_timing import Inputs
 from launch_configs import Knob, Shape
+from length_cases import length_case
 from pass_cases import MERGERS, activation_case, map_case, merger_case, norm_case
 from patch_cases import patch_case, positions_case
 from projection_cases import MLP, QKV, mlp_case, qkv_case
@@ -86,7 +87,7 @@ def knobs(tma: bool = True) -> list[Knob]:
                for head_dim, patch in ((80, 14), (72, 16)) for side in SIDES]  # fmt: skip
     images = [attention_case(side, side // patch, head_dim, False, {})
               for head_dim, patch in ((80, 14), (72, 16)) for side in (448, 672, 1344)]  # fmt: skip
-    images += [length_case(tokens, {}) for tokens in (256, 1024, 4096)]
+    images += [length_case((tokens,), {}) for tokens in (256, 1024, 4096)]
     qkv = [qkv_case(model, tokens, *shape) for model, (*shape, sizes) in QKV.items() for tokens in sizes]
     halves = [mlp_case(model, act, tokens, *shape) for model, (act, *shape, sizes) in MLP.items() for tokens in sizes]
     patches = [patch_case(model, side, None) for model in ("Qwen2.5-VL", "Qwen3-VL") for side in SIDES]

@@ -11,9 +11,10 @@ import kernel_cases
 import kernel_report
 import pytest
 import torch
-from attention_cases import attention_case, length_case
+from attention_cases import attention_case
 from kernel_cases import Bar, Case, Figures, Run
 from kernel_timing import Ceilings, kernel_name
+from length_cases import length_case
 from pass_cases import MERGERS, activation_case, map_case, merger_case, norm_case
 from patch_cases import patch_case, positions_case
 from projection_cases import mlp_case, qkv_case
@@ -33,7 +34,8 @@ TINY = [
     attention_case(96, 10, 64, True, LIBRARY, heads=1),
     attention_case(96, 6, 72, False, LIBRARY, heads=2),
     attention_case(96, 6, 80, True, LIBRARY, interleaved=False, heads=1),
-    length_case(33, LIBRARY, heads=1),
+    length_case((33,), LIBRARY, heads=1),
+    length_case((5, 40, 5), LIBRARY, 72, heads=1, section="segments", title="three segments"),
     qkv_case("Qwen3-VL small", 20, 64, 2, 64),
     *(mlp_case("Qwen2.5-VL", act, 20, 64, 128) for act in ("swiglu", "quick_gelu", "gelu_tanh")),
     *(norm_case(kind, 64, residual, 12) for kind in ("rms", "layer") for residual in (True, False)),
@@ -209,7 +211,7 @@ def test_arguments(monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit_:
         bench_kernels.main()
     assert exit_.value.code == 0
-    assert "compile, windows, full, lengths, qkv" in " ".join(capsys.readouterr().out.split())
+    assert "compile, windows, full, lengths, segments, qkv" in " ".join(capsys.readouterr().out.split())
     monkeypatch.setattr(sys, "argv", ["bench_kernels.py", "--only", "nothing"])
     with pytest.raises(SystemExit):
         bench_kernels.main()
