@@ -11,8 +11,7 @@ from qwenvit import demo
 from qwenvit.arguments import Impl, check_device, check_dtype, check_pixel_values
 from qwenvit.batching import PATCHES_PER_BATCH, batches
 from qwenvit.checkpoint import directory_of, load_tower, locate, save_tower
-from qwenvit.fast import FastTower
-from qwenvit.graphs import GraphedTower
+from qwenvit.graphs import GraphedTower, graphs_of
 from qwenvit.grid import GridPlan, check_grid
 from qwenvit.images import Backend, Channels, ImageInput
 from qwenvit.outputs import Embeddings, TowerOutput
@@ -38,7 +37,7 @@ class Encoder:
         video_processor: VideoProcessor | None = None,
     ) -> None:
         self.tower = tower.requires_grad_(False).eval()
-        self._graphed = GraphedTower(tower) if isinstance(tower, FastTower) and self.device.type == "cuda" else None
+        self._graphed: GraphedTower | None = None
         self.config = tower.config
         self.image_processor = image_processor or ImageProcessor.for_family(self.config.family)
         self.video_processor = video_processor or VideoProcessor.for_family(self.config.family)
@@ -191,7 +190,7 @@ class Encoder:
             grids.append(grid)
             layers.append([output.pooler_output, *output.deepstack_features])
         packed, *deepstack = (torch.cat(layer) for layer in zip(*layers, strict=True))
-        if self.dtype == torch.float16 and not packed.isfinite().all():
+        if self.dtype == torch.float16 and not all(layer.isfinite().all() for layer in (packed, *deepstack)):
             raise OverflowError("the tower left the range of float16 (65504) on this input: use bfloat16 or float32")
         return Embeddings(packed, torch.cat(grids), deepstack, self.config.spatial_merge_size, video=video)
 
@@ -213,15 +212,16 @@ class Encoder:
         """
         grid = check_grid(grid_thw, self.config.spatial_merge_size)
         check_pixel_values(pixel_values, grid, self.config)
+        self._graphed = graphs_of(self.tower, self._graphed)
         if self._graphed is not None:
             return self._graphed(pixel_values, grid)
         return self.tower(pixel_values.to(self.device), GridPlan.build(grid, self.config, self.device))
 
     def warmup(self, max_tokens: int) -> int:
-        """Compile kernels and capture CUDA graphs now, for every batch up to this size, and not when first needed.
+        """Compile kernels and capture CUDA graphs now, for one image of every size up to this, not when first needed.
 
         Args:
-            max_tokens: merged tokens of the largest batch to come.
+            max_tokens: merged tokens of the largest image to come.
 
         Returns:
             Graphs for these sizes; 0 with the reference tower, which has none.
@@ -231,6 +231,7 @@ class Encoder:
         """
         if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
             raise ValueError(f"max_tokens: expected a positive number of tokens, got {max_tokens!r}")
+        self._graphed = graphs_of(self.tower, self._graphed)
         return 0 if self._graphed is None else self._graphed.warm_up(max_tokens * self.config.merge_unit)
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwenvit import ops
-from qwenvit.arguments import Impl
+from qwenvit.arguments import DTYPES, Impl
 from qwenvit.config import VisionConfig
 from qwenvit.device_plan import DevicePlan
 from qwenvit.grid import GridPlan, Segments
@@ -80,6 +80,8 @@ class PatchEmbed(Packed):
     def pack(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """`proj.weight` `[C, channels, T, P, P]` -> `weight` `[C, padded]`."""
         packed = {name.removeprefix("proj."): tensor for name, tensor in tensors.items()}
+        if packed["weight"].shape[1:] != self.kernel:
+            raise ValueError(f"proj.weight: expected kernels {self.kernel}, got {tuple(packed['weight'].shape[1:])}")
         return packed | {"weight": pad_columns(packed["weight"].flatten(1))}
 
     def unpack(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -121,6 +123,8 @@ class GatedMLP(Packed):
     def pack(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """`gate_proj`, `up_proj`, `down_proj` -> `gate_up`, `down`."""
         gate, up = ((tensors[f"{part}_proj.weight"], tensors[f"{part}_proj.bias"]) for part in ("gate", "up"))
+        if len(gate[0]) != self.intermediate_size:
+            raise ValueError(f"gate_proj.weight: expected {self.intermediate_size} rows, got {len(gate[0])}")
         packed = dict(zip(("gate_up.weight", "gate_up.bias"), pack_gate_up(*gate, *up), strict=True))
         down = {"down.weight": pad_columns(tensors["down_proj.weight"]), "down.bias": tensors["down_proj.bias"]}
         return {name: tensor for name, tensor in (packed | down).items() if tensor is not None}
@@ -193,9 +197,9 @@ class Merger(nn.Module):
         return F.linear(y, self.fc2.weight, self.fc2.bias)
 
 
-def refuse_gradients(pixel_values: Tensor) -> None:
+def refuse_gradients(tower: nn.Module, pixel_values: Tensor) -> None:
     """ValueError where gradients are asked of a tower that gives none."""
-    if pixel_values.requires_grad and torch.is_grad_enabled():
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (pixel_values, *tower.parameters())):
         raise ValueError("pixel_values: the fast tower gives no gradients; use impl='reference', or torch.no_grad()")
 
 
@@ -230,13 +234,15 @@ class FastTower(nn.Module):
         Raises:
             ValueError: gradients are asked for.
         """
-        refuse_gradients(pixel_values)
+        refuse_gradients(self, pixel_values)
         embed = self.patch_embed
         weight = embed.weight[:, : embed.patch_dim]
+        if pixel_values.dtype not in DTYPES.values():
+            pixel_values = pixel_values.to(weight.dtype)
         table = None if plan.position_taps is None else self.pos_embed.weight
         positions = (table, plan.position_taps, plan.position_weights)
         order = (plan.restore_index, self.config.merge_unit)
-        x = ops.patch_embed(pixel_values, weight, embed.bias, *positions, *order, impl=self.impl)
+        x = ops.patch_embed(pixel_values.contiguous(), weight, embed.bias, *positions, *order, impl=self.impl)
         deepstack_features = []
         for index, block in enumerate(self.blocks):
             full = plan.windows is None or self.config.is_full_attention(index)

@@ -1,8 +1,9 @@
 """The fast tower in CUDA graphs: one for each capacity, which any grids that fit may use.
 
-A graph holds everything from the table of grids and the pixel values, copied into buffers of its own, to the output:
-no two layouts can be confused, for the layout is computed inside. Capacities grow in steps of a sixteenth, so at most
-6 % of the work is on room to spare. Results are copied out; later calls leave them alone.
+A graph holds everything from the table of grids and the pixel values, copied into buffers, to the output: no two
+layouts can be confused, for the layout is computed inside. Capacities grow in steps of a sixteenth, so at most 6 % of
+the patches are room to spare; windows and frames are rounded up further, and empty ones cost next to nothing. Results
+are copied out, so later calls leave them alone.
 """
 
 import threading
@@ -12,32 +13,37 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qwenvit import device_plan
 from qwenvit.device_plan import Capacity
 from qwenvit.fast import FastTower, refuse_gradients
 from qwenvit.outputs import TowerOutput
 
-MOST_GRAPHS = 160
-"""Graphs kept; the one not used for longest makes room. Each holds buffers for its inputs and shares the rest."""
+MOST_GRAPHS = 256
+"""Graphs kept; the one not used for longest makes room. They share buffers and memory, so each costs little."""
 MOST_PATCHES = 32768
 """Larger batches run without a graph: launches are a small part of their time, and buffers would be large."""
 LEAST_SIDE = 512
 """Rows and columns of patches that every graph has angles for; larger frames double it."""
+CAPTURING = threading.Lock()
+"""torch allows one capture at a time in a process, whoever's it is."""
 
 
 def capacity_for(need: Capacity, merge_unit: int) -> Capacity:
     """The graph's capacity for what some grids need.
 
     Patches are rounded up to a multiple of a sixteenth of the power of two below (at least 64), other counts to powers
-    of two that begin at what images of ordinary shapes need, so that they seldom make a difference.
+    of two that begin at what images of ordinary shapes need, so that they seldom make a difference. One frame stays
+    one: attention divides a single segment best where it knows that it is one.
     """
     step = max(64, 2 ** ((need.patches - 1).bit_length() - 5))
     patches = -(-need.patches // step) * step
     least = max(8, patches // 1024)
-    windows = _power(max(need.windows, patches // 32)) if need.windows else 0
-    frames, items = (_power(max(count, least)) for count in (need.frames, need.items))
+    usual = patches // 64 + patches // 256 + 16
+    windows = (usual if need.windows <= usual else _power(need.windows)) if need.windows else 0
+    frames = 1 if need.frames == 1 else _power(max(need.frames, least))
+    items = 1 if need.items == 1 else _power(max(need.items, least))
     return Capacity(-(-patches // merge_unit) * merge_unit, frames, windows, items, _power(max(need.side, LEAST_SIDE)))
 
 
@@ -45,50 +51,72 @@ def _power(count: int) -> int:
     return 1 << (count - 1).bit_length()
 
 
-def _addresses(tower: FastTower) -> list[int]:
-    return [parameter.data_ptr() for parameter in (tower.patch_embed.weight, tower.merger.fc2.weight)]
+class Buffers:
+    """Tensors that all graphs of a tower use by turns: each as large as the largest graph so far needs."""
+
+    def __init__(self) -> None:
+        self._largest: dict[str, Tensor] = {}
+
+    def rows(self, name: str, count: int, like: Tensor) -> Tensor:
+        """`[count, width of like]`, in memory that other graphs use too."""
+        found = self._largest.get(name)
+        if found is None or len(found) < count:
+            found = self._largest[name] = like.new_zeros((count, like.shape[1]))
+        return found[:count]
 
 
 class Graph:
-    """One captured forward pass, its buffers, and the event after its last use."""
+    """One captured forward pass."""
 
-    def __init__(self, tower: FastTower, room: Capacity, angles: tuple[Tensor, Tensor], pool: Any) -> None:
-        weight = tower.patch_embed.weight
-        self.merge_unit = tower.config.merge_unit
-        self.table = device_plan.tabulate(torch.tensor([[1, 2, 2]]), tower.config, room.items).to(weight.device)
-        self.pixel_values = weight.new_zeros((room.patches, tower.config.patch_dim))
+    def __init__(
+        self,
+        tower: FastTower,
+        room: Capacity,
+        angles: tuple[Tensor, Tensor],
+        buffers: Buffers,
+        stream: torch.cuda.Stream,
+        pool: Any,
+    ) -> None:
+        config, weight = tower.config, tower.patch_embed.weight
+        merge = config.spatial_merge_size
+        self.merge_unit = config.merge_unit
+        smallest = torch.tensor([[1, merge, merge]], device="cpu")
+        self.table = device_plan.tabulate(smallest, config, room.items).to(weight.device)
+        self.pixel_values = buffers.rows("pixels", room.patches, weight[:, : config.patch_dim])
 
-        def run() -> TowerOutput:
-            plan = device_plan.compute(self.table, angles, tower.config, room, tower.impl)
-            return tower(self.pixel_values, plan)
+        def run() -> list[Tensor]:
+            plan = device_plan.compute(self.table, angles, config, room, tower.impl)
+            output = tower(self.pixel_values, plan)
+            return [output.last_hidden_state, output.pooler_output, *output.deepstack_features]
 
-        stream = torch.cuda.Stream(weight.device)
         stream.wait_stream(torch.cuda.current_stream(weight.device))
         with torch.cuda.stream(stream):
-            run()  # compiles kernels and sets libraries up, which a capture may not
+            outputs = run()  # compiles kernels and sets libraries up, which a capture may not
         torch.cuda.current_stream(weight.device).wait_stream(stream)
+        self.outputs = [buffers.rows(f"output {i}", len(x), x) for i, x in enumerate(outputs)]
+        del outputs
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            self.output = run()
+            for buffer, output in zip(self.outputs, run(), strict=True):
+                buffer.copy_(output)
 
     def replay(self, table: Tensor, pixel_values: Tensor) -> TowerOutput:
-        """Run on the current stream; the result is a copy."""
+        """Run on the current stream; the result is a copy. `pixel_values` on the host are read before this returns."""
         patches = len(pixel_values)
         tokens = patches // self.merge_unit
         self.table.copy_(table, non_blocking=True)
-        self.pixel_values[:patches].copy_(pixel_values, non_blocking=True)
+        self.pixel_values[:patches].copy_(pixel_values, non_blocking=pixel_values.is_cuda)
         self.graph.replay()
-        return TowerOutput(
-            self.output.last_hidden_state[:patches].clone(),
-            self.output.pooler_output[:tokens].clone(),
-            [layer[:tokens].clone() for layer in self.output.deepstack_features],
-        )
+        hidden, *merged = self.outputs
+        pooled, *deepstack = (layer[:tokens].clone() for layer in merged)
+        return TowerOutput(hidden[:patches].clone(), pooled, deepstack)
 
 
 class GraphedTower:
     """A fast tower on a GPU that captures a graph for each capacity it meets, and replays it from then on.
 
-    Any thread and any stream may call it: calls take turns, on the host by a lock and on the GPU by an event.
+    Any thread and any stream may call it: calls take turns, on the host by a lock and on the GPU by an event. Weights
+    may be loaded, moved or converted between calls; new graphs are captured then. Hooks on blocks run at capture alone.
 
     Args:
         tower: on a CUDA device.
@@ -99,19 +127,23 @@ class GraphedTower:
         self._lock = threading.Lock()
         self._forget()
 
-    def __reduce__(self) -> tuple[type["GraphedTower"], tuple[FastTower]]:
-        """Copies and pickles begin without graphs."""
-        return GraphedTower, (self.tower,)
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """Copies and pickles of an encoder begin without graphs."""
+        return type(None), ()
 
     def _forget(self) -> None:
         self.device = self.tower.patch_embed.weight.device
         self._weights = _addresses(self.tower)
-        self._graphs: OrderedDict[Capacity, Graph] = OrderedDict()
+        self._graphs: OrderedDict[tuple[Capacity, str], Graph] = OrderedDict()
         self._angles: dict[int, tuple[Tensor, Tensor]] = {}
+        self._buffers = Buffers()
         with torch.cuda.device(self.device):
+            # Of high priority, since torch hands its few streams round, and those of low priority to everyone.
+            self._stream = torch.cuda.Stream(self.device, priority=-1)
             self._pool = torch.cuda.graph_pool_handle()
             self._idle = torch.cuda.Event()
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, pixel_values: Tensor, grid: Tensor) -> TowerOutput:
         """Encode packed patches.
 
@@ -120,42 +152,41 @@ class GraphedTower:
             grid: `[items, 3]` int64 on the CPU, checked.
 
         Raises:
-            ValueError: gradients are asked for.
+            ValueError: gradients are asked for, or the current stream is being captured.
         """
-        refuse_gradients(pixel_values)
+        refuse_gradients(self.tower, pixel_values)
+        if torch.cuda.is_current_stream_capturing():
+            raise ValueError("the encoder captures graphs of its own: capture enc.tower(pixel_values, plan) in yours")
         config = self.tower.config
         need = device_plan.measure(grid, config)
-        if need.patches > MOST_PATCHES or torch.cuda.is_current_stream_capturing():
-            return self._without_graph(pixel_values, grid, need)
-        room = capacity_for(need, config.merge_unit)
-        with self._turn() as stream:
-            graph = self._graph(room)
-            output = graph.replay(device_plan.tabulate(grid, config, room.items).pin_memory(), pixel_values)
-            self._idle.record(stream)
-        return output
-
-    @torch.no_grad()
-    def _without_graph(self, pixel_values: Tensor, grid: Tensor, need: Capacity) -> TowerOutput:
-        config, device = self.tower.config, self.tower.patch_embed.weight.device
-        table = device_plan.tabulate(grid, config, need.items).to(device)
-        angles = device_plan.angle_tables(config, need.side, device)
-        plan = device_plan.compute(table, angles, config, need, self.tower.impl)
-        return self.tower(pixel_values.to(device), plan)
+        room = capacity_for(need, config.merge_unit) if need.patches <= MOST_PATCHES else need
+        with self._turn():
+            table = device_plan.tabulate(grid, config, room.items).pin_memory()
+            if room is not need:
+                return self._graph(room).replay(table, pixel_values)
+            angles = self._angles_for(_power(need.side))
+            plan = device_plan.compute(table.to(self.device, non_blocking=True), angles, config, need, self.tower.impl)
+            return self.tower(pixel_values.to(self.device), plan)
 
     @contextmanager
-    def _turn(self) -> Iterator[torch.cuda.Stream]:
+    def _turn(self) -> Iterator[None]:
         """Alone with the graphs, on the host and on the GPU."""
         with self._lock:
             if _addresses(self.tower) != self._weights:  # moved or converted since: graphs hold the old addresses
-                torch.cuda.synchronize(self.device)
+                torch.cuda.synchronize()
                 self._forget()
-            with torch.cuda.device(self.device), torch.inference_mode(False), torch.no_grad():
+            device = torch.cuda.device(self.device)
+            with device, torch.inference_mode(False), torch.no_grad(), torch.autocast("cuda", enabled=False):
                 stream = torch.cuda.current_stream()
                 stream.wait_event(self._idle)
-                yield stream
+                try:
+                    yield
+                finally:  # whatever was launched before a failure runs on
+                    self._idle.record(stream)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def warm_up(self, patches: int) -> int:
-        """Capture the graphs of every capacity up to so many patches in one image; returns their number.
+        """Capture the graphs of one image of every size up to so many patches; returns their number.
 
         Raises:
             ValueError: more patches than graphs are made for.
@@ -164,29 +195,44 @@ class GraphedTower:
         if patches > MOST_PATCHES:
             expected = f"at most {MOST_PATCHES // unit}, beyond which no graph is used"
             raise ValueError(f"max_tokens: expected {expected}, got {patches // unit}")
+        windows = 0 if self.tower.config.window_size is None else 1
         rooms, reached = [], unit
         while reached < patches + unit:
-            room = capacity_for(self._square(reached), unit)
-            rooms.append(room)
-            reached = room.patches + unit
-        with self._turn() as stream:
+            rooms.append(capacity_for(Capacity(reached, 1, windows, 1, 1), unit))
+            reached = rooms[-1].patches + unit
+        with self._turn():
             for room in reversed(rooms):  # the largest first: the others fit into its memory
                 self._graph(room)
-            self._idle.record(stream)
         return len(rooms)
 
-    def _square(self, patches: int) -> Capacity:
-        config = self.tower.config
-        windows = 0 if config.window_size is None else 1
-        return Capacity(patches, 1, windows, 1, 1)
+    def _angles_for(self, side: int) -> tuple[Tensor, Tensor]:
+        if side not in self._angles:
+            self._angles[side] = device_plan.angle_tables(self.tower.config, side, self.device)
+        return self._angles[side]
 
     def _graph(self, room: Capacity) -> Graph:
-        if room not in self._graphs:
-            if len(self._graphs) >= MOST_GRAPHS:
-                torch.cuda.synchronize()  # the graph that goes may still be running
-                self._graphs.popitem(last=False)
-            if room.side not in self._angles:
-                self._angles[room.side] = device_plan.angle_tables(self.tower.config, room.side, self.device)
-            self._graphs[room] = Graph(self.tower, room, self._angles[room.side], self._pool)
-        self._graphs.move_to_end(room)
-        return self._graphs[room]
+        key = room, torch.get_float32_matmul_precision()  # a capture keeps what it finds
+        if key not in self._graphs:
+            angles = self._angles_for(room.side)
+            try:
+                with CAPTURING:
+                    if len(self._graphs) >= MOST_GRAPHS:
+                        torch.cuda.synchronize()  # the graph that goes may still be running
+                        self._graphs.popitem(last=False)
+                    self._graphs[key] = Graph(self.tower, room, angles, self._buffers, self._stream, self._pool)
+            except BaseException:
+                self._pool = torch.cuda.graph_pool_handle()  # the old one may refuse captures from now on
+                raise
+        self._graphs.move_to_end(key)
+        return self._graphs[key]
+
+
+def _addresses(tower: FastTower) -> list[tuple[int, torch.dtype]]:
+    return [(parameter.data_ptr(), parameter.dtype) for parameter in tower.parameters()]
+
+
+def graphs_of(tower: nn.Module, current: GraphedTower | None) -> GraphedTower | None:
+    """A tower in CUDA graphs, if it is one that runs in them; `current` if that is still the one."""
+    if not isinstance(tower, FastTower) or tower.impl == "reference" or not tower.patch_embed.weight.is_cuda:
+        return None
+    return current if current is not None and current.tower is tower else GraphedTower(tower)

@@ -8,7 +8,7 @@ import torch
 from qwenvit.arguments import Impl
 from qwenvit.attention_ops import HEAD_DIMS
 from qwenvit.config import VisionConfig
-from qwenvit.fast import FastTower
+from qwenvit.fast import ACTIVATIONS, FastTower
 from qwenvit.reference import ReferenceTower
 
 Tower = ReferenceTower | FastTower
@@ -41,6 +41,11 @@ def tower_class(impl: Impl, config: VisionConfig, device: torch.device) -> type[
 def _obstacle(config: VisionConfig, device: torch.device) -> str | None:
     if config.head_dim not in HEAD_DIMS:
         return f"head_dim {config.head_dim} is none of {HEAD_DIMS}"
+    activations = ("silu",) if config.traits.gated_mlp else tuple(ACTIVATIONS)
+    if config.hidden_act not in activations:
+        return f"hidden_act {config.hidden_act!r} is none of {activations}"
+    if torch.version.hip:
+        return "these kernels are for NVIDIA's GPUs"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     import triton  # type: ignore[import-untyped]  # slow, and only now needed

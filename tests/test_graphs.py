@@ -30,6 +30,7 @@ def test_a_capacity_covers_what_is_needed_and_little_more(tokens, frames, window
     assert room.patches % 4 == 0
     assert room.patches - need.patches < max(64, need.patches / 16)
     assert capacity_for(replace(need, patches=room.patches, frames=room.frames, items=room.items), 4) == room
+    assert room.windows <= max(2 * windows, room.patches // 48 + 16)
 
 
 def encoder(family="qwen2_5_vl", dtype=torch.bfloat16):
