@@ -131,7 +131,7 @@ Slower, over N = 3840 to 3072 and M = 4096 to 16384: 8 warps, by 3 to 5 %; 128 �
 128 × 192 as 128 + 64, 17 to 44; 64 × 128, 23 to 38; BLOCK_K 32 in 6 stages, 25; a program to a tile, or loops that are
 not flattened, up to 16, with the angles loaded before the main loop or after; stores by TMA, up to 11. Letting the two
 programs start apart changes nothing. Bands of 4, 8, 16, 32 rows differ by 2 % at 4096; at 9216 they took 142.9, 144.0,
-145.3, 149.5."""
+145.3, 149.5. (Of several runs, which differ by up to 2 %.)"""
 POINTER_TILE = Tile(block_m=128, block_n=128, block_k=32, num_warps=8, num_stages=4, programs=2)
 """48 KiB of shared memory and 161 registers on sm_80, where TMA_TILE would take all 255."""
 

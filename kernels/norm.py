@@ -110,10 +110,10 @@ def row_config(C: int, adds: bool) -> RowConfig:
     """The split of a row of C elements; the same for any number of rows, and so the same sums.
 
     Either norm with a residual takes the same time within 6 % in one, two or four warps (H200, bf16, 4096 rows and
-    more). LayerNorm alone takes, in one, two and four warps, 15.2, 14.1 and 16.9 µs at 9216 x 1280; 7.0, 7.4 and 8.7 at
-    4096 x 1152; 6.3, 6.7 and 7.6 at 4096 x 1024; 9.4, 10.0 and 13.2 at 9216 x 768; but 20.0, 15.8 and 13.1 at
-    1764 x 4608. A copy of the first four takes 13.3, 6.4, 5.9 and 8.7. Blocks of rows, and resident programs that load
-    the weights once, were slower by 5 to 38 % at 9216 x 1280.
+    more; times here are of a run of their own). LayerNorm alone takes, in one, two and four warps, 15.2, 14.1 and 16.9
+    µs at 9216 x 1280; 7.0, 7.4 and 8.7 at 4096 x 1152; 6.3, 6.7 and 7.6 at 4096 x 1024; 9.4, 10.0 and 13.2 at
+    9216 x 768; but 20.0, 15.8 and 13.1 at 1764 x 4608. A copy of the first four takes 13.3, 6.4, 5.9 and 8.7. Blocks of
+    rows, and resident programs that load the weights once, were slower by 5 to 38 % at 9216 x 1280.
     """
     main = max(triton.next_power_of_2(C) // 2, 1)
     num_warps = 4 if C > 2048 else 1 if C <= 1152 and not adds else 2
@@ -127,7 +127,7 @@ def launch_rows(
     """Normalise rows of as many elements as `weight` has, read in groups of `unit` as `index` says, into `y`."""
     C = weight.shape[0]
     config = row_config(C, residual is not None)
-    if rows := x.numel() // C:
+    if C and (rows := x.numel() // C):
         with torch.cuda.device_of(x):  # Triton launches on the current device, which need not be the tensor's
             norm_rows[(rows,)](
                 x, residual, weight, bias, shift, index, y, total, eps, CENTERED=kind == "layer", UNIT=unit, C=C,

@@ -105,7 +105,9 @@ def _window_attention(
         stride_vs *= UNIT
         stride_kh *= UNIT
         stride_vh *= UNIT
-    if length <= BLOCK:
+    if length <= 0:  # room to spare, of which CUDA graphs have some
+        pass
+    elif length <= BLOCK:
         p_q = q_ptr + i_first * stride_qs + i_head * stride_qh
         p_k = k_ptr + i_first * stride_ks + i_head * stride_kh
         p_v = v_ptr + i_first * stride_vs + i_head * stride_vh
@@ -165,11 +167,11 @@ class WindowConfig:
 def window_config(dtype: torch.dtype, capability: int, n_heads: int, n_windows: int) -> WindowConfig:
     """Launch config of windows of at most `WINDOW` tokens; it leaves the order of every sum as it is.
 
-    Measured on an H200 (132 multiprocessors) at head_dim 80 with 16 heads. A cap of 168 registers lets three programs
-    share a multiprocessor, or two with loads in three stages; 128, for four, spills (9216 tokens: 35.7 µs and 52.9).
-    1, 2 and 4 heads a program took 8.5, 8.2 and 11.3 µs at 16 windows, 22.4, 20.3 and 17.6 at 64 (4 just make one wave
-    of programs there), 44.2, 35.7 and 38.6 at 144; 2 and 4 took 14.1 and 16.4 at 36, and with head_dim 72 16.2 and 17.8
-    at 49.
+    Measured on an H200 (132 multiprocessors) at head_dim 80 with 16 heads, in several runs. A cap of 168 registers
+    lets three programs share a multiprocessor, or two with loads in three stages; 128, for four, spills (9216 tokens:
+    35.7 µs and 52.9). 1, 2 and 4 heads a program took 8.5, 8.2 and 11.3 µs at 16 windows, 22.4, 20.3 and 17.6 at 64 (4
+    just make one wave of programs there), 44.2, 35.7 and 38.6 at 144; 2 and 4 took 14.1 and 16.4 at 36, and with
+    head_dim 72 16.2 and 17.8 at 49.
     """
     if dtype == torch.float32:  # no tensor cores in IEEE fp32: more threads, fewer sums each
         return WindowConfig(heads=1, num_warps=8, num_stages=1, maxnreg=None)
@@ -200,7 +202,8 @@ def window_attention(
     n_segments = len(cu_seqlens) - 1
     q, k, v = within_reach(q), within_reach(k), within_reach(v)
     capability = torch.cuda.get_device_capability(q.device)[0] if q.is_cuda else 0
-    config = window_config(q.dtype, capability, H, n_segments)
+    # Of windows there may be room for more than there are tokens to fill them.
+    config = window_config(q.dtype, capability, H, min(n_segments, triton.cdiv(S, WINDOW)))
     size = unit(q, k, v)
     n_groups = H // config.heads
     options = {} if config.maxnreg is None else {"maxnreg": config.maxnreg}
@@ -219,8 +222,9 @@ def runs_hopper(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether long segments go to `hopper_attention`: on sm_90, in 16 bits, with the Gluon of triton 3.6 or later.
 
     It does not depend on lengths, since the two kernels sum in different orders, and a segment's bits may not depend on
-    the others. On an H200 it is faster than `long_attention` from 1700 tokens on (by 1.1 to 1.4 times at head_dim 72
-    and 80), and 5 to 12 % slower for one sequence of 1024.
+    the others. On an H200 it is 1.1 to 1.3 times as fast as `long_attention` from 4096 tokens on and at most points
+    below, but 6 to 9 % slower at 784 tokens, at 1764 of head_dim 64 and at 3136 of 72, whose tiles fill no whole
+    rounds, and for one sequence of 1024 to 2048 at 64.
     """
     if device.type != "cuda" or dtype == torch.float32 or torch.cuda.get_device_capability(device) != (9, 0):
         return False

@@ -28,10 +28,10 @@ def rope_attention(
 ) -> Tensor:
     """Rotate queries and keys, then let each token attend to the tokens of its segment.
 
-    With S tokens, H heads and head_dim D, segments of up to 64 tokens move 4·S·H·D elements (Q, K and V read once, the
-    output written once) and 4·S·D bytes of angles; longer ones 4·S·H·D elements more, for the rotated Q and K, and
-    2·S·H·D for a V of head_dim 72 in 16 bits, which is moved to whole sectors with them. A segment of L tokens takes
-    4·L²·H·D FLOPs. Inference only: no gradient flows through `impl="triton"`.
+    With S tokens, H heads and head_dim D, and `max_seqlen` of at most 64, 4·S·H·D elements move (Q, K and V read once,
+    the output written once) and 4·S·D bytes of angles. Otherwise, where there are angles, a pass reads and writes Q and
+    K first: 4·S·H·D elements more, and 2·S·H·D for a V of head_dim 72 in 16 bits; it writes rows of 72 as 80. A segment
+    of L tokens takes 4·L²·H·D FLOPs. Inference only: no gradient flows through `impl="triton"`.
 
     Args:
         q: `[S, H, D]`, bfloat16, float16 or float32 (in IEEE fp32, no TF32), D one of 64, 72 and 80. Any strides but

@@ -43,7 +43,7 @@ def norm(
         bias: same, for LayerNorm; None for none.
         kind: which norm.
         eps: added to the mean square or the variance.
-        impl: see the module; `"triton"` is for inference, no gradient flows through it.
+        impl: see `qwenvit.ops`; `"triton"` is for inference, no gradient flows through it.
 
     Returns:
         Same shape and dtype as `x`. I/O: reads x, writes as much; about 6 FLOPs an element.
@@ -85,7 +85,7 @@ def add_norm(
         I/O: reads x and residual, writes as much; about 7 FLOPs an element.
     """
     check_floating("x", x, "[..., C]")
-    _check_norm(x, weight, bias, kind, x.shape[-1])
+    _check_norm(x, weight, bias, kind, x.shape[-1] if x.ndim else 1)
     check_tensor("residual", residual, tuple(x.shape), x.dtype, x)
     if shift is not None:
         check_tensor("shift", shift, (x.shape[-1],), x.dtype, x)

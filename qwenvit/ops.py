@@ -70,6 +70,8 @@ def rope_index(
     Returns:
         Positions `[3, B, S]` (temporal, height, width) and deltas `[B, 1]`, int64, on the device of `tokens`.
     """
+    if not tokens.numel():
+        raise ValueError(f"tokens: expected at least one, got shape {list(tokens.shape)}")
     grids = (image_grid_thw, video_grid_thw)
     arguments = (tokens, image_token, video_token, mask, *grids, seconds, scale, merge, frames_apart)
     if not use_triton(impl, tokens):

@@ -98,7 +98,7 @@ def patch_embed(
 
     Args:
         pixel_values: `[patches, K]`, float32, bfloat16 or float16, in reading order; converted to the dtype of
-            `weight` as they are read.
+            `weight` by a pass of their own.
         weight: `[C, K]`, the convolution's kernel flattened, with unit stride along K; it sets the dtype. Rows that are
             a multiple of 128 bytes apart (a view of a padded tensor) are read faster.
         bias: `[C]`; None for none.
@@ -110,7 +110,9 @@ def patch_embed(
         impl: see `norm`.
 
     Returns:
-        `[patches, C]`. I/O: reads pixel_values, weight and table, writes the result; 2 · patches · K · C FLOPs.
+        `[patches, C]`. I/O: reads pixel_values, weight and table, writes the result. Besides, rows to be converted, or
+        to be reordered where `qwenvit.kernels.patch_embed.fused_wins` says no, are written and read once more, and so
+        are learned positions. 2 · patches · K · C FLOPs.
     """
     check_floating("weight", weight, "[C, K]")
     check_floating("pixel_values", pixel_values, "[patches, K]")

@@ -41,11 +41,13 @@ def grid_plan(
         patch.
 
     Raises:
-        TypeError, ValueError: tensors that are not these.
+        TypeError, ValueError: tensors that are not these; heads of more than 128 channels.
     """
     check_tensor("table", table, (None, 5), torch.int64, table)
     for name, angles in (("cos_table", cos_table), ("sin_table", sin_table)):
         check_tensor(name, angles, (None, config.head_dim // 4), torch.float32, table)
+    if config.head_dim > 128:
+        raise ValueError(f"config: expected a head_dim of at most 128, got {config.head_dim}")
     if patches % config.merge_unit:
         raise ValueError(f"patches: expected a multiple of {config.merge_unit}, got {patches}")
     if not use_triton(impl, table):

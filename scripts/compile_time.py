@@ -1,4 +1,6 @@
-"""How long it takes to compile every kernel that a model's tower calls for images of four sizes, with an empty cache.
+"""How long it takes to compile the kernels of a model's blocks, merger and patch embedding for images of four sizes.
+
+The cache is empty; the grid plan, the merger's GELU and the bias in the residual sum are not among them.
 
 One after another in one process, as a user's first calls would. Prints a line of JSON for each model: seconds of the
 first calls, and how many kernels Triton compiled.

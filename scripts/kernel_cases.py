@@ -51,7 +51,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class Bar:
-    """A figure that the issue wants to see."""
+    """A figure and the limit it is held to; reported as met or not."""
 
     text: str
     """What is measured, as `over cuDNN`."""

@@ -73,13 +73,19 @@ def norm_case(kind: str, channels: int, residual: bool, tokens: int) -> Case:
             return op_references.add_norm(x["x"], x["residual"], x["weight"], x.get("bias"), None, kind, NORM_EPS)
         return op_references.norm(x["x"], x["weight"], x.get("bias"), kind, NORM_EPS)
 
+    def both(out: tuple[Tensor, Tensor]) -> Tensor:
+        """The norm and the sum at one scale, so that neither hides the other's mistakes."""
+        return torch.cat([part.double() / part.double().norm() for part in out])
+
     def truth(x: Inputs) -> Tensor:
         x = doubles(x)
-        return exact_norm(x["x"] + x["residual"] if residual else x["x"], x["weight"], x.get("bias"), kind)
+        total = x["x"] + x["residual"] if residual else x["x"]
+        y = exact_norm(total, x["weight"], x.get("bias"), kind)
+        return both((y, total)) if residual else y
 
     name = f"{'add_norm' if residual else 'norm'}, {'RMS' if kind == 'rms' else 'Layer'}Norm"
     moved = ((4 if residual else 2) * tokens + (2 if kind == "layer" else 1)) * channels * ITEM
-    finish = (lambda out: out[0]) if residual else (lambda out: out)
+    finish = both if residual else (lambda out: out)
     title = f"{name}, {channels}"
     return pass_case(title, tokens, inputs, ours, plain, moved, 7 * tokens * channels, truth, finish)
 

@@ -1,9 +1,9 @@
 """Measure launch configs on this GPU, and print which would change.
 
-Every candidate of every launch config in `kernels/` runs on the shapes of published towers, through the launchers that
-users' calls go through, timed like `bench_kernels.py`. Prints a table, and the lines of source that would change;
-`--write` changes them. Where a function chooses (by shape), its choice stands beside the best one measured, for a
-person to move a threshold.
+Every candidate of the launch configs in `tune_cases.py` (not of attention in Gluon, M-RoPE and the grid plan) runs on
+the shapes of published towers, through the launchers that users' calls go through, timed like `bench_kernels.py`.
+Prints a table, and the lines of source that would change; `--write` changes them. Where a function chooses (by shape),
+its choice stands beside the best one measured, for a person to move a threshold.
 """
 
 import argparse

@@ -131,7 +131,7 @@ TMA_CHANGES = (
 )
 POINTER_CHANGES = grid(block_m=(64, 128), block_k=(32, 64), num_warps=(4, 8), num_stages=(3, 4))
 LONG_CHANGES = (
-    *grid(block_m=(64,), block_n=(64, 128), num_warps=(4,), num_stages=(2, 3, 4)),
-    *grid(block_m=(128,), block_n=(64, 128), num_warps=(8,), num_stages=(2, 3)),
+    *grid(block_m=(64,), block_n=(64, 128), num_warps=(4,), num_stages=(3, 4), maxnreg=(None, 168)),
+    *grid(block_m=(128,), block_n=(64, 128), num_warps=(8,), num_stages=(2, 3), maxnreg=(128,)),
 )
 """`block_n` orders the sums of a segment: it may depend on dtype and head_dim, but not on what else is in the batch."""
