@@ -125,6 +125,8 @@ class GraphedTower:
     def __init__(self, tower: FastTower) -> None:
         self.tower = tower
         self._lock = threading.Lock()
+        # Said here and not by a decorator, which would import Dynamo with the package.
+        self._untraced = torch.compiler.disable(self._encode)
         self._forget()
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
@@ -143,7 +145,6 @@ class GraphedTower:
             self._pool = torch.cuda.graph_pool_handle()
             self._idle = torch.cuda.Event()
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, pixel_values: Tensor, grid: Tensor) -> TowerOutput:
         """Encode packed patches.
 
@@ -154,6 +155,9 @@ class GraphedTower:
         Raises:
             ValueError: gradients are asked for, or the current stream is being captured.
         """
+        return self._untraced(pixel_values, grid)
+
+    def _encode(self, pixel_values: Tensor, grid: Tensor) -> TowerOutput:
         refuse_gradients(self.tower, pixel_values)
         if torch.cuda.is_current_stream_capturing():
             raise ValueError("the encoder captures graphs of its own: capture enc.tower(pixel_values, plan) in yours")
@@ -184,7 +188,6 @@ class GraphedTower:
                 finally:  # whatever was launched before a failure runs on
                     self._idle.record(stream)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def warm_up(self, patches: int) -> int:
         """Capture the graphs of one image of every size up to so many patches; returns their number.
 
