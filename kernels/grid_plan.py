@@ -10,14 +10,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-COLUMNS = 5
+COLUMNS = tl.constexpr(5)
 """Of the table of items: patches, frames and windows before the item; its rows and columns of patches."""
 BLOCK = 64
 
 
 @triton.jit
 def _column(table_ptr, b_item, COLUMN: tl.constexpr):
-    return tl.load(table_ptr + b_item * 5 + COLUMN)
+    return tl.load(table_ptr + b_item * COLUMNS + COLUMN)
 
 
 @triton.jit

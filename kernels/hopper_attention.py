@@ -38,8 +38,8 @@ from qwenvit.kernels.hopper_tiles import (
     read_ticket,
     tile_memory,
 )
+from qwenvit.kernels.long_attention import LOG2_E
 
-LOG2_E = 1.4426950408889634
 CONSUMER_REGISTERS = gl.constexpr(152)
 PRODUCER_REGISTERS = gl.constexpr(56)
 MAX_REGISTERS = 128

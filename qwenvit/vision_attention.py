@@ -1,7 +1,5 @@
 """One attention layer of a Qwen-VL tower, built of the operations in `qwenvit.ops`."""
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,13 +7,13 @@ from torch import Tensor, nn
 from qwenvit import ops
 from qwenvit.arguments import Impl
 from qwenvit.attention_ops import HEAD_DIMS
-from qwenvit.packing import adjacent_pairs
+from qwenvit.packing import Packed, adjacent_pairs
 
 WINDOW = 64
 """Attention within segments of up to so many tokens rotates queries and keys itself (`qwenvit.ops.rope_attention`)."""
 
 
-class VisionAttention(nn.Module):
+class VisionAttention(Packed):
     """QKV projection with 2-D RoPE, attention within segments, output projection; for inference.
 
     Parameters are `qkv.weight`, `qkv.bias`, `proj.weight` and `proj.bias`, as in the checkpoints' `blocks.N.attn`:
@@ -54,8 +52,6 @@ class VisionAttention(nn.Module):
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size, device=device, dtype=dtype)
         self.proj = nn.Linear(hidden_size, hidden_size, device=device, dtype=dtype)
         self.requires_grad_(False)
-        self.register_load_state_dict_pre_hook(_pack)  # type: ignore[no-untyped-call]
-        self.register_state_dict_post_hook(_unpack)  # type: ignore[no-untyped-call]
 
     def forward(
         self, hidden_states: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int | None = None
@@ -86,28 +82,27 @@ class VisionAttention(nn.Module):
         out = ops.rope_attention(q, k, v, *angles, cu_seqlens, max_seqlen, interleaved=True, impl=self.impl)
         return self.proj(out.flatten(1))
 
+    def pack(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Q, K and V in one, rotary pairs adjacent in Q and K."""
+        for kind in ("weight", "bias"):
+            parts = [f"{part}.{kind}" for part in "qkv"]
+            if self.separate_qkv and all(part in tensors for part in parts):
+                tensors[f"qkv.{kind}"] = torch.cat([tensors.pop(part) for part in parts])
+            rows = tensors.get(f"qkv.{kind}")
+            # what does not fit is load_state_dict's to refuse
+            if isinstance(rows, Tensor) and len(rows) == self.qkv.out_features:
+                tensors[f"qkv.{kind}"] = rows[self._order(rows.device)]
+        return tensors
 
-def _order(layer: VisionAttention, device: torch.device) -> Tensor:
-    return adjacent_pairs(layer.num_heads, layer.qkv.in_features // layer.num_heads, device)
+    def unpack(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The checkpoints' order of rows; Q, K and V apart where they are so there."""
+        order = self._order(self.qkv.weight.device).argsort()
+        rows = {kind: tensors.pop(f"qkv.{kind}")[order] for kind in ("weight", "bias")}
+        if self.separate_qkv:
+            qkv = {f"{part}.{kind}": rows[kind].chunk(3)[i] for i, part in enumerate("qkv") for kind in rows}
+        else:
+            qkv = {f"qkv.{kind}": whole for kind, whole in rows.items()}
+        return qkv | tensors  # in the order of the reference tower
 
-
-def _pack(layer: VisionAttention, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
-    for kind in ("weight", "bias"):
-        whole = f"{prefix}qkv.{kind}"
-        parts = [f"{prefix}{part}.{kind}" for part in "qkv"]
-        if layer.separate_qkv and all(part in state_dict for part in parts):
-            state_dict[whole] = torch.cat([state_dict.pop(part) for part in parts])
-        rows = state_dict.get(whole)
-        if isinstance(rows, Tensor) and len(rows) == layer.qkv.out_features:  # others are load_state_dict's to refuse
-            state_dict[whole] = rows[_order(layer, rows.device)]
-
-
-def _unpack(layer: VisionAttention, state_dict: dict[str, Any], prefix: str, _: object) -> None:
-    own = {name: state_dict.pop(prefix + name) for name in ("qkv.weight", "qkv.bias", "proj.weight", "proj.bias")}
-    rows = {
-        kind: own.pop(f"qkv.{kind}")[_order(layer, layer.qkv.weight.device).argsort()] for kind in ("weight", "bias")
-    }
-    for i, name in enumerate("qkv" if layer.separate_qkv else ["qkv"]):
-        for kind, whole in rows.items():
-            state_dict[f"{prefix}{name}.{kind}"] = whole.chunk(3)[i] if layer.separate_qkv else whole
-    state_dict |= {prefix + name: tensor for name, tensor in own.items()}  # in the order of the reference tower
+    def _order(self, device: torch.device) -> Tensor:
+        return adjacent_pairs(self.num_heads, self.qkv.in_features // self.num_heads, device)

@@ -5,6 +5,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -98,13 +99,19 @@ class Case:
     """Timed for comparison, but no rivals: they do a part of the work."""
 
 
+def kernel_modules() -> list[ModuleType]:
+    """Every module of `qwenvit.kernels`."""
+    return [
+        importlib.import_module(f"{kernels.__name__}.{info.name}") for info in pkgutil.iter_modules(kernels.__path__)
+    ]
+
+
 @functools.cache
 def own_kernels() -> frozenset[str]:
     """Names of the kernels in `qwenvit.kernels`."""
-    modules = [
-        importlib.import_module(f"{kernels.__name__}.{info.name}") for info in pkgutil.iter_modules(kernels.__path__)
-    ]
-    return frozenset(name for module in modules for name, x in vars(module).items() if isinstance(x, KernelInterface))
+    return frozenset(
+        name for module in kernel_modules() for name, x in vars(module).items() if isinstance(x, KernelInterface)
+    )
 
 
 COPY = "copy of as many bytes"

@@ -3,15 +3,14 @@
 import contextlib
 import dataclasses
 import importlib
-import pkgutil
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 from unittest import mock
 
 import torch
+from kernel_cases import kernel_modules
 from kernel_timing import Inputs
 
 from qwenvit import kernels
@@ -49,12 +48,6 @@ class Knob:
         return callable(self.current)
 
 
-def modules() -> list[ModuleType]:
-    return [
-        importlib.import_module(f"{kernels.__name__}.{info.name}") for info in pkgutil.iter_modules(kernels.__path__)
-    ]
-
-
 @contextlib.contextmanager
 def configured(knob: Knob, candidate: Any) -> Iterator[list[Any]]:
     """Put a candidate in the place of the config, in every module that imported it; None leaves it, and looks.
@@ -71,7 +64,7 @@ def configured(knob: Knob, candidate: Any) -> Iterator[list[Any]]:
 
     new = (lambda *args, **options: value(current(*args, **options))) if knob.is_function else value(current)
     with contextlib.ExitStack() as stack:
-        for module in modules():
+        for module in kernel_modules():
             if getattr(module, knob.name, None) is current:
                 stack.enter_context(mock.patch.object(module, knob.name, new))
         yield seen
