@@ -8,15 +8,18 @@ Weights are seeded, shapes the registry's. Results are compared with fp32 first:
 """
 
 import argparse
+import contextlib
 import gc
 import json
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from e2e_cases import MODELS, all_cases, read_vllm
 from e2e_report import Result, block, draw, judged, profile_tables, rewrite
 from e2e_rivals import KINDS
-from e2e_towers import Bench
+from e2e_towers import Bench, first_line
 from kernel_baselines import load_fa3
 from kernel_jobs import progress
 from kernel_timing import Ceilings, ceilings, machine
@@ -28,30 +31,45 @@ PROFILED = ("448²", "1344²")
 
 
 def run_model(model: str, options: argparse.Namespace, limits: Ceilings) -> Result:
-    """Everything about one model; sections are printed by `main`."""
+    """Everything about one model; what fails is named, and the rest is measured."""
     progress(f"{model}: weights and parity")
     bench = Bench(model, options)
     vllm = read_vllm(options.vllm) if options.vllm else {}
-    cases, rows = all_cases(bench.config), []
-    for case in (case for case in cases if case.name in options.cases):
-        progress(f"{model}: {case.name}")
-        row = bench.measure(case)
-        own = vllm.get((model, case.patches, bool(case.frames)), {}) if len(case.grid) == 1 else {}
-        row["times"] |= {name: {"median": seconds} for name, seconds in own.items()}
-        if not own:
-            row["missing"]["vLLM"] = "its own bench has not this case" if vllm else "no figures were given (--vllm)"
-        rows.append(row)
-        gc.collect()
-        torch.cuda.empty_cache()
-    progress(f"{model}: random sizes and profiles")
     worst = max(bench.gate, key=lambda check: check.value / check.bound if check.bound else check.value)
     result: Result = {
         "model": model, "machine": machine(limits, options.commit), "gemm": limits.gemm, "load": bench.load,
         "gate": f"{sum(c.passed for c in bench.gate)} of {len(bench.gate)} checks pass, nearest its bound: "
         f"{worst.name} {worst.value:.3g} (≤ {worst.bound:g})",
-        "rows": rows, "sizes": bench.sizes() if SIZES in options.cases else [],
-        "profiles": {c.name: bench.profile(c) for c in cases if c.name in PROFILED and PROFILE in options.cases},
+        "rows": [], "sizes": [], "profiles": {}, "failed": [],
     }  # fmt: skip
+
+    @contextlib.contextmanager
+    def part(name: str) -> Iterator[None]:
+        progress(f"{model}: {name}")
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 (one failure is reported, and the rest is measured)
+            progress("")
+            traceback.print_exc()
+            result["failed"].append(f"{name}: {first_line(error)}")
+        finally:
+            gc.collect()
+            torch.cuda.empty_cache()
+
+    for case in (case for case in all_cases(bench.config) if case.name in options.cases):
+        with part(case.name):
+            row = bench.measure(case)
+            own = vllm.get((model, case.patches, bool(case.frames)), {}) if len(case.grid) == 1 else {}
+            row["times"] |= {name: {"median": seconds} for name, seconds in own.items()}
+            if not own:
+                row["missing"]["vLLM"] = "its own bench has not this case" if vllm else "no figures were given (--vllm)"
+            result["rows"].append(row)
+        if case.name in PROFILED and PROFILE in options.cases:
+            with part(f"{PROFILE} of {case.name}"):
+                result["profiles"][case.name] = bench.profile(case)
+    if SIZES in options.cases:
+        with part(SIZES):
+            result["sizes"] = bench.sizes()
     progress("")
     return result
 
@@ -66,7 +84,7 @@ def main() -> None:
     parser.add_argument("--rivals", nargs="*", choices=KINDS, default=list(KINDS), metavar="RIVAL",
                         help=f"of {', '.join(KINDS)}; default: all")  # fmt: skip
     parser.add_argument("--fa3", type=Path, help="library with FlashAttention 3 (_vllm_fa3_C)")
-    parser.add_argument("--timm", type=Path, help="folder with timm 1.0.31, or one to import it from")
+    parser.add_argument("--timm", type=Path, help="folder to import timm 1.0.31 from")
     parser.add_argument("--vllm", type=Path, help="JSON files of vLLM's own bench on the same machine")
     parser.add_argument("--read", type=Path, nargs="+", metavar="JSON", help="measure nothing: report earlier figures")
     parser.add_argument("--json", type=Path, help="write all figures there")
@@ -96,7 +114,7 @@ def main() -> None:
         draw(results, options.chart)
     if options.readme:
         rewrite(options.readme, block(results))
-    if not all(row["passed"] for result in results for row in result["rows"]):
+    if any(result["failed"] or not all(row["passed"] for row in result["rows"]) for result in results):
         raise SystemExit(1)
 
 

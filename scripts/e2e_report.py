@@ -112,12 +112,23 @@ def missing(result: Result) -> list[str]:
     ]
 
 
+def over_timm(result: Result) -> list[str]:
+    """How much faster our tower without DeepStack is, by case."""
+    rows = [row for row in result["rows"] if row["passed"] and {TIMM, NO_DEEPSTACK} <= row["times"].keys()]
+    ratios = [row["times"][TIMM]["median"] / row["times"][NO_DEEPSTACK]["median"] for row in rows]
+    return [f"{ratio:.2f}× ({row['name']})" for row, ratio in zip(rows, ratios, strict=True)]
+
+
 def section(result: Result) -> str:
     """One model: table, random sizes, parity, and what did not run."""
     notes = [f"Parity: {result['gate']}."]
     if result["sizes"]:
         notes.append(f"{sizes_verdict(result['sizes'])[0]}.")
+    notes.append(f"Load to first embedding, file read, caches of compiled kernels as found: {result['load']:.1f} s.")
+    if ratios := over_timm(result):
+        notes.append(f"{NO_DEEPSTACK} over timm: {', '.join(ratios)}.")
     notes += [f"Not measured: {line}." for line in missing(result)]
+    notes += [f"Failed: {line}." for line in result["failed"]]
     return f"#### {result['model']}\n\n{table(result)}\n\n" + "\n".join(f"- {note}" for note in notes)
 
 

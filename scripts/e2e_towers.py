@@ -1,6 +1,7 @@
 """The towers of one model with the same weights, ours and others', and what `bench_e2e.py` measures on them."""
 
 import argparse
+import copy
 import gc
 import statistics
 import tempfile
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 from compare_hf import check_ends, run_ours, run_theirs
-from e2e_cases import MODELS, Case, gate_case, pixel_values, random_sizes
+from e2e_cases import MODELS, Case, all_cases, gate_case, pixel_values, random_sizes
 from e2e_report import NO_DEEPSTACK, OURS, TIMM, Row
 from e2e_rivals import SDPA, Call, Outputs, Prepare, eager, timm_tower, transformers_rivals
 from hf_towers import build_tower, save_tower
@@ -40,12 +41,14 @@ class Bench:
     def __init__(self, model: str, options: argparse.Namespace) -> None:
         self.model, self.config = model, published_config(MODELS[model])
         self.hf = build_tower(self.config, dtype=DTYPE, device=CUDA)
-        self.truth = build_tower(self.config, device=CUDA)
-        self.truth.load_state_dict(self.hf.state_dict())
+        self.truth = copy.deepcopy(self.hf).float()
+        first = all_cases(self.config)[0]
+        pixels = pixel_values(first, self.config, CUDA, DTYPE)
         with tempfile.TemporaryDirectory() as folder:
             source = save_tower(self.hf, self.config, Path(folder))
             start = time.perf_counter()
             self.encoder = Encoder.from_pretrained(source, device=CUDA, dtype=DTYPE, impl="triton")
+            self.encoder(pixels, first.grid_thw()).pooler_output.sum().item()
             self.load = time.perf_counter() - start
             exact = Encoder.from_pretrained(source, device=CUDA, dtype=torch.float32, impl="triton")
             self.gate = self.judge(exact)

@@ -1,5 +1,6 @@
 """`scripts/bench_e2e.py`: what it measures, what it refuses, and what it writes. Nothing here is timed."""
 
+import argparse
 import json
 import sys
 from dataclasses import replace
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from e2e_cases import BARS, MODELS, Case, all_cases, gate_case, picture_of, pixel_values, random_sizes, read_vllm
 from hf_towers import build_tower
+from kernel_timing import Ceilings
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from towers import SMALL, ours_from
@@ -132,7 +134,7 @@ def a_bench(monkeypatch, factor=1.0):
 def result_of(row, **more):
     gate = parity.Check("block 0: error / transformers' error", 1.0, 1.05)
     return {"model": "Qwen3-VL-8B", "machine": "a GPU", "gemm": 7e14, "gate": gate.name, "load": 1.0,
-            "rows": [row], "sizes": [], "profiles": {}} | more  # fmt: skip
+            "rows": [row], "sizes": [], "profiles": {}, "failed": []} | more  # fmt: skip
 
 
 def test_a_row(monkeypatch):
@@ -161,8 +163,38 @@ def test_no_speedup_where_parity_fails(monkeypatch):
     row = a_bench(monkeypatch, factor=float("nan")).measure(case)
     assert not row["passed"]
     bench = a_bench(monkeypatch)
+    row["times"] |= {name: {"median": 0.002} for name in (e2e_report.TIMM, e2e_report.NO_DEEPSTACK)}
+    assert not e2e_report.over_timm(result_of(row))
+    assert e2e_report.over_timm(result_of(row | {"passed": True})) == ["1.00× (448²)"]
     bench.gate = [parity.Check("tokens: relative L2 in fp32", 2e-5, 1e-5)]
     assert bench.measure(case)["failure"] == "tokens: relative L2 in fp32"
+
+
+def test_a_failure_leaves_the_rest(monkeypatch, tmp_path):
+    bench = a_bench(monkeypatch)
+    measured, bench.load = bench.measure, 1.0
+    bench.gate = [parity.Check("tokens: relative L2 in fp32", 1e-6, 1e-5)]
+
+    def measure(case):
+        if case.name == "672²":
+            raise RuntimeError("out of memory\nat length")
+        return measured(case)
+
+    bench.measure, bench.sizes, bench.profile = measure, list, lambda _: {"span": 1.0, "kernels": []}
+    monkeypatch.setattr(bench_e2e, "Bench", lambda *_: bench)
+    monkeypatch.setattr(bench_e2e, "machine", lambda _, commit: f"a GPU, {commit}")
+    figures = {("Qwen3-VL-8B", 36, False): {"vLLM eager": 0.0015}}
+    monkeypatch.setattr(bench_e2e, "read_vllm", lambda _: figures)
+    monkeypatch.setattr(bench_e2e, "all_cases", lambda _: [Case(f"{n}²", ((1, 6, n // 56),)) for n in (336, 448, 672)])
+    options = argparse.Namespace(vllm=tmp_path, cases=["336²", "448²", "672²", "profile", "random sizes"], commit="abc")
+    result = bench_e2e.run_model("Qwen3-VL-8B", options, Ceilings(4e12, 7e14))
+    assert result["failed"] == ["672²: RuntimeError: out of memory"]
+    assert [row["name"] for row in result["rows"]] == ["336²", "448²"]
+    assert list(result["profiles"]) == ["448²"]
+    first, second = result["rows"]
+    assert first["times"]["vLLM eager"] == {"median": 0.0015}
+    assert second["missing"]["vLLM"] == "its own bench has not this case"
+    assert "nearest its bound: tokens: relative L2 in fp32 1e-06 (≤ 1e-05)" in e2e_report.block([result])
 
 
 def test_the_headline_is_over_the_best_rival():
@@ -239,6 +271,12 @@ def test_earlier_figures_are_read(monkeypatch, tmp_path, capsys):
     assert "Qwen3-VL-8B, 448²: 100 µs on the GPU, of which 40 between kernels" in out
     assert "| `a_kernel` | 2 | 60 | 60% |" in out
     assert "1 of 4 bars met." in out
+    (tmp_path / "a.json").write_text(json.dumps([result | {"failed": ["672²: out of memory"]}]))
+    with pytest.raises(SystemExit, match="1"):
+        bench_e2e.main()
+    assert "- Failed: 672²: out of memory." in capsys.readouterr().out
+    (tmp_path / "a.json").write_text(json.dumps([result]))
+    bench_e2e.main()
     assert e2e_report.block([result]) in (tmp_path / "README.md").read_text()
     pytest.importorskip("matplotlib")
     e2e_report.draw([result], tmp_path / "chart.png")
