@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from e2e_cases import MODELS, all_cases, read_vllm
 from e2e_report import Result, block, draw, judged, profile_tables, rewrite
-from e2e_rivals import KINDS
+from e2e_rivals import NAMES
 from e2e_towers import Bench, first_line
 from kernel_baselines import load_fa3
 from kernel_jobs import progress
@@ -81,8 +81,8 @@ def main() -> None:
                         help=f"of {', '.join(MODELS)}; default: all")  # fmt: skip
     parser.add_argument("--cases", nargs="+", choices=[*names, SIZES, PROFILE], default=[*names, SIZES, PROFILE],
                         metavar="CASE", help=f"of {', '.join([*names, SIZES, PROFILE])}; default: all")  # fmt: skip
-    parser.add_argument("--rivals", nargs="*", choices=KINDS, default=list(KINDS), metavar="RIVAL",
-                        help=f"of {', '.join(KINDS)}; default: all")  # fmt: skip
+    parser.add_argument("--rivals", nargs="*", choices=NAMES, default=list(NAMES), metavar="RIVAL",
+                        help=f"of {', '.join(NAMES)}; default: all")  # fmt: skip
     parser.add_argument("--fa3", type=Path, help="library with FlashAttention 3 (_vllm_fa3_C)")
     parser.add_argument("--timm", type=Path, help="folder to import timm 1.0.31 from")
     parser.add_argument("--vllm", type=Path, help="JSON files of vLLM's own bench on the same machine")

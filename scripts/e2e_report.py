@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from e2e_cases import BARS, EXACT_BAR
-from e2e_rivals import FLAGS, SDPA
+from e2e_rivals import FLAGS, SDPA, TIMM
 
 Result = dict[str, Any]
 """All figures of one model, as JSON holds them."""
@@ -16,7 +16,6 @@ Row = dict[str, Any]
 
 OURS = "qwenvit"
 NO_DEEPSTACK = "qwenvit without DeepStack"
-TIMM = "timm"
 APART = (OURS, NO_DEEPSTACK, TIMM)
 """Not rivals of the whole tower: ours, and the two that leave DeepStack out."""
 KINDS = {

@@ -35,10 +35,10 @@ FLAGS = (
     "own tower took in another process of the same machine; graph is the faster of a CUDA graph of exactly this input "
     "and its own manager's."
 )
-KINDS = ("sdpa", "fa2", "fa3", "compiled", "timm")
-SDPA = "transformers sdpa"
-NAMES = {"sdpa": SDPA, "fa2": "transformers FA2", "fa3": "transformers FA3", "compiled": "transformers compiled"}
-TIMM = {1024: "qwen3_vit_306m_enc", 1152: "qwen3_vit_416m_enc"}
+SDPA, TIMM = "transformers sdpa", "timm"
+NAMES = {"sdpa": SDPA, "fa2": "transformers FA2", "fa3": "transformers FA3", "compiled": "transformers compiled",
+         "timm": TIMM}  # fmt: skip
+TIMM_TOWERS = {1024: "qwen3_vit_306m_enc", 1152: "qwen3_vit_416m_enc"}
 """Its towers by width, where it has them."""
 
 
@@ -156,13 +156,13 @@ def timm_tower(folder: Path, tower: nn.Module, config: VisionConfig) -> Prepare:
     Raises:
         ValueError: timm has no such tower.
     """
-    if config.family != "qwen3_vl" or config.hidden_size not in TIMM:
+    if config.family != "qwen3_vl" or config.hidden_size not in TIMM_TOWERS:
         raise ValueError("timm has no such tower")
     sys.path.insert(0, str(folder))
     timm = importlib.import_module("timm")
     from timm.models.qwen3_vit import checkpoint_filter_fn_encoder
 
-    model = timm.create_model(TIMM[config.hidden_size], pretrained=False, out_features=config.out_hidden_size)
+    model = timm.create_model(TIMM_TOWERS[config.hidden_size], pretrained=False, out_features=config.out_hidden_size)
     model.load_state_dict(checkpoint_filter_fn_encoder(dict(tower.state_dict()), model))
     model = model.to(tower.device, tower.dtype).eval()
     torch._dynamo.config.recompile_limit = 64  # one a size
@@ -192,7 +192,7 @@ def transformers_rivals(
         if kind == "sdpa":
             rivals[NAMES[kind]] = eager(tower, "sdpa")
         elif kind == "fa2" or (kind == "fa3" and with_fa3):
-            rivals[NAMES[kind]] = eager(tower, register(f"flash_{kind}", fa2 if kind == "fa2" else fa3))
+            rivals[NAMES[kind]] = eager(tower, register(f"flash_{kind}", {"fa2": fa2, "fa3": fa3}[kind]))
         elif kind == "compiled":
             fast = compile_whole(tower, register("flash_op", fa3_op if with_fa3 else fa2))
             rivals[NAMES[kind]] = compiled(fast, config, graph=False)

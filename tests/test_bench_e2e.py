@@ -91,7 +91,7 @@ def test_rivals_do_the_same_work(family):
 def test_rivals_asked_for():
     tower = build_tower(NARROW["qwen3_vl"])
     config = NARROW["qwen3_vl"]
-    names = list(e2e_rivals.transformers_rivals(tower, config, e2e_rivals.KINDS, with_fa3=True))
+    names = list(e2e_rivals.transformers_rivals(tower, config, e2e_rivals.NAMES, with_fa3=True))
     assert names == [
         "transformers sdpa",
         "transformers FA2",
@@ -99,7 +99,7 @@ def test_rivals_asked_for():
         "transformers compiled",
         "transformers compiled + graph",
     ]
-    assert "transformers FA3" not in e2e_rivals.transformers_rivals(tower, config, e2e_rivals.KINDS, with_fa3=False)
+    assert "transformers FA3" not in e2e_rivals.transformers_rivals(tower, config, e2e_rivals.NAMES, with_fa3=False)
 
 
 def test_timm_without_a_tower_says_so(tmp_path):
