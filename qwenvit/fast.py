@@ -6,6 +6,10 @@ freely. A block is two norms, four matrix products and an attention: nothing is 
 keys of long segments is written twice.
 """
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from operator import attrgetter
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -130,7 +134,9 @@ class Block(nn.Module):
         """`[patches, hidden_size]` -> same."""
         norm1, norm2 = self.norm1, self.norm2
         y = ops.norm(x, norm1.weight, norm1.bias, norm1.kind, impl=self.impl)
-        y = self.attn(y, cos, sin, segments.cu_seqlens, segments.max_seqlen)
+        y = self.attn.project(y, cos, sin, segments.max_seqlen)
+        y = self.attn.attend(y, cos, sin, segments.cu_seqlens, segments.max_seqlen)
+        y = self.attn.proj(y)
         y, x = ops.add_norm(y, x, norm2.weight, norm2.bias, norm2.kind, shift=self.mlp.last_bias, impl=self.impl)
         return self.mlp.accumulate(x, y, self.impl)
 
@@ -162,10 +168,23 @@ class Merger(nn.Module):
         return F.linear(y, self.fc2.weight, self.fc2.bias)
 
 
-def refuse_gradients(tower: nn.Module, pixel_values: Tensor) -> None:
+def refuse_gradients(pixel_values: Tensor, parameters: Iterable[Tensor]) -> None:
     """ValueError where gradients are asked of a tower that gives none."""
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (pixel_values, *tower.parameters())):
+    if torch.is_grad_enabled() and any(map(attrgetter("requires_grad"), (pixel_values, *parameters))):
         raise ValueError("pixel_values: the fast tower gives no gradients; use impl='reference', or torch.no_grad()")
+
+
+@contextmanager
+def _on(beside: torch.cuda.Stream | None) -> Iterator[None]:
+    """On another stream, after what the current one was given, which in turn waits for what the other had before."""
+    if beside is None:
+        yield
+        return
+    current = torch.cuda.current_stream(beside.device)
+    beside.wait_stream(current)
+    current.wait_stream(beside)
+    with torch.cuda.stream(beside):
+        yield
 
 
 class FastTower(nn.Module):
@@ -193,13 +212,20 @@ class FastTower(nn.Module):
         )
         self.requires_grad_(False)
 
-    def forward(self, pixel_values: Tensor, plan: GridPlan | DevicePlan) -> TowerOutput:
+    def forward(
+        self, pixel_values: Tensor, plan: GridPlan | DevicePlan, beside: torch.cuda.Stream | None = None
+    ) -> TowerOutput:
         """Encode packed patches: as the reference tower does, without gradients.
+
+        Args:
+            pixel_values: `[patches, C·T·P·P]`.
+            plan: of their grids.
+            beside: where DeepStack's mergers run, for which no block waits; None for the current stream.
 
         Raises:
             ValueError: gradients are asked for.
         """
-        refuse_gradients(self, pixel_values)
+        refuse_gradients(pixel_values, self.parameters())
         embed = self.patch_embed
         weight = embed.weight[:, : embed.patch_dim]
         if pixel_values.dtype not in DTYPES.values():
@@ -214,5 +240,10 @@ class FastTower(nn.Module):
             x = block(x, plan.cos, plan.sin, plan.frames if full else plan.windows)
             if index in self.config.deepstack_visual_indexes:
                 merger = self.deepstack_mergers[self.config.deepstack_visual_indexes.index(index)]
-                deepstack_features.append(merger(x, None))
-        return TowerOutput(x, self.merger(x, plan.restore_index), deepstack_features)
+                with _on(beside):
+                    merging = [x]  # memory that other streams may not have before it was read
+                    deepstack_features.append(merger(*merging, None))
+        pooled = self.merger(x, plan.restore_index)
+        if beside is not None and deepstack_features:
+            torch.cuda.current_stream(x.device).wait_stream(beside)
+        return TowerOutput(x, pooled, deepstack_features)

@@ -3,22 +3,23 @@
 A graph holds everything from the table of grids and the pixel values, copied into buffers, to the output: no two
 layouts can be confused, for the layout is computed inside. Capacities grow in steps of a sixteenth, so at most 6 % of
 the patches are room to spare; windows and frames are rounded up further, and empty ones cost next to nothing. Results
-are copied out, so later calls leave them alone.
+are copied out, so later calls leave them alone, and all graphs may use the same memory by turns.
 """
 
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qwenvit import device_plan
+from qwenvit.capture import Graph, PixelBuffer
 from qwenvit.device_plan import Capacity
 from qwenvit.fast import FastTower, refuse_gradients
 from qwenvit.outputs import TowerOutput
+from qwenvit.watch import Watch
 
 MOST_GRAPHS = 256
 """Graphs kept; the one not used for longest makes room. They share buffers and memory, so each costs little."""
@@ -51,67 +52,6 @@ def _power(count: int) -> int:
     return 1 << (count - 1).bit_length()
 
 
-class Buffers:
-    """Tensors that all graphs of a tower use by turns: each as large as the largest graph so far needs."""
-
-    def __init__(self) -> None:
-        self._largest: dict[str, Tensor] = {}
-
-    def rows(self, name: str, count: int, like: Tensor) -> Tensor:
-        """`[count, width of like]`, in memory that other graphs use too."""
-        found = self._largest.get(name)
-        if found is None or len(found) < count:
-            found = self._largest[name] = like.new_zeros((count, like.shape[1]))
-        return found[:count]
-
-
-class Graph:
-    """One captured forward pass."""
-
-    def __init__(
-        self,
-        tower: FastTower,
-        room: Capacity,
-        angles: tuple[Tensor, Tensor],
-        buffers: Buffers,
-        stream: torch.cuda.Stream,
-        pool: Any,
-    ) -> None:
-        config, weight = tower.config, tower.patch_embed.weight
-        merge = config.spatial_merge_size
-        self.merge_unit = config.merge_unit
-        smallest = torch.tensor([[1, merge, merge]], device="cpu")
-        self.table = device_plan.tabulate(smallest, config, room.items).to(weight.device)
-        self.pixel_values = buffers.rows("pixels", room.patches, weight[:, : config.patch_dim])
-
-        def run() -> list[Tensor]:
-            plan = device_plan.compute(self.table, angles, config, room, tower.impl)
-            output = tower(self.pixel_values, plan)
-            return [output.last_hidden_state, output.pooler_output, *output.deepstack_features]
-
-        stream.wait_stream(torch.cuda.current_stream(weight.device))
-        with torch.cuda.stream(stream):
-            outputs = run()  # compiles kernels and sets libraries up, which a capture may not
-        torch.cuda.current_stream(weight.device).wait_stream(stream)
-        self.outputs = [buffers.rows(f"output {i}", len(x), x) for i, x in enumerate(outputs)]
-        del outputs
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            for buffer, output in zip(self.outputs, run(), strict=True):
-                buffer.copy_(output)
-
-    def replay(self, table: Tensor, pixel_values: Tensor) -> TowerOutput:
-        """Run on the current stream; the result is a copy. `pixel_values` on the host are read before this returns."""
-        patches = len(pixel_values)
-        tokens = patches // self.merge_unit
-        self.table.copy_(table, non_blocking=True)
-        self.pixel_values[:patches].copy_(pixel_values, non_blocking=pixel_values.is_cuda)
-        self.graph.replay()
-        hidden, *merged = self.outputs
-        pooled, *deepstack = (layer[:tokens].clone() for layer in merged)
-        return TowerOutput(hidden[:patches].clone(), pooled, deepstack)
-
-
 class GraphedTower:
     """A fast tower on a GPU that captures a graph for each capacity it meets, and replays it from then on.
 
@@ -135,13 +75,14 @@ class GraphedTower:
 
     def _forget(self) -> None:
         self.device = self.tower.patch_embed.weight.device
-        self._weights = _addresses(self.tower)
+        self._weights = Watch(self.tower)
         self._graphs: OrderedDict[tuple[Capacity, str], Graph] = OrderedDict()
         self._angles: dict[int, tuple[Tensor, Tensor]] = {}
-        self._buffers = Buffers()
+        self._pixels = PixelBuffer()
         with torch.cuda.device(self.device):
-            # Of high priority, since torch hands its few streams round, and those of low priority to everyone.
-            self._stream = torch.cuda.Stream(self.device, priority=-1)
+            # Of high priority, since torch hands its few streams round, and those of low priority to everyone. Work
+            # beside takes what the blocks leave idle.
+            self._streams = torch.cuda.Stream(self.device, priority=-1), torch.cuda.Stream(self.device)
             self._pool = torch.cuda.graph_pool_handle()
             self._idle = torch.cuda.Event()
 
@@ -158,29 +99,29 @@ class GraphedTower:
         return self._untraced(pixel_values, grid)
 
     def _encode(self, pixel_values: Tensor, grid: Tensor) -> TowerOutput:
-        refuse_gradients(self.tower, pixel_values)
         if torch.cuda.is_current_stream_capturing():
             raise ValueError("the encoder captures graphs of its own: capture enc.tower(pixel_values, plan) in yours")
         config = self.tower.config
         need = device_plan.measure(grid, config)
         room = capacity_for(need, config.merge_unit) if need.patches <= MOST_PATCHES else need
         with self._turn():
+            refuse_gradients(pixel_values, self._weights.parameters)
             table = device_plan.tabulate(grid, config, room.items).pin_memory()
             if room is not need:
                 return self._graph(room).replay(table, pixel_values)
-            angles = self._angles_for(_power(need.side))
-            plan = device_plan.compute(table.to(self.device, non_blocking=True), angles, config, need, self.tower.impl)
-            return self.tower(pixel_values.to(self.device), plan)
+            with _plain():
+                table, angles = table.to(self.device, non_blocking=True), self._angles_for(_power(need.side))
+                plan = device_plan.compute(table, angles, config, need, self.tower.impl)
+                return self.tower(pixel_values.to(self.device), plan)
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
         """Alone with the graphs, on the host and on the GPU."""
         with self._lock:
-            if _addresses(self.tower) != self._weights:  # moved or converted since: graphs hold the old addresses
+            if not self._weights.unchanged():  # graphs hold the old addresses
                 torch.cuda.synchronize()
                 self._forget()
-            device = torch.cuda.device(self.device)
-            with device, torch.inference_mode(False), torch.no_grad(), torch.autocast("cuda", enabled=False):
+            with torch.cuda.device(self.device):
                 stream = torch.cuda.current_stream()
                 stream.wait_event(self._idle)
                 try:
@@ -216,13 +157,13 @@ class GraphedTower:
     def _graph(self, room: Capacity) -> Graph:
         key = room, torch.get_float32_matmul_precision()  # a capture keeps what it finds
         if key not in self._graphs:
-            angles = self._angles_for(room.side)
             try:
-                with CAPTURING:
+                with CAPTURING, _plain():
+                    angles = self._angles_for(room.side)
                     if len(self._graphs) >= MOST_GRAPHS:
                         torch.cuda.synchronize()  # the graph that goes may still be running
                         self._graphs.popitem(last=False)
-                    self._graphs[key] = Graph(self.tower, room, angles, self._buffers, self._stream, self._pool)
+                    self._graphs[key] = Graph(self.tower, room, angles, self._pixels, self._streams, self._pool)
             except BaseException:
                 self._pool = torch.cuda.graph_pool_handle()  # the old one may refuse captures from now on
                 raise
@@ -230,8 +171,11 @@ class GraphedTower:
         return self._graphs[key]
 
 
-def _addresses(tower: FastTower) -> list[tuple[int, torch.dtype]]:
-    return [(parameter.data_ptr(), parameter.dtype) for parameter in tower.parameters()]
+@contextmanager
+def _plain() -> Iterator[None]:
+    """Whatever modes a caller is in, what is computed or captured is the same."""
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast("cuda", enabled=False):
+        yield
 
 
 def graphs_of(tower: nn.Module, current: GraphedTower | None) -> GraphedTower | None:

@@ -71,16 +71,25 @@ class VisionAttention(Packed):
         Raises:
             TypeError, ValueError: as the operations do.
         """
+        y = self.project(hidden_states, cos, sin, max_seqlen)
+        return self.proj(self.attend(y, cos, sin, cu_seqlens, max_seqlen))
+
+    def project(self, hidden_states: Tensor, cos: Tensor, sin: Tensor, max_seqlen: int | None) -> Tensor:
+        """The first third of `forward`, `[S, C]` -> `[S, 3·C]`; Q and K are rotated but for windows.
+
+        A caller of the three in turn (the last is `proj`) holds no more than one's input and output at a time.
+        """
         weight, bias = self.qkv.weight, self.qkv.bias
-        angles: tuple[Tensor | None, Tensor | None] = (cos, sin)
-        if max_seqlen is not None and max_seqlen <= WINDOW:
-            qkv = F.linear(hidden_states, weight, bias)
-        else:
-            qkv = ops.qkv_rope(hidden_states, weight, bias, cos, sin, self.num_heads, impl=self.impl)
-            angles = (None, None)
+        if _windows(max_seqlen):
+            return F.linear(hidden_states, weight, bias)
+        return ops.qkv_rope(hidden_states, weight, bias, cos, sin, self.num_heads, impl=self.impl)
+
+    def attend(self, qkv: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int | None) -> Tensor:
+        """The second third of `forward`, `[S, 3·C]` -> `[S, C]`."""
+        angles: tuple[Tensor | None, Tensor | None] = (cos, sin) if _windows(max_seqlen) else (None, None)
         q, k, v = qkv.unflatten(1, (3, self.num_heads, -1)).unbind(1)
         out = ops.rope_attention(q, k, v, *angles, cu_seqlens, max_seqlen, interleaved=True, impl=self.impl)
-        return self.proj(out.flatten(1))
+        return out.flatten(1)
 
     def pack(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Q, K and V in one, rotary pairs adjacent in Q and K."""
@@ -106,3 +115,7 @@ class VisionAttention(Packed):
 
     def _order(self, device: torch.device) -> Tensor:
         return adjacent_pairs(self.num_heads, self.qkv.in_features // self.num_heads, device)
+
+
+def _windows(max_seqlen: int | None) -> bool:
+    return max_seqlen is not None and max_seqlen <= WINDOW

@@ -1,0 +1,99 @@
+"""One forward pass of the fast tower in a CUDA graph, and the memory that graphs use by turns."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwenvit import device_plan
+from qwenvit.device_plan import Capacity
+from qwenvit.fast import FastTower
+from qwenvit.outputs import TowerOutput
+
+
+class PixelBuffer:
+    """Pixel values, in memory that all graphs of a tower use: as much as the largest so far needs."""
+
+    def __init__(self) -> None:
+        self._largest: Tensor | None = None
+
+    def rows(self, count: int, like: Tensor) -> Tensor:
+        """`[count, width of like]`."""
+        if self._largest is None or len(self._largest) < count:
+            self._largest = like.new_zeros((count, like.shape[1]))
+        return self._largest[:count]
+
+
+@dataclass(frozen=True)
+class Borrowed:
+    """A tensor without its memory, which the graph that writes it keeps, and others write to as well."""
+
+    address: int
+    shape: torch.Size
+    dtype: torch.dtype
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        """The bytes, as CUDA libraries for Python hand them to one another; there is no bfloat16 among its types."""
+        bytes_of_all = self.shape.numel() * self.dtype.itemsize
+        return {"version": 3, "typestr": "|u1", "shape": (bytes_of_all,), "data": (self.address, False)}
+
+    def tensor(self, device: torch.device) -> Tensor:
+        """To be read between a replay and whatever runs after it."""
+        return torch.as_tensor(self, device=device).view(self.dtype).view(self.shape)
+
+
+class Graph:
+    """One captured forward pass.
+
+    Args:
+        tower: on a CUDA device.
+        room: how much it takes.
+        angles: of `device_plan.angle_tables`.
+        pixels: holds its pixel values.
+        streams: that it is captured on, and that DeepStack's mergers are.
+        pool: of the memory it uses by turns with other graphs.
+    """
+
+    def __init__(
+        self,
+        tower: FastTower,
+        room: Capacity,
+        angles: tuple[Tensor, Tensor],
+        pixels: PixelBuffer,
+        streams: tuple[torch.cuda.Stream, torch.cuda.Stream],
+        pool: Any,
+    ) -> None:
+        config, weight = tower.config, tower.patch_embed.weight
+        merge = config.spatial_merge_size
+        self.merge_unit = config.merge_unit
+        smallest = torch.tensor([[1, merge, merge]], device="cpu")
+        self.table = device_plan.tabulate(smallest, config, room.items).to(weight.device)
+        self.pixel_values = pixels.rows(room.patches, weight[:, : config.patch_dim])
+        stream, beside = streams
+
+        def run() -> list[Tensor]:
+            plan = device_plan.compute(self.table, angles, config, room, tower.impl)
+            output = tower(self.pixel_values, plan, beside)
+            return [output.last_hidden_state, output.pooler_output, *output.deepstack_features]
+
+        stream.wait_stream(torch.cuda.current_stream(weight.device))
+        with torch.cuda.stream(stream):
+            run()  # compiles kernels and sets libraries up, which a capture may not
+        torch.cuda.current_stream(weight.device).wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            outputs = run()
+        self.outputs = [Borrowed(x.data_ptr(), x.shape, x.dtype).tensor(x.device) for x in outputs]
+
+    def replay(self, table: Tensor, pixel_values: Tensor) -> TowerOutput:
+        """Run on the current stream; the result is a copy. `pixel_values` on the host are read before this returns."""
+        patches = len(pixel_values)
+        tokens = patches // self.merge_unit
+        self.table.copy_(table, non_blocking=True)
+        self.pixel_values[:patches].copy_(pixel_values, non_blocking=pixel_values.is_cuda)
+        self.graph.replay()
+        hidden, *merged = self.outputs
+        pooled, *deepstack = (layer[:tokens].clone() for layer in merged)
+        return TowerOutput(hidden[:patches].clone(), pooled, deepstack)

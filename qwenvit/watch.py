@@ -1,0 +1,44 @@
+"""Whether a module's weights are where they were: CUDA graphs hold addresses, and modules are easily moved."""
+
+from collections.abc import Iterable
+from operator import attrgetter, is_
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class Watch:
+    """The parameters of a module, and where they lay when this was made.
+
+    Walking the modules of a tower takes half a millisecond, a fifth of a small image's time on the GPU. So the places
+    are listed once, and looking them through takes a tenth of that.
+
+    Attributes:
+        parameters: of the module.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        modules = list(module.modules())
+        self._modules = _Entries((part._modules, name) for part in modules for name in part._modules)
+        places = ((part._parameters, name) for part in modules for name, x in part._parameters.items() if x is not None)
+        self._parameters = _Entries(places)
+        self.parameters = self._parameters.found
+        self._lying = self._lie()
+
+    def unchanged(self) -> bool:
+        """Whether it has the same submodules and parameters still, at the same addresses and of the same dtypes."""
+        return self._modules.unchanged() and self._parameters.unchanged() and self._lie() == self._lying
+
+    def _lie(self) -> tuple[list[int], list[object]]:
+        return list(map(Tensor.data_ptr, self.parameters)), list(map(attrgetter("dtype"), self.parameters))
+
+
+class _Entries:
+    """Entries of dictionaries, and what they were."""
+
+    def __init__(self, entries: Iterable[tuple[dict[str, Any], str]]) -> None:
+        self._holders, self._names = (list(column) for column in zip(*entries, strict=True))
+        self.found: list[Any] = list(map(dict.get, self._holders, self._names))
+
+    def unchanged(self) -> bool:
+        return all(map(is_, map(dict.get, self._holders, self._names), self.found))

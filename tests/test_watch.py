@@ -1,0 +1,48 @@
+"""Whether weights that were moved, converted or replaced are noticed, and those that were not, not."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from qwenvit.watch import Watch
+
+
+def module():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4, bias=False), nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 2)))
+
+
+CHANGES = {
+    "converted": lambda parts: parts.half(),
+    "moved": lambda parts: parts.to("meta"),
+    "converted in part": lambda parts: parts[1][1].double(),
+    "another parameter": lambda parts: setattr(parts[0], "weight", nn.Parameter(torch.ones(4, 3))),
+    "another bias": lambda parts: setattr(parts[1][1], "bias", None),
+    "another submodule": lambda parts: parts.__setitem__(0, nn.Linear(3, 4, bias=False)),
+    "another submodule within": lambda parts: parts[1].__setitem__(1, copy.deepcopy(parts[1][1])),
+    "loaded anew": lambda parts: parts.load_state_dict(
+        {name: x.clone() for name, x in parts.state_dict().items()}, assign=True
+    ),
+    "read as another dtype": lambda parts: setattr(parts[0].weight, "data", parts[0].weight.data.view(torch.int32)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changes_are_noticed(change):
+    parts = module().requires_grad_(False)
+    watch = Watch(parts)
+    assert watch.unchanged()
+    CHANGES[change](parts)
+    assert not watch.unchanged()
+    assert Watch(parts).unchanged()
+
+
+def test_new_values_in_their_places_are_none():
+    parts = module()
+    watch = Watch(parts)
+    parts.load_state_dict({name: torch.ones_like(x) for name, x in parts.state_dict().items()})
+    parts.to("cpu", torch.float32).requires_grad_(False).eval()
+    assert watch.unchanged()
+    assert list(map(id, watch.parameters)) == list(map(id, parts.parameters()))
