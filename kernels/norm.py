@@ -81,6 +81,7 @@ def norm_rows(
     if residual_ptr is not None:
         b_main += b_residual_main
         b_tail += b_residual_tail
+        tl.debug_barrier()  # the sum may take the residual's place, of which two warps may read the same element
         b_total_main = b_main
         b_total_tail = b_tail
         if shift_ptr is not None:
@@ -157,16 +158,32 @@ def add_norm(
     return y, total
 
 
+def add_norm_inplace(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, shift: Tensor | None, kind: str, eps: float
+) -> Tensor:
+    """`add_norm` whose sum takes the residual's place; see `qwenvit.ops.add_norm_`."""
+    y = torch.empty_like(x)
+    launch_rows(x, residual, weight, bias, shift, None, kind, eps, y, residual)
+    return y
+
+
 LIBRARY = torch.library.Library("qwenvit", "FRAGMENT")
 LIBRARY.define("norm(Tensor x, Tensor weight, Tensor? bias, str kind, float eps) -> Tensor")
 LIBRARY.define(
     "add_norm(Tensor x, Tensor residual, Tensor weight, Tensor? bias, Tensor? shift, str kind, float eps) "
     "-> (Tensor, Tensor)"
 )
+LIBRARY.define(
+    "add_norm_(Tensor x, Tensor(a!) residual, Tensor weight, Tensor? bias, Tensor? shift, str kind, float eps) "
+    "-> Tensor"
+)
 for _device in ("CUDA", "CPU"):  # on a CPU, Triton's interpreter
     LIBRARY.impl("norm", norm, _device)
     LIBRARY.impl("add_norm", add_norm, _device)
+    LIBRARY.impl("add_norm_", add_norm_inplace, _device)
 torch.library.register_fake("qwenvit::norm", lambda x, *_: torch.empty_like(x), lib=LIBRARY)
 torch.library.register_fake("qwenvit::add_norm", lambda x, *_: (torch.empty_like(x), torch.empty_like(x)), lib=LIBRARY)
+torch.library.register_fake("qwenvit::add_norm_", lambda x, *_: torch.empty_like(x), lib=LIBRARY)
 norm_op = torch.ops.qwenvit.norm.default
 add_norm_op = torch.ops.qwenvit.add_norm.default
+add_norm_inplace_op = torch.ops.qwenvit.add_norm_.default

@@ -52,7 +52,7 @@ class Graph:
         room: how much it takes.
         angles: of `device_plan.angle_tables`.
         pixels: holds its pixel values.
-        streams: that it is captured on, and that DeepStack's mergers are.
+        stream: that it is captured on.
         pool: of the memory it uses by turns with other graphs.
     """
 
@@ -62,7 +62,7 @@ class Graph:
         room: Capacity,
         angles: tuple[Tensor, Tensor],
         pixels: PixelBuffer,
-        streams: tuple[torch.cuda.Stream, torch.cuda.Stream],
+        stream: torch.cuda.Stream,
         pool: Any,
     ) -> None:
         config, weight = tower.config, tower.patch_embed.weight
@@ -71,11 +71,10 @@ class Graph:
         smallest = torch.tensor([[1, merge, merge]], device="cpu")
         self.table = device_plan.tabulate(smallest, config, room.items).to(weight.device)
         self.pixel_values = pixels.rows(room.patches, weight[:, : config.patch_dim])
-        stream, beside = streams
 
         def run() -> list[Tensor]:
             plan = device_plan.compute(self.table, angles, config, room, tower.impl)
-            output = tower(self.pixel_values, plan, beside)
+            output = tower(self.pixel_values, plan)
             return [output.last_hidden_state, output.pooler_output, *output.deepstack_features]
 
         stream.wait_stream(torch.cuda.current_stream(weight.device))

@@ -6,8 +6,7 @@ freely. A block is two norms, four matrix products and an attention: nothing is 
 keys of long segments is written twice.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from operator import attrgetter
 
 import torch
@@ -131,13 +130,13 @@ class Block(nn.Module):
         self.mlp = GatedMLP(config) if config.traits.gated_mlp else MLP(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
-        """`[patches, hidden_size]` -> same."""
+        """`[patches, hidden_size]` -> same, in the memory of `x`."""
         norm1, norm2 = self.norm1, self.norm2
         y = ops.norm(x, norm1.weight, norm1.bias, norm1.kind, impl=self.impl)
         y = self.attn.project(y, cos, sin, segments.max_seqlen)
         y = self.attn.attend(y, cos, sin, segments.cu_seqlens, segments.max_seqlen)
         y = self.attn.proj(y)
-        y, x = ops.add_norm(y, x, norm2.weight, norm2.bias, norm2.kind, shift=self.mlp.last_bias, impl=self.impl)
+        y = ops.add_norm_(y, x, norm2.weight, norm2.bias, norm2.kind, shift=self.mlp.last_bias, impl=self.impl)
         return self.mlp.accumulate(x, y, self.impl)
 
 
@@ -174,19 +173,6 @@ def refuse_gradients(pixel_values: Tensor, parameters: Iterable[Tensor]) -> None
         raise ValueError("pixel_values: the fast tower gives no gradients; use impl='reference', or torch.no_grad()")
 
 
-@contextmanager
-def _on(beside: torch.cuda.Stream | None) -> Iterator[None]:
-    """On another stream, after what the current one was given, which in turn waits for what the other had before."""
-    if beside is None:
-        yield
-        return
-    current = torch.cuda.current_stream(beside.device)
-    beside.wait_stream(current)
-    current.wait_stream(beside)
-    with torch.cuda.stream(beside):
-        yield
-
-
 class FastTower(nn.Module):
     """Vision tower of any family, for inference.
 
@@ -212,15 +198,8 @@ class FastTower(nn.Module):
         )
         self.requires_grad_(False)
 
-    def forward(
-        self, pixel_values: Tensor, plan: GridPlan | DevicePlan, beside: torch.cuda.Stream | None = None
-    ) -> TowerOutput:
+    def forward(self, pixel_values: Tensor, plan: GridPlan | DevicePlan) -> TowerOutput:
         """Encode packed patches: as the reference tower does, without gradients.
-
-        Args:
-            pixel_values: `[patches, C·T·P·P]`.
-            plan: of their grids.
-            beside: where DeepStack's mergers run, for which no block waits; None for the current stream.
 
         Raises:
             ValueError: gradients are asked for.
@@ -240,10 +219,5 @@ class FastTower(nn.Module):
             x = block(x, plan.cos, plan.sin, plan.frames if full else plan.windows)
             if index in self.config.deepstack_visual_indexes:
                 merger = self.deepstack_mergers[self.config.deepstack_visual_indexes.index(index)]
-                with _on(beside):
-                    merging = [x]  # memory that other streams may not have before it was read
-                    deepstack_features.append(merger(*merging, None))
-        pooled = self.merger(x, plan.restore_index)
-        if beside is not None and deepstack_features:
-            torch.cuda.current_stream(x.device).wait_stream(beside)
-        return TowerOutput(x, pooled, deepstack_features)
+                deepstack_features.append(merger(x, None))
+        return TowerOutput(x, self.merger(x, plan.restore_index), deepstack_features)

@@ -84,16 +84,47 @@ def add_norm(
         The norm and the sum, each as `x`. `"triton"` normalises the sum before rounding it, `"reference"` after.
         I/O: reads x and residual, writes as much; about 7 FLOPs an element.
     """
-    check_floating("x", x, "[..., C]")
-    _check_norm(x, weight, bias, kind, x.shape[-1] if x.ndim else 1)
-    check_tensor("residual", residual, tuple(x.shape), x.dtype, x)
-    if shift is not None:
-        check_tensor("shift", shift, (x.shape[-1],), x.dtype, x)
+    _check_add_norm(x, residual, weight, bias, kind, shift)
     if not use_triton(impl, x):
         return op_references.add_norm(x, residual, weight, bias, shift, kind, eps)
     from qwenvit.kernels.norm import add_norm_op
 
     return add_norm_op(x, residual, weight, bias, shift, kind, eps)
+
+
+def add_norm_(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    kind: NormKind = "rms",
+    eps: float = NORM_EPS,
+    shift: Tensor | None = None,
+    impl: Impl = "auto",
+) -> Tensor:
+    """`add_norm` whose sum takes the place of `residual`, which therefore may not share memory with `x`.
+
+    Returns:
+        The norm, as `x`.
+    """
+    _check_add_norm(x, residual, weight, bias, kind, shift)
+    if not use_triton(impl, x):
+        y, total = op_references.add_norm(x, residual, weight, bias, shift, kind, eps)
+        residual.copy_(total)
+        return y
+    from qwenvit.kernels.norm import add_norm_inplace_op
+
+    return add_norm_inplace_op(x, residual, weight, bias, shift, kind, eps)
+
+
+def _check_add_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, kind: NormKind, shift: Tensor | None
+) -> None:
+    check_floating("x", x, "[..., C]")
+    _check_norm(x, weight, bias, kind, x.shape[-1] if x.ndim else 1)
+    check_tensor("residual", residual, tuple(x.shape), x.dtype, x)
+    if shift is not None:
+        check_tensor("shift", shift, (x.shape[-1],), x.dtype, x)
 
 
 def merge_norm(

@@ -11,7 +11,7 @@ from qwenvit import mrope_host
 from qwenvit.arguments import Impl
 from qwenvit.attention_ops import rope_attention
 from qwenvit.dispatch import use_triton
-from qwenvit.norm_ops import add_norm, merge_norm, norm, spatial_merge
+from qwenvit.norm_ops import add_norm, add_norm_, merge_norm, norm, spatial_merge
 from qwenvit.patch_ops import add_positions, interpolate_positions, patch_embed
 from qwenvit.plan_ops import grid_plan
 from qwenvit.projection_ops import activation_, linear_act, qkv_rope, rotate_qk_, swiglu, swiglu_pass
@@ -19,6 +19,7 @@ from qwenvit.projection_ops import activation_, linear_act, qkv_rope, rotate_qk_
 __all__ = [
     "activation_",
     "add_norm",
+    "add_norm_",
     "add_positions",
     "grid_plan",
     "interpolate_positions",

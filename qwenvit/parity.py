@@ -96,17 +96,23 @@ class BlockCall:
 
 
 def record(blocks: Iterable[nn.Module], run: Callable[[], T]) -> tuple[T, list[BlockCall]]:
-    """Run something and note what each block was given and returned."""
+    """Run something and note what each block was given and returned, copied: blocks may work in place."""
     calls: list[BlockCall] = []
+    given: list[Tensor] = []
+
+    def note_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given.append((args[0] if args else kwargs["hidden_states"]).clone())
 
     def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        if args:
-            x, rest, named = args[0], args[1:], kwargs
-        else:
-            x, rest, named = kwargs["hidden_states"], (), {k: v for k, v in kwargs.items() if k != "hidden_states"}
-        calls.append(BlockCall(x, rest, named, out[0] if isinstance(out, tuple) else out))
+        named = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+        calls.append(BlockCall(given.pop(), args[1:], named, (out[0] if isinstance(out, tuple) else out).clone()))
 
-    handles = [block.register_forward_hook(note, with_kwargs=True) for block in blocks]
+    handles = []
+    for block in blocks:
+        handles += [
+            block.register_forward_pre_hook(note_input, with_kwargs=True),
+            block.register_forward_hook(note, with_kwargs=True),
+        ]
     try:
         return run(), calls
     finally:
@@ -117,7 +123,7 @@ def record(blocks: Iterable[nn.Module], run: Callable[[], T]) -> tuple[T, list[B
 @torch.no_grad()
 def replay(block: nn.Module, call: BlockCall, x: Tensor) -> Tensor:
     """Call a block as it was called before, on another input (cast to the dtype it had then)."""
-    out = block(x.to(call.x.dtype), *call.args, **call.kwargs)
+    out = block(x.to(call.x.dtype, copy=True), *call.args, **call.kwargs)
     return out[0] if isinstance(out, tuple) else out
 
 

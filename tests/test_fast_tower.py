@@ -106,13 +106,17 @@ def test_padding_changes_nothing():
     assert not fast.patch_embed.weight[:, config.patch_dim :].any()
 
 
-def test_the_input_of_a_block_is_left_alone():
-    _, fast, config = both("qwen2_5_vl", "reference")
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_blocks_work_in_place_and_the_tower_does_not(family):
+    _, fast, config = both(family, "reference")
     plan = GridPlan.build(GRIDS, config, DEVICE)
     x = torch.randn(plan.num_patches, config.hidden_size, device=DEVICE)
-    before = x.clone()
-    fast.blocks[0](x, plan.cos, plan.sin, plan.windows)
-    assert torch.equal(x, before)
+    assert fast.blocks[0](x, plan.cos, plan.sin, plan.frames) is x
+    pixels = random_pixels(plan.num_patches, config).to(DEVICE)
+    before = pixels.clone()
+    first, again = fast(pixels, plan), fast(pixels, plan)
+    assert torch.equal(pixels, before)
+    assert torch.equal(first.pooler_output, again.pooler_output)
 
 
 def test_which_tower_runs(monkeypatch):

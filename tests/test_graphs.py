@@ -28,7 +28,7 @@ def test_a_capacity_covers_what_is_needed_and_little_more(tokens, frames, window
     for name in ("patches", "frames", "windows", "items", "side"):
         assert getattr(room, name) >= getattr(need, name)
     assert room.patches % 4 == 0
-    assert room.patches - need.patches < max(64, need.patches / 16)
+    assert room.patches - need.patches < max(16, need.patches / 32)
     assert capacity_for(replace(need, patches=room.patches, frames=room.frames, items=room.items), 4) == room
     assert room.windows <= max(2 * windows, room.patches // 48 + 16)
 

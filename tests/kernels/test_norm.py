@@ -109,6 +109,21 @@ def test_a_row_is_the_same_alone_and_in_every_run(kind):
     assert torch.equal(total[17:18], alone_total)
 
 
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("width", [40, 1152, 1280])
+def test_the_sum_in_the_residuals_place(kind, width, impl):
+    x, residual = draw(300, width, torch.float16), draw(300, width, torch.float16)
+    weight, bias = weights(width, kind, torch.float16)
+    shift = weights(width, "layer", torch.float16)[1]
+    y, total = ops.add_norm(x, residual, weight, bias, kind, shift=shift, impl=impl)
+    before = x.clone()
+    in_place = ops.add_norm_(x, residual, weight, bias, kind, shift=shift, impl=impl)
+    assert torch.equal(in_place, y)
+    assert torch.equal(residual, total)
+    assert torch.equal(x, before)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_leading_dimensions_are_kept(kind):
     x = draw(6, 64, torch.float32).view(2, 3, 64)
@@ -134,13 +149,15 @@ def test_torch_compile_passes_through(kind):
 
     def two(x, residual):
         y, total = ops.add_norm(x, residual, weight, bias, kind, impl="triton")
+        y = y + ops.add_norm_(x * 2, total, weight, bias, kind, impl="triton")
         return ops.norm(y, weight, bias, kind, impl="triton"), total
 
     compiled = torch.compile(two, fullgraph=True, backend="aot_eager")
     for ours, theirs in zip(compiled(x, residual), two(x, residual), strict=True):
         assert torch.equal(ours, theirs)
     torch.library.opcheck(torch.ops.qwenvit.norm.default, (x, weight, bias, kind, EPS))
-    torch.library.opcheck(torch.ops.qwenvit.add_norm.default, (x, residual, weight, bias, None, kind, EPS))
+    for op in (torch.ops.qwenvit.add_norm.default, torch.ops.qwenvit.add_norm_.default):
+        torch.library.opcheck(op, (x, residual, weight, bias, None, kind, EPS))
 
 
 X, W = torch.zeros(4, 8), torch.zeros(8)
@@ -169,6 +186,8 @@ def test_bad_arguments(impl, error, message, arguments):
 def test_bad_residual():
     with pytest.raises(ValueError, match=r"residual: expected shape \[4, 8\], got \[3, 8\]"):
         ops.add_norm(X, X[:3], W)
+    with pytest.raises(ValueError, match=r"residual: expected shape \[4, 8\], got \[3, 8\]"):
+        ops.add_norm_(X, X[:3], W)
     with pytest.raises(ValueError, match=r"shift: expected shape \[8\], got \[4, 8\]"):
         ops.add_norm(X, X, W, shift=X)
     with pytest.raises(ValueError, match="impl: expected"):
