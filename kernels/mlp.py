@@ -255,7 +255,8 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> Tens
     15.5, 30.3, 57.8 and 118.0 µs at 784, 1764, 3136 and 7056 x 4304 x 1152, where the better one takes 17.2, 32.8, 57.5
     and 124.6; 14.0, 25.9, 46.7 and 99.7 against 16.1, 29.4, 52.0 and 103.7 at 4096 x 1024 (H200, bf16).
     """
-    if act == "gelu_tanh" and bias is not None and x.is_cuda and x.dtype != torch.float32:
+    aligned = weight.shape[0] % 8 == 0 and weight.shape[1] % 8 == 0  # in 16 bits; otherwise it takes other ways
+    if act == "gelu_tanh" and bias is not None and x.is_cuda and x.dtype != torch.float32 and aligned:
         return torch._addmm_activation(bias, x, weight.T, use_gelu=True)
     if fused_wins(x, weight, act):
         return project_and_activate(x, weight, bias, act, False)

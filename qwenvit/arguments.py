@@ -48,5 +48,5 @@ def check_pixel_values(pixel_values: Tensor, grid: Tensor, config: VisionConfig)
             f"pixel_values: expected [patches, {config.patch_dim}] (channels x frames x height x width of a patch), "
             f"got {shape}{hint}"
         )
-    if shape[0] != (patches := int(grid.prod(dim=1).sum())):
+    if shape[0] != (patches := int(grid.numpy().prod(1).sum())):
         raise ValueError(f"pixel_values: grid_thw {grid.tolist()} stands for {patches} patches, got {shape[0]}")

@@ -94,5 +94,7 @@ class Graph:
         self.pixel_values[:patches].copy_(pixel_values, non_blocking=pixel_values.is_cuda)
         self.graph.replay()
         hidden, *merged = self.outputs
-        pooled, *deepstack = (layer[:tokens].clone() for layer in merged)
-        return TowerOutput(hidden[:patches].clone(), pooled, deepstack)
+        written = [hidden[:patches], *(layer[:tokens] for layer in merged)]
+        copies = [torch.empty_like(x) for x in written]
+        torch._foreach_copy_(copies, written)
+        return TowerOutput(copies[0], copies[1], copies[2:])

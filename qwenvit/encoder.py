@@ -11,7 +11,7 @@ from qwenvit import demo
 from qwenvit.arguments import Impl, check_device, check_dtype, check_pixel_values
 from qwenvit.batching import PATCHES_PER_BATCH, batches
 from qwenvit.checkpoint import directory_of, load_tower, locate, save_tower
-from qwenvit.graphs import GraphedTower, graphs_of
+from qwenvit.graphs import graphs_of
 from qwenvit.grid import GridPlan, check_grid
 from qwenvit.images import Backend, Channels, ImageInput
 from qwenvit.outputs import Embeddings, TowerOutput
@@ -37,7 +37,6 @@ class Encoder:
         video_processor: VideoProcessor | None = None,
     ) -> None:
         self.tower = tower.requires_grad_(False).eval()
-        self._graphed: GraphedTower | None = None
         self.config = tower.config
         self.image_processor = image_processor or ImageProcessor.for_family(self.config.family)
         self.video_processor = video_processor or VideoProcessor.for_family(self.config.family)
@@ -212,9 +211,9 @@ class Encoder:
         """
         grid = check_grid(grid_thw, self.config.spatial_merge_size)
         check_pixel_values(pixel_values, grid, self.config)
-        self._graphed = graphs_of(self.tower, self._graphed)
-        if self._graphed is not None:
-            return self._graphed(pixel_values, grid)
+        graphs = graphs_of(self.tower)
+        if graphs is not None:
+            return graphs(pixel_values, grid)
         return self.tower(pixel_values.to(self.device), GridPlan.build(grid, self.config, self.device))
 
     def warmup(self, max_tokens: int) -> int:
@@ -231,8 +230,8 @@ class Encoder:
         """
         if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
             raise ValueError(f"max_tokens: expected a positive number of tokens, got {max_tokens!r}")
-        self._graphed = graphs_of(self.tower, self._graphed)
-        return 0 if self._graphed is None else self._graphed.warm_up(max_tokens * self.config.merge_unit)
+        graphs = graphs_of(self.tower)
+        return 0 if graphs is None else graphs.warm_up(max_tokens * self.config.merge_unit)
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write the tower alone: `model.safetensors`, `config.json` and the processors' configs.

@@ -8,6 +8,7 @@ keys of long segments is written twice.
 
 from collections.abc import Iterable
 from operator import attrgetter
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -167,9 +168,9 @@ class Merger(nn.Module):
         return F.linear(y, self.fc2.weight, self.fc2.bias)
 
 
-def refuse_gradients(pixel_values: Tensor, parameters: Iterable[Tensor]) -> None:
+def refuse_gradients(tensors: Iterable[Tensor]) -> None:
     """ValueError where gradients are asked of a tower that gives none."""
-    if torch.is_grad_enabled() and any(map(attrgetter("requires_grad"), (pixel_values, *parameters))):
+    if torch.is_grad_enabled() and any(map(attrgetter("requires_grad"), tensors)):
         raise ValueError("pixel_values: the fast tower gives no gradients; use impl='reference', or torch.no_grad()")
 
 
@@ -196,7 +197,15 @@ class FastTower(nn.Module):
         self.deepstack_mergers = nn.ModuleList(
             Merger(config, impl, norm_merged=True) for _ in config.deepstack_visual_indexes
         )
+        self.graphs: Any = None  # `qwenvit.graphs` keeps a `GraphedTower` here
         self.requires_grad_(False)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        """Move or convert, as any module; graphs go first, for they hold on to the memory that is to be freed."""
+        if self.graphs is not None:
+            torch.cuda.synchronize(self.graphs.device)
+            self.graphs = None
+        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def forward(self, pixel_values: Tensor, plan: GridPlan | DevicePlan) -> TowerOutput:
         """Encode packed patches: as the reference tower does, without gradients.
@@ -204,7 +213,7 @@ class FastTower(nn.Module):
         Raises:
             ValueError: gradients are asked for.
         """
-        refuse_gradients(pixel_values, self.parameters())
+        refuse_gradients((pixel_values, *self.parameters()))
         embed = self.patch_embed
         weight = embed.weight[:, : embed.patch_dim]
         if pixel_values.dtype not in DTYPES.values():

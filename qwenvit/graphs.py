@@ -7,11 +7,14 @@ Results are copied out, so later calls leave them alone, and all graphs may use 
 """
 
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
+from huggingface_hub.utils import tqdm
 from torch import Tensor, nn
 
 from qwenvit import device_plan
@@ -25,6 +28,8 @@ MOST_GRAPHS = 512
 """Graphs kept; the one not used for longest makes room. They share buffers and memory, so each costs little."""
 MOST_PATCHES = 32768
 """Larger batches run without a graph: launches are a small part of their time, and buffers would be large."""
+MOST_GRIDS = 1024
+"""Tables of grids that are kept."""
 LEAST_SIDE = 512
 """Rows and columns of patches that every graph has angles for; larger frames double it."""
 CAPTURING = threading.Lock()
@@ -59,24 +64,31 @@ class GraphedTower:
     """A fast tower on a GPU that captures a graph for each capacity it meets, and replays it from then on.
 
     Any thread and any stream may call it: calls take turns, on the host by a lock and on the GPU by an event. Weights
-    may be loaded, moved or converted between calls; new graphs are captured then. Hooks on blocks run at capture alone.
+    may be loaded or replaced between calls; hooks on blocks run at capture alone. It lives as long as its tower holds
+    it (`FastTower.graphs`), and does not keep the tower alive.
 
     Args:
         tower: on a CUDA device.
     """
 
     def __init__(self, tower: FastTower) -> None:
-        self.tower = tower
+        self._tower = weakref.ref(tower)
         self._lock = threading.Lock()
         # Said here and not by a decorator, which would import Dynamo with the package.
         self._untraced = torch.compiler.disable(self._encode)
-        self._forget()
+        self._grids: OrderedDict[bytes, tuple[Capacity, Capacity, Tensor]] = OrderedDict()
+        self._begin()
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        """Copies and pickles of an encoder begin without graphs."""
+        """Copies and pickles of a tower begin without graphs."""
         return type(None), ()
 
-    def _forget(self) -> None:
+    @property
+    def tower(self) -> FastTower:
+        """The tower, which holds this."""
+        return cast(FastTower, self._tower())
+
+    def _begin(self) -> None:
         self.device = self.tower.patch_embed.weight.device
         self._weights = Watch(self.tower)
         self._graphs: OrderedDict[tuple[Capacity, str], Graph] = OrderedDict()
@@ -103,33 +115,51 @@ class GraphedTower:
     def _encode(self, pixel_values: Tensor, grid: Tensor) -> TowerOutput:
         if torch.cuda.is_current_stream_capturing():
             raise ValueError("the encoder captures graphs of its own: capture enc.tower(pixel_values, plan) in yours")
+        refuse_gradients([pixel_values])
+        with self._lock:
+            output = self._run(pixel_values, grid)
+            # Looked through while the GPU is at work. What graphs read is kept alive, so that they may run in vain.
+            if not self._weights.unchanged():
+                torch.cuda.synchronize()
+                self._begin()
+                output = self._run(pixel_values, grid)
+            refuse_gradients(self._weights.parameters)
+        return output
+
+    def _run(self, pixel_values: Tensor, grid: Tensor) -> TowerOutput:
         config = self.tower.config
-        need = device_plan.measure(grid, config)
-        room = capacity_for(need, config.merge_unit) if need.patches <= MOST_PATCHES else need
+        need, room, table = self._prepare(grid)
         with self._turn():
-            refuse_gradients(pixel_values, self._weights.parameters)
-            table = device_plan.tabulate(grid, config, room.items).pin_memory()
             if room is not need:
                 return self._graph(room).replay(table, pixel_values)
             with _plain():
-                table, angles = table.to(self.device, non_blocking=True), self._angles_for(_power(need.side))
+                angles = self._angles_for(_power(need.side))
+                table = table.to(self.device, non_blocking=True)
                 plan = device_plan.compute(table, angles, config, need, self.tower.impl)
                 return self.tower(pixel_values.to(self.device), plan)
 
+    def _prepare(self, grid: Tensor) -> tuple[Capacity, Capacity, Tensor]:
+        """What grids need, the room they get, and their table in memory that a GPU reads by itself."""
+        key = grid.numpy().tobytes()
+        if key not in self._grids:
+            config = self.tower.config
+            need = device_plan.measure(grid, config)
+            room = capacity_for(need, config.merge_unit) if need.patches <= MOST_PATCHES else need
+            self._grids[key] = need, room, device_plan.tabulate(grid, config, room.items).pin_memory()
+            if len(self._grids) > MOST_GRIDS:
+                self._grids.popitem(last=False)
+        return self._grids[key]
+
     @contextmanager
     def _turn(self) -> Iterator[None]:
-        """Alone with the graphs, on the host and on the GPU."""
-        with self._lock:
-            if not self._weights.unchanged():  # graphs hold the old addresses
-                torch.cuda.synchronize()
-                self._forget()
-            with torch.cuda.device(self.device):
-                stream = torch.cuda.current_stream()
-                stream.wait_event(self._idle)
-                try:
-                    yield
-                finally:  # whatever was launched before a failure runs on
-                    self._idle.record(stream)
+        """On the GPU, after the calls before, whatever streams they ran on."""
+        with torch.cuda.device(self.device):
+            stream = torch.cuda.current_stream()
+            stream.wait_event(self._idle)
+            try:
+                yield
+            finally:  # whatever was launched before a failure runs on
+                self._idle.record(stream)
 
     def warm_up(self, patches: int) -> int:
         """Capture the graphs of one image of every size up to so many patches; returns their number.
@@ -146,9 +176,13 @@ class GraphedTower:
         while reached < patches + unit:
             rooms.append(capacity_for(Capacity(reached, 1, windows, 1, 1), unit))
             reached = rooms[-1].patches + unit
-        with self._turn():
-            for room in reversed(rooms):  # the largest first: the others fit into its memory
-                self._graph(room)
+        with self._lock:
+            if not self._weights.unchanged():
+                torch.cuda.synchronize()
+                self._begin()
+            with self._turn():
+                for room in tqdm(rooms[::-1], unit="graph", disable=None):  # the others fit into the largest's memory
+                    self._graph(room)
         return len(rooms)
 
     def _angles_for(self, side: int) -> tuple[Tensor, Tensor]:
@@ -180,8 +214,11 @@ def _plain() -> Iterator[None]:
         yield
 
 
-def graphs_of(tower: nn.Module, current: GraphedTower | None) -> GraphedTower | None:
-    """A tower in CUDA graphs, if it is one that runs in them; `current` if that is still the one."""
+def graphs_of(tower: nn.Module) -> GraphedTower | None:
+    """The tower's graphs, if it is one that runs in them."""
     if not isinstance(tower, FastTower) or tower.impl == "reference" or not tower.patch_embed.weight.is_cuda:
         return None
-    return current if current is not None and current.tower is tower else GraphedTower(tower)
+    if tower.graphs is None:
+        with CAPTURING:
+            tower.graphs = tower.graphs or GraphedTower(tower)
+    return tower.graphs

@@ -11,7 +11,7 @@ class Watch:
     """The parameters of a module, and where they lay when this was made.
 
     Walking the modules of a tower takes half a millisecond, a fifth of a small image's time on the GPU. So the places
-    are listed once, and looking them through takes a tenth of that.
+    are listed once, and looking them through takes a fifth of that. Memory that is watched stays allocated.
 
     Attributes:
         parameters: of the module.
@@ -23,6 +23,7 @@ class Watch:
         places = ((part._parameters, name) for part in modules for name, x in part._parameters.items() if x is not None)
         self._parameters = _Entries(places)
         self.parameters = self._parameters.found
+        self._memory = [parameter.detach() for parameter in self.parameters]
         self._lying = self._lie()
 
     def unchanged(self) -> bool:

@@ -146,10 +146,10 @@ def test_a_copy_has_graphs_of_its_own():
 def test_warmup_captures_what_later_calls_use():
     enc = encoder()
     count = enc.warmup(300)
-    assert count == len(enc._graphed._graphs)
+    assert count == len(enc.tower.graphs._graphs)
     for side in range(2, 36, 2):
         enc(pixels_of([[1, side, side]], enc), torch.tensor([[1, side, side]]))
-    assert len(enc._graphed._graphs) == count
+    assert len(enc.tower.graphs._graphs) == count
     with pytest.raises(ValueError, match=f"max_tokens: expected at most {MOST_PATCHES // 4}"):
         enc.warmup(10**6)
     with pytest.raises(ValueError, match="max_tokens: expected a positive number of tokens, got 0"):
@@ -162,7 +162,7 @@ def test_batches_beyond_every_graph():
     grid = [[1, 200, 200]]
     pixels = pixels_of(grid, enc)
     check(enc, grid, pixels, enc(pixels, torch.tensor(grid)))
-    assert not enc._graphed._graphs
+    assert not enc.tower.graphs._graphs
 
 
 @needs_gpu
