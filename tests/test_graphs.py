@@ -130,6 +130,40 @@ def test_a_tower_that_was_converted_gets_new_graphs():
 
 
 @needs_gpu
+def test_a_weight_that_lies_elsewhere_is_read_there():
+    """Its old memory stays readable: graphs are launched before anything is looked at."""
+    enc, grid = encoder(), [[1, 8, 8]]
+    pixels = pixels_of(grid, enc)
+    enc(pixels, torch.tensor(grid))
+    weight = enc.tower.blocks[1].attn.qkv.weight
+    weight.data = weight.data * 2
+    torch.cuda.empty_cache()
+    check(enc, grid, pixels, enc(pixels, torch.tensor(grid)))
+    weight.mul_(0.5)
+    check(enc, grid, pixels, enc(pixels, torch.tensor(grid)))
+    enc.tower.blocks[1].attn.proj.weight.requires_grad_()
+    with pytest.raises(ValueError, match="gives no gradients"):
+        enc(pixels, torch.tensor(grid))
+
+
+@needs_gpu
+def test_graphs_are_the_towers():
+    """Encoders of one tower share them, and they hold no memory of a tower that has left the GPU."""
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    enc, grid = encoder(), [[1, 64, 64]]
+    pixels = pixels_of(grid, enc)
+    expected = enc(pixels, torch.tensor(grid)).pooler_output.clone()
+    graphs = enc.tower.graphs
+    assert torch.equal(Encoder(enc.tower)(pixels, torch.tensor(grid)).pooler_output, expected)
+    assert enc.tower.graphs is graphs
+    enc.tower.cpu()
+    del graphs, pixels, expected
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= before + 40 * 2**20  # cuBLAS keeps room to work in
+
+
+@needs_gpu
 def test_a_copy_has_graphs_of_its_own():
     enc = encoder()
     grid = [[1, 8, 8]]
