@@ -143,7 +143,8 @@ class Encoder:
         """
         processor = self.image_processor.with_bounds(min_pixels, max_pixels, size)
         once = isinstance(self.tower, FastTower)  # repeats an image's one frame itself; those of a video may differ
-        return self._embed(processor.each(images, resize=resize, do_rescale=do_rescale, channels=channels, once=once))
+        items = processor.each(images, resize=resize, do_rescale=do_rescale, channels=channels, once=once)
+        return self._embed(items, once=once)
 
     def encode_video(
         self,
@@ -179,10 +180,10 @@ class Encoder:
         return self._embed([pixels], video=True)
 
     @torch.no_grad()
-    def _embed(self, items: Iterable[tuple[Tensor, Tensor]], video: bool = False) -> Embeddings:
+    def _embed(self, items: Iterable[tuple[Tensor, Tensor]], video: bool = False, once: bool = False) -> Embeddings:
         grids, layers = [], []  # of each batch: its grids; its tokens, then its DeepStack features
         for pixel_values, grid in batches(items, PATCHES_PER_BATCH):
-            output = self._run(pixel_values, grid)
+            output = self._run(pixel_values, grid) if once else self(pixel_values, grid)
             grids.append(grid)
             layers.append([output.pooler_output, *output.deepstack_features])
         packed, *deepstack = (torch.cat(layer) for layer in zip(*layers, strict=True))

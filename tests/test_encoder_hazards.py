@@ -84,15 +84,15 @@ def test_an_impossible_output_is_refused_before_any_work(tmp_path, capsys, outpu
 
 def test_hidden_states_of_earlier_batches_are_let_go(monkeypatch):
     enc, alive, most = small_encoder(), [], []
-    run = Encoder._run
+    call = Encoder.__call__
 
     def watched(self, pixel_values, grid):
         most.append(sum(ref() is not None for ref in alive))
-        output = run(self, pixel_values, grid)
+        output = call(self, pixel_values, grid)
         alive.append(weakref.ref(output.last_hidden_state))
         return TowerOutput(output.last_hidden_state, output.pooler_output, output.deepstack_features)
 
-    monkeypatch.setattr(Encoder, "_run", watched)
+    monkeypatch.setattr(Encoder, "__call__", watched)
     monkeypatch.setattr(encoder_module, "PATCHES_PER_BATCH", 1)
     enc.encode([GREY] * 5)
     assert len(most) == 5
