@@ -43,8 +43,9 @@ class PatchEmbed(Packed):
     which the frames are summed would save these and 16 to 18 µs of the product, but rounding it to bf16 is a mistake
     that transformers does not make: the embedding's error becomes 1.26 to 1.29 times transformers' (1.03 to 1.08 where
     learned positions are added), that of a narrow tower grows by up to 7 % after 4 blocks and 3 % at full depth, of 5 %
-    allowed (CPU, weights that are bf16 themselves). A second weight for what rounding loses gives the error of two
-    frames again, and a product as long as theirs.
+    allowed (CPU, weights that are bf16 themselves; on the GPU, Qwen2.5-VL's after 4 blocks is 0.90 of transformers'
+    where two frames have 0.86). A second weight for what rounding loses gives the error of two frames again, and a
+    product as long as theirs.
     """
 
     def __init__(self, config: VisionConfig) -> None:
