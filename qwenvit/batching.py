@@ -13,7 +13,7 @@ def batches(items: Iterable[tuple[Tensor, Tensor]], most_patches: int) -> Iterat
     """Join consecutive items, as many as `most_patches` allows and at least one.
 
     Args:
-        items: `(pixel_values [patches, C·T·P·P], grid_thw [items, 3])` each; drawn one at a time.
+        items: `(pixel_values [patches, values], grid_thw [items, 3])` each; drawn one at a time.
         most_patches: rows of `pixel_values` in one batch.
 
     Yields:

@@ -66,6 +66,7 @@ class Graph:
         pool: Any,
     ) -> None:
         config, weight = tower.config, tower.patch_embed.weight
+        self.frames = tower.patch_embed.frames
         merge = config.spatial_merge_size
         self.merge_unit = config.merge_unit
         smallest = torch.tensor([[1, merge, merge]], device="cpu")
@@ -91,7 +92,10 @@ class Graph:
         patches = len(pixel_values)
         tokens = patches // self.merge_unit
         self.table.copy_(table, non_blocking=True)
-        self.pixel_values[:patches].copy_(pixel_values, non_blocking=pixel_values.is_cuda)
+        rows = self.pixel_values[:patches]
+        if pixel_values.shape[1] < rows.shape[1]:  # one frame of still images; a copy would move its repetitions too
+            pixel_values = pixel_values.to(rows.device, rows.dtype)
+        self.frames(rows).copy_(self.frames(pixel_values), non_blocking=pixel_values.is_cuda)
         self.graph.replay()
         hidden, *merged = self.outputs
         written = [hidden[:patches], *(layer[:tokens] for layer in merged)]

@@ -11,6 +11,7 @@ from qwenvit import demo
 from qwenvit.arguments import Impl, check_device, check_dtype, check_pixel_values
 from qwenvit.batching import PATCHES_PER_BATCH, batches
 from qwenvit.checkpoint import directory_of, load_tower, locate, save_tower
+from qwenvit.fast import FastTower
 from qwenvit.graphs import graphs_of
 from qwenvit.grid import GridPlan, check_grid
 from qwenvit.images import Backend, Channels, ImageInput
@@ -140,7 +141,9 @@ class Encoder:
             OverflowError: the tower left the range of float16.
         """
         processor = self.image_processor.with_bounds(min_pixels, max_pixels, size)
-        return self._embed(processor.each(images, resize=resize, do_rescale=do_rescale, channels=channels))
+        once = isinstance(self.tower, FastTower)  # repeats an image's one frame itself; those of a video may differ
+        items = processor.each(images, resize=resize, do_rescale=do_rescale, channels=channels, once=once)
+        return self._embed(items, once=once)
 
     def encode_video(
         self,
@@ -171,21 +174,15 @@ class Encoder:
             ValueError, TypeError: frames or options that cannot be used, named with what was expected.
             OverflowError: the tower left the range of float16.
         """
-        pixels = self.video_processor(
-            frames,
-            min_pixels=min_pixels,
-            max_pixels=max_pixels,
-            size=size,
-            channels=channels,
-            cap_pixels_per_frame=cap_pixels_per_frame,
-        )
+        processor = self.video_processor.with_bounds(min_pixels, max_pixels, size)
+        pixels = processor(frames, channels=channels, cap_pixels_per_frame=cap_pixels_per_frame)
         return self._embed([pixels], video=True)
 
     @torch.no_grad()
-    def _embed(self, items: Iterable[tuple[Tensor, Tensor]], video: bool = False) -> Embeddings:
+    def _embed(self, items: Iterable[tuple[Tensor, Tensor]], video: bool = False, once: bool = False) -> Embeddings:
         grids, layers = [], []  # of each batch: its grids; its tokens, then its DeepStack features
         for pixel_values, grid in batches(items, PATCHES_PER_BATCH):
-            output = self(pixel_values, grid)
+            output = self._run(pixel_values, grid) if once else self(pixel_values, grid)
             grids.append(grid)
             layers.append([output.pooler_output, *output.deepstack_features])
         packed, *deepstack = (torch.cat(layer) for layer in zip(*layers, strict=True))
@@ -211,6 +208,9 @@ class Encoder:
         """
         grid = check_grid(grid_thw, self.config.spatial_merge_size)
         check_pixel_values(pixel_values, grid, self.config)
+        return self._run(pixel_values, grid)
+
+    def _run(self, pixel_values: Tensor, grid: Tensor) -> TowerOutput:
         graphs = graphs_of(self.tower)
         if graphs is not None:
             return graphs(pixel_values, grid)

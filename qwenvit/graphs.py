@@ -104,7 +104,8 @@ class GraphedTower:
         """Encode packed patches.
 
         Args:
-            pixel_values: `[patches, C·T·P·P]` in any floating dtype, on any device.
+            pixel_values: `[patches, C·T·P·P]`, or `[patches, C·P·P]` of still images alone, in any floating dtype, on
+                any device.
             grid: `[items, 3]` int64 on the CPU, checked.
 
         Raises:

@@ -4,7 +4,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -143,14 +143,18 @@ class ImageProcessor(PatchProcessor):
         resize: Backend | None = None,
         do_rescale: bool = True,
         channels: Channels = None,
+        once: bool = False,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """The images one at a time, each opened only when it is asked for: `(pixel_values, image_grid_thw [1, 3])`.
 
-        Arguments and errors are those of calling the processor; errors come while iterating.
+        Arguments and errors are those of calling the processor; errors come while iterating. `once=True` gives the
+        image's one frame without its repetitions, `[patches, C·P·P]`.
         """
         backend = self.resize if resize is None else resize
         _check_backend(backend)
         own = self.with_bounds(min_pixels, max_pixels, size)
+        if once:
+            own = replace(own, temporal_patch_size=1)
         for index, image in enumerate(each_image(images)):
             name = f"images[{index}]"
             opened = open_image(image, channels=channels, do_rescale=do_rescale, backend=backend, name=name)
@@ -160,8 +164,8 @@ class ImageProcessor(PatchProcessor):
                 raise ValueError(f"{name}: {error}") from error
             _, rows, columns = grid
             frame = resize_frames(opened[None], rows * self.patch_size, columns * self.patch_size, backend)
-            still = frame.expand(self.temporal_patch_size, -1, -1, -1)
-            yield self.pixel_values(still, backend), torch.tensor([grid], device="cpu")
+            still = frame.expand(own.temporal_patch_size, -1, -1, -1)
+            yield own.pixel_values(still, backend), torch.tensor([grid], device="cpu")
 
 
 def read_processors(directory: str | os.PathLike[str], family: str) -> tuple[ImageProcessor, VideoProcessor]:
