@@ -10,7 +10,9 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import torch
 from e2e_cases import MODELS, all_cases, read_vllm
@@ -24,6 +26,7 @@ from qwenvit.registry import published_config
 SIZES, PROFILE, GRAPHS, COLD = "random sizes", "profile", "graphs", "cold process"
 EXTRAS = (SIZES, PROFILE, GRAPHS, COLD)
 PROFILED = ("448²", "896²", "1344²")
+Part = Callable[[str], AbstractContextManager[None]]
 LIMIT = 900
 """Seconds after which the process of a model is ended."""
 SAID = ("models", "json", "read", "chart", "readme")
@@ -58,21 +61,31 @@ def run_model(model: str, options: argparse.Namespace, limits: Ceilings, keep: C
             torch.cuda.empty_cache()
 
     bench: Bench | None = None
+    vllm = read_vllm(options.vllm) if options.vllm else {}
     with part("weights and parity"):
-        vllm = read_vllm(options.vllm) if options.vllm else {}
         bench = Bench(model, options)
         worst = max(bench.gate, key=lambda check: check.value / check.bound if check.bound else check.value)
         passed = f"{sum(check.passed for check in bench.gate)} of {len(bench.gate)} checks pass"
         result["gate"] = f"{passed}, nearest its bound: {worst.name} {worst.value:.3g} (≤ {worst.bound:g})"
-    if bench is None:
-        return result
+    if bench is not None:
+        run_parts(bench, result, options, vllm, part)
+    progress("")
+    result["complete"] = True  # it came to its end, whatever failed
+    keep(result)
+    return result
+
+
+def run_parts(
+    bench: Bench, result: Result, options: argparse.Namespace, vllm: dict[Any, dict[str, float]], part: Part
+) -> None:
+    """What was asked for, into the result."""
     if COLD in options.cases:
         with part(COLD):
             result["cold"] = bench.cold()
     for case in (case for case in all_cases(bench.config) if case.name in options.cases):
         with part(case.name):
             row = bench.measure(case)
-            own = vllm.get((model, case.patches, bool(case.frames)), {}) if len(case.grid) == 1 else {}
+            own = vllm.get((result["model"], case.patches, bool(case.frames)), {}) if len(case.grid) == 1 else {}
             row["times"] |= {name: {"median": seconds} for name, seconds in own.items()}
             if not own:
                 row["missing"]["vLLM"] = "its own bench has not this case" if vllm else "no figures were given (--vllm)"
@@ -86,10 +99,6 @@ def run_model(model: str, options: argparse.Namespace, limits: Ceilings, keep: C
     if GRAPHS in options.cases:
         with part(GRAPHS):
             result["graphs"] = bench.graphs()
-    progress("")
-    result["complete"] = True
-    keep(result)
-    return result
 
 
 def run_apart(model: str, options: argparse.Namespace, script: Path) -> Result:
@@ -105,7 +114,7 @@ def run_apart(model: str, options: argparse.Namespace, script: Path) -> Result:
         except subprocess.TimeoutExpired:
             ended = f"was ended after {LIMIT} s"
         result = json.loads(file.read_text())[0] if file.exists() else blank(model)
-    if not result["complete"] and not result["failed"]:
+    if not result["complete"]:
         result["failed"].append(("its process", ended))
     return result
 
