@@ -2,7 +2,7 @@
 
 Weights are seeded, shapes the registry's. Results are compared with fp32 first: where ours are further from it than
 1.05 times transformers' own, no speedup is printed. Prints markdown; progress goes to stderr. Several models run in
-processes of their own, one after another: about four minutes each with every case and rival.
+processes of their own, one after another, a few minutes each.
 
     python scripts/bench_e2e.py --fa3 fa3.so --timm FOLDER --vllm FOLDER --json towers.json
     python scripts/bench_e2e.py --read towers.json --readme README.md --chart scripts/readme/towers.png
