@@ -14,14 +14,13 @@ from typing import Any
 import torch
 import torch.fx.experimental._config
 from e2e_cases import Case, picture_of
+from e2e_timing import Outputs
 from hf_towers import forward
 from kernel_baselines import fa2, fa3
 from torch import Tensor, nn
 
 from qwenvit.config import VisionConfig
 
-Outputs = list[Tensor]
-"""Tokens, then DeepStack features."""
 Call = Callable[[], Outputs]
 Prepare = Callable[[Case, Tensor], Call]
 """Case and pixel values -> the call to time; ValueError with the reason where there is none."""
@@ -132,7 +131,7 @@ def compiled(fast: Callable[..., Any], config: VisionConfig, graph: bool) -> Pre
 
 
 def captured(call: Call) -> Call:
-    """The same in a CUDA graph, which reads the very tensors that the call read; results are copied out."""
+    """The same in a CUDA graph, which reads the very tensors that the call holds; results are copied out."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -143,7 +142,7 @@ def captured(call: Call) -> Call:
     with torch.cuda.graph(graph, stream=stream):
         outputs = call()
 
-    def replay() -> Outputs:
+    def replay(_: Call = call) -> Outputs:  # holds the call, without whose tensors the graph would read others' memory
         graph.replay()
         return [output.clone() for output in outputs]
 

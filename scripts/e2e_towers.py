@@ -5,25 +5,24 @@ import copy
 import gc
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from compare_hf import check_ends, run_ours, run_theirs
-from e2e_cases import MODELS, Case, all_cases, gate_case, pixel_values, random_sizes
-from e2e_report import NO_DEEPSTACK, OURS, Row
+from e2e_cases import MODELS, Case, gate_case, pixel_values, random_sizes
+from e2e_cold import cold_start
+from e2e_graphs import exact, graph_costs, rounding_by
 from e2e_rivals import NAMES, SDPA, TIMM, Call, Outputs, Prepare, eager, timm_tower, transformers_rivals
+from e2e_timing import kernel_times, memory_of, replay_time, take_turns
+from e2e_verdicts import NO_DEEPSTACK, OURS, Row
 from hf_towers import build_tower, save_tower
-from kernel_timing import held_bytes, kernel_times, take_turns
 from torch import Tensor, nn
 
-from qwenvit import Encoder, cost, device_plan, parity
+from qwenvit import Encoder, cost, parity
 from qwenvit.fast import FastTower
-from qwenvit.graphs import Buffers, Graph
+from qwenvit.graphs import capacity_for
 from qwenvit.grid import GridPlan
 from qwenvit.registry import published_config
 
@@ -31,28 +30,22 @@ DTYPE = torch.bfloat16
 CUDA = torch.device("cuda")
 RIVALS = 3.0
 """Most that a rival's error may be of transformers' own: the same work, but not held to our standard."""
-SECONDS, ROUNDS = 1.0, (4, 40)
-"""How long the contenders of a case take turns, and how often at least and at most."""
+ROUNDS, SHARE, FEWEST = 16, 0.4, 5
+"""Turns of each contender of a case; of a rival that would take longer than so many seconds, fewer, but five."""
 
 
 class Bench:
-    """Towers of one model with the same weights, and what is measured on them."""
+    """Towers of one model with the same weights, and what is measured on them. It keeps no CUDA graph between."""
 
     def __init__(self, model: str, options: argparse.Namespace) -> None:
         self.model, self.config = model, published_config(MODELS[model])
         self.hf = build_tower(self.config, dtype=DTYPE, device=CUDA)
         self.truth = copy.deepcopy(self.hf).float()
-        first = all_cases(self.config)[0]
-        pixels = pixel_values(first, self.config, CUDA, DTYPE)
-        with tempfile.TemporaryDirectory() as folder:
-            source = save_tower(self.hf, self.config, Path(folder))
-            start = time.perf_counter()
-            self.encoder = Encoder.from_pretrained(source, device=CUDA, dtype=DTYPE, impl="triton")
-            self.encoder(pixels, first.grid_thw()).pooler_output.sum().item()
-            self.load = time.perf_counter() - start
-            exact = Encoder.from_pretrained(source, device=CUDA, dtype=torch.float32, impl="triton")
-            self.gate = self.judge(exact)
-        weights = sum(parameter.nbytes for parameter in self.encoder.tower.parameters())
+        self.folder = tempfile.TemporaryDirectory()
+        source = save_tower(self.hf, self.config, Path(self.folder.name))
+        self.tower = Encoder.from_pretrained(source, device=CUDA, dtype=DTYPE, impl="triton").tower
+        self.gate = self.judge(Encoder.from_pretrained(source, device=CUDA, dtype=torch.float32, impl="triton"))
+        weights = sum(parameter.nbytes for parameter in self.tower.parameters())
         self.padding = weights - cost.parameters(self.config) * DTYPE.itemsize
         self.rivals = transformers_rivals(self.hf, self.config, options.rivals, options.fa3 is not None)
         given = {"fa3": options.fa3, "timm": options.timm}
@@ -64,20 +57,24 @@ class Bench:
             except Exception as error:  # noqa: BLE001 (named with the reason, and the others run)
                 self.absent[TIMM] = first_line(error)
 
+    def cold(self) -> dict[str, Any]:
+        """Load to first embedding in a process of its own."""
+        return cold_start(Path(self.folder.name))
+
     def judge(self, exact: Encoder) -> list[parity.Check]:
         """The whole gate of `compare_hf.py`, on images of awkward sizes and a video."""
         case = gate_case(self.config)
         inputs = pixel_values(case, self.config, CUDA, DTYPE).float(), case.grid_thw()
         true_outputs, true_calls = run_theirs(self.truth, *inputs)
         our_truths, _ = run_ours(exact, *inputs)
-        (ours, our_calls), (theirs, their_calls) = run_ours(self.encoder, *inputs), run_theirs(self.hf, *inputs)
+        (ours, our_calls), (theirs, their_calls) = run_ours(Encoder(self.tower), *inputs), run_theirs(self.hf, *inputs)
         checks = [parity.close(name, a, b) for (name, a), (_, b) in zip(our_truths, true_outputs, strict=True)]
-        calls = (self.encoder.tower.blocks, our_calls), (self.hf.blocks, their_calls)
+        calls = (self.tower.blocks, our_calls), (self.hf.blocks, their_calls)
         return checks + parity.blocks_no_worse(*calls, true_calls) + check_ends(ours, theirs, true_outputs)
 
     def ours(self, case: Case, pixels: Tensor, tower: nn.Module | None = None) -> Call:
         """A new encoder, without graphs, around our tower."""
-        encoder, grid = Encoder(tower or self.encoder.tower), case.grid_thw()
+        encoder, grid = Encoder(tower or self.tower), case.grid_thw()
 
         def call() -> Outputs:
             output = encoder(pixels, grid)
@@ -87,43 +84,47 @@ class Bench:
 
     def without_deepstack(self) -> Prepare:
         tower = FastTower(replace(self.config, deepstack_visual_indexes=())).to(CUDA, DTYPE)
-        tower.load_state_dict(self.encoder.tower.state_dict(), strict=False)
+        tower.load_state_dict(self.tower.state_dict(), strict=False)
         return lambda case, pixels: self.ours(case, pixels, tower)
 
     def measure(self, case: Case) -> Row:
         """Check, then time."""
         pixels = pixel_values(case, self.config, CUDA, DTYPE)
         truth = eager(self.truth, "sdpa")(case, pixels.float())()
-        reference = eager(self.hf, "sdpa")(case, pixels)()
+        theirs, reference = memory_of(lambda: eager(self.hf, "sdpa")(case, pixels))
+        peak, _ = memory_of(lambda: self.ours(case, pixels))
+        gc.collect()
         row: Row = {"name": case.name, "grid": case.grid, "patches": case.patches, "frames": case.frames}
-        row |= {"missing": dict(self.absent), "peak": {}, "errors": {SDPA: errors(reference, truth)}, "first": {}}
+        row |= {"missing": dict(self.absent), "errors": {SDPA: errors(reference, truth)}}
+        row["peak"] = {OURS: peak + self.padding, SDPA: theirs}
         calls: dict[str, Call] = {}
         for name, prepare in {OURS: self.ours, **self.rivals}.items():
             try:
-                calls[name], row["peak"][name], row["first"][name], out = set_up(prepare, case, pixels)
-                row["errors"][name] = errors(out, truth)
+                call = prepare(case, pixels)
+                call()
+                row["errors"][name] = errors(call(), truth)
                 if name != OURS and (wrong := failures(row["errors"][name], row["errors"][SDPA], RIVALS)):
                     raise ValueError(f"other work: {wrong[0]}")
-                del out
+                calls[name] = call
             except Exception as error:  # a rival that fails is named with the reason, and others run
                 if name == OURS:
                     raise
                 row["missing"][name] = first_line(error)
-                calls.pop(name, None)
-        row["peak"][OURS] += self.padding
         failed = failures(row["errors"][OURS], row["errors"][SDPA]) + [c.name for c in self.gate if not c.passed]
         row |= {"passed": not failed, "failure": "; ".join(failed)}
-        row["times"] = {name: quantiles(times) for name, times in take_turns(calls, SECONDS, *ROUNDS).items()}
+        turns = take_turns(calls, ROUNDS, SHARE, FEWEST, always={OURS})
+        row["times"] = {name: quantiles(times) for name, times in turns.items()}
         row["flops"] = cost.flops(self.config, GridPlan.build(case.grid_thw(), self.config))
         return row
 
     def sizes(self) -> list[Row]:
-        """Random sizes, each beside a graph of its exact shape."""
-        found = []
+        """Random sizes by an encoder that meets one after another, each beside one of its exact capacity."""
+        found, encoder = [], Encoder(self.tower)
         for case in random_sizes(self.config):
             pixels, grid = pixel_values(case, self.config, CUDA, DTYPE), case.grid_thw()
-            calls = {"ours": partial(self.encoder, pixels, grid), "exact": self.exact(grid, pixels)}
-            medians = {name: statistics.median(times) for name, times in take_turns(calls, 0.2, *ROUNDS).items()}
+            ours = rounding_by(capacity_for, encoder, pixels, grid)
+            calls = {"ours": ours, "exact": rounding_by(exact, Encoder(self.tower), pixels, grid)}
+            medians = {name: statistics.median(times) for name, times in take_turns(calls, ROUNDS, 1, ROUNDS).items()}
             found.append({"name": case.name, "patches": case.patches, **medians})
         return found
 
@@ -131,32 +132,11 @@ class Bench:
         """Where the time of one forward pass goes."""
         call = self.ours(case, pixel_values(case, self.config, CUDA, DTYPE))
         call()
-        return kernel_times(call)
+        return {"replay": replay_time(call), **kernel_times(call)}
 
-    def exact(self, grid: Tensor, pixels: Tensor) -> Callable[[], Any]:
-        """A graph with room for this input and no more; the table of the grid is made and copied as ever."""
-        tower = self.encoder.tower
-        need = device_plan.measure(grid, self.config)
-        angles = device_plan.angle_tables(self.config, need.side, CUDA)
-        with torch.no_grad():
-            graph = Graph(tower, need, angles, Buffers(), torch.cuda.Stream(), torch.cuda.graph_pool_handle())
-        return lambda: graph.replay(device_plan.tabulate(grid, self.config, need.items).pin_memory(), pixels)
-
-
-def set_up(prepare: Prepare, case: Case, pixels: Tensor) -> tuple[Call, int, float, Outputs]:
-    """A call, its peak memory with what it keeps, seconds that the first one took, and what it returns."""
-    gc.collect()
-    torch.cuda.synchronize()
-    held, start = held_bytes(), time.perf_counter()
-    call = prepare(case, pixels)
-    call()
-    torch.cuda.synchronize()
-    first = time.perf_counter() - start
-    kept, before = held_bytes() - held, torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    out = call()
-    torch.cuda.synchronize()
-    return call, kept + torch.cuda.max_memory_allocated() - before, first, out
+    def graphs(self) -> dict[str, Any]:
+        """What captures cost."""
+        return graph_costs(self.tower, DTYPE)
 
 
 def errors(outputs: Outputs, truth: Outputs) -> list[float]:

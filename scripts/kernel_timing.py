@@ -1,19 +1,13 @@
-"""How kernels are timed: medians of CUDA graphs, in turns, over inputs that do not fit in the cache; and ceilings.
-
-Whole towers are timed by the clock on the wall, in turns, and their memory counts what their graphs keep.
-"""
+"""How kernels are timed: medians of CUDA graphs, in turns, over inputs that do not fit in the cache; and ceilings."""
 
 import platform
 import re
 import statistics
 import subprocess
-import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any
 
 import torch
 import triton
@@ -101,45 +95,6 @@ def peak_bytes(call: Call, inputs: Inputs) -> int:
     extra = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
     del outputs
     return extra
-
-
-def held_bytes() -> int:
-    """Memory in use, and memory that CUDA graphs keep for themselves."""
-    kept = (part for part in torch.cuda.memory_snapshot() if tuple(part["segment_pool_id"]) != (0, 0))
-    return torch.cuda.memory_allocated() + sum(part["total_size"] - part["allocated_size"] for part in kept)
-
-
-def take_turns(
-    calls: Mapping[str, Callable[[], object]], seconds: float, fewest: int, most: int
-) -> dict[str, list[float]]:
-    """Seconds on the wall of each call of each contender, until its result is there; one round comes before."""
-    spent: dict[str, list[float]] = {name: [] for name in calls}
-    end = time.perf_counter() + seconds
-    for number in range(most + 1):
-        for name, call in calls.items():
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            out = call()
-            torch.cuda.synchronize()
-            spent[name].append(time.perf_counter() - start)
-            del out
-        if number >= fewest and time.perf_counter() > end:
-            break
-    return {name: times[1:] for name, times in spent.items()}
-
-
-def kernel_times(call: Callable[[], object]) -> dict[str, Any]:
-    """Kernels of one call, by time, and how long it takes the GPU from the first to the last; µs."""
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        call()
-        torch.cuda.synchronize()
-    events = [event for event in profile.events() if event.device_type == DeviceType.CUDA]
-    spent, calls = Counter[str](), Counter(event.name for event in events)
-    for event in events:
-        spent[event.name] += event.time_range.elapsed_us()
-    span = max(event.time_range.end for event in events) - min(event.time_range.start for event in events)
-    return {"span": span, "kernels": [{"name": n, "calls": calls[n], "us": us} for n, us in spent.most_common()]}
 
 
 LIBRARIES = {"cuDNN": r"cudnn", "FlashAttention": r"flash", "cuBLAS": r"nvjet|gemm|cublas|cutlass|splitK"}
