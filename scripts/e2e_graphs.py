@@ -1,5 +1,6 @@
 """What CUDA graphs cost: time and memory of a capture, the host's part of a call, and room to spare."""
 
+import copy
 import statistics
 import time
 from collections.abc import Callable
@@ -22,31 +23,28 @@ LATER = 5
 """Calls after a capture, whose median is taken off the first one's time."""
 
 
+def afresh(tower: FastTower) -> Encoder:
+    """An encoder of the same weights, whose tower has no graphs yet."""
+    twin = copy.copy(tower)
+    twin.graphs = None
+    return Encoder(twin)
+
+
 def rounding_by(capacity: Callable[[Capacity, int], Capacity], encoder: Encoder, pixels: Tensor, grid: Tensor) -> Call:
-    """A call of an encoder that finds a graph's capacity by this function; nothing else about it changes.
+    """A call of an encoder that found its graph's capacity by this function when it first met the grid.
 
     Raises:
         RuntimeError: the function is not asked, or no graph is replayed.
     """
-    asked = []
-
-    def instead(need: Capacity, merge_unit: int) -> Capacity:
-        asked.append(need)
-        return capacity(need, merge_unit)
-
-    def call() -> object:
-        usual, graphs.capacity_for = graphs.capacity_for, instead
-        try:
-            return encoder(pixels, grid)
-        finally:
-            graphs.capacity_for = usual
-
     replay = torch.cuda.CUDAGraph.replay
-    with mock.patch.object(torch.cuda.CUDAGraph, "replay", autospec=True, side_effect=replay) as replays:
-        call()
-    if not (asked and replays.called):
+    with (
+        mock.patch.object(graphs, "capacity_for", side_effect=capacity) as asked,
+        mock.patch.object(torch.cuda.CUDAGraph, "replay", autospec=True, side_effect=replay) as replays,
+    ):
+        encoder(pixels, grid)
+    if not (asked.called and replays.called):
         raise RuntimeError("the encoder asks no qwenvit.graphs.capacity_for, or replays no graph of that capacity")
-    return call
+    return partial(encoder, pixels, grid)
 
 
 def exact(need: Capacity, _: int) -> Capacity:
@@ -65,10 +63,10 @@ def graph_costs(tower: FastTower, dtype: torch.dtype) -> dict[str, Any]:
     def call_of(encoder: Encoder, case: Case) -> Call:
         return partial(encoder, pixel_values(case, config, device, dtype), case.grid_thw())
 
-    call_of(Encoder(tower), cases[LARGE])()  # compiles
-    call_of(Encoder(tower), cases[SMALL])()
+    call_of(afresh(tower), cases[LARGE])()  # compiles
+    call_of(afresh(tower), cases[SMALL])()
     clean()
-    encoder, found = Encoder(tower), dict[str, Any](capture={}, memory={})
+    encoder, found = afresh(tower), dict[str, Any](capture={}, memory={})
     for name in (LARGE, SMALL):
         call, held = call_of(encoder, cases[name]), held_bytes()
         first = wall(call)
@@ -79,7 +77,7 @@ def graph_costs(tower: FastTower, dtype: torch.dtype) -> dict[str, Any]:
     found["host"] = host_time(call_of(encoder, cases[SMALL]))
     del encoder
     clean()
-    server, held, driver = Encoder(tower), held_bytes(), driver_bytes()
+    server, held, driver = afresh(tower), held_bytes(), driver_bytes()
     start = time.perf_counter()
     found["graphs"] = server.warmup(cases[LARGE].patches // config.merge_unit)
     torch.cuda.synchronize()

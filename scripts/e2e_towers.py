@@ -13,12 +13,12 @@ import torch
 from compare_hf import check_ends, run_ours, run_theirs
 from e2e_cases import MODELS, Case, gate_case, pixel_values, random_sizes
 from e2e_cold import cold_start
-from e2e_graphs import exact, graph_costs, rounding_by
+from e2e_graphs import afresh, exact, graph_costs, rounding_by
 from e2e_rivals import NAMES, SDPA, TIMM, Call, Outputs, Prepare, eager, timm_tower, transformers_rivals
 from e2e_timing import kernel_times, memory_of, replay_time, take_turns
 from e2e_verdicts import NO_DEEPSTACK, OURS, Row
 from hf_towers import build_tower, save_tower
-from torch import Tensor, nn
+from torch import Tensor
 
 from qwenvit import Encoder, cost, parity
 from qwenvit.fast import FastTower
@@ -67,14 +67,14 @@ class Bench:
         inputs = pixel_values(case, self.config, CUDA, DTYPE).float(), case.grid_thw()
         true_outputs, true_calls = run_theirs(self.truth, *inputs)
         our_truths, _ = run_ours(exact, *inputs)
-        (ours, our_calls), (theirs, their_calls) = run_ours(Encoder(self.tower), *inputs), run_theirs(self.hf, *inputs)
+        (ours, our_calls), (theirs, their_calls) = run_ours(afresh(self.tower), *inputs), run_theirs(self.hf, *inputs)
         checks = [parity.close(name, a, b) for (name, a), (_, b) in zip(our_truths, true_outputs, strict=True)]
         calls = (self.tower.blocks, our_calls), (self.hf.blocks, their_calls)
         return checks + parity.blocks_no_worse(*calls, true_calls) + check_ends(ours, theirs, true_outputs)
 
-    def ours(self, case: Case, pixels: Tensor, tower: nn.Module | None = None) -> Call:
+    def ours(self, case: Case, pixels: Tensor, tower: FastTower | None = None) -> Call:
         """A new encoder, without graphs, around our tower."""
-        encoder, grid = Encoder(tower or self.tower), case.grid_thw()
+        encoder, grid = afresh(tower or self.tower), case.grid_thw()
 
         def call() -> Outputs:
             output = encoder(pixels, grid)
@@ -119,11 +119,11 @@ class Bench:
 
     def sizes(self) -> list[Row]:
         """Random sizes by an encoder that meets one after another, each beside one of its exact capacity."""
-        found, encoder = [], Encoder(self.tower)
+        found, encoder = [], afresh(self.tower)
         for case in random_sizes(self.config):
             pixels, grid = pixel_values(case, self.config, CUDA, DTYPE), case.grid_thw()
             ours = rounding_by(capacity_for, encoder, pixels, grid)
-            calls = {"ours": ours, "exact": rounding_by(exact, Encoder(self.tower), pixels, grid)}
+            calls = {"ours": ours, "exact": rounding_by(exact, afresh(self.tower), pixels, grid)}
             medians = {name: statistics.median(times) for name, times in take_turns(calls, ROUNDS, 1, ROUNDS).items()}
             found.append({"name": case.name, "patches": case.patches, **medians})
         return found

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import operator
 import subprocess
 import weakref
 from dataclasses import replace
@@ -19,6 +20,7 @@ from towers import SMALL
 
 from qwenvit import graphs
 from qwenvit.device_plan import Capacity
+from qwenvit.fast import FastTower
 
 
 def test_a_graph_keeps_what_its_call_reads(monkeypatch):
@@ -146,8 +148,9 @@ def test_exact_and_rounded_differ_in_capacity_alone(monkeypatch):
 
     assert usual(need, 4) != need
     for rounding, room in ((e2e_graphs.exact, need), (usual, usual(need, 4))):
-        e2e_graphs.rounding_by(rounding, encoder, "pixels", "grid")()
-        assert used[-2:] == [room, room]
+        call = e2e_graphs.rounding_by(rounding, encoder, "pixels", "grid")
+        assert used[-1] == room
+        assert (call.func, call.args) == (encoder, ("pixels", "grid"))
         assert graphs.capacity_for is usual
     with pytest.raises(ValueError, match="no pixels"):
         e2e_graphs.rounding_by(e2e_graphs.exact, encoder, None, "grid")
@@ -157,9 +160,18 @@ def test_exact_and_rounded_differ_in_capacity_alone(monkeypatch):
             e2e_graphs.rounding_by(rounding, deaf, "pixels", "grid")
 
 
+def test_afresh_means_the_same_weights_without_graphs():
+    tower = FastTower(replace(SMALL["qwen3_vl"], depth=1, deepstack_visual_indexes=()), "reference")
+    tower.graphs = "graphs"
+    encoder = e2e_graphs.afresh(tower)
+    assert encoder.tower.graphs is None
+    assert tower.graphs == "graphs"
+    assert all(map(operator.is_, encoder.tower.parameters(), tower.parameters()))
+
+
 def test_the_graphs_ask_for_their_capacity_where_it_is_replaced():
     """`rounding_by` replaces a name of `qwenvit.graphs`: the tower in graphs has to look it up there."""
-    assert "capacity_for" in graphs.GraphedTower._encode.__code__.co_names
+    assert "capacity_for" in graphs.GraphedTower._prepare.__code__.co_names
 
 
 def test_a_cold_process(tmp_path, monkeypatch):
