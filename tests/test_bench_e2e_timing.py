@@ -16,7 +16,7 @@ import e2e_timing
 import pytest
 import torch
 from hf_towers import build_tower, save_tower
-from towers import SMALL
+from towers import FULL, SMALL
 
 from qwenvit import graphs
 from qwenvit.device_plan import Capacity
@@ -161,7 +161,8 @@ def test_exact_and_rounded_differ_in_capacity_alone(monkeypatch):
 
 
 def test_afresh_means_the_same_weights_without_graphs():
-    tower = FastTower(replace(SMALL["qwen3_vl"], depth=1, deepstack_visual_indexes=()), "reference")
+    shape = {"depth": 1, "hidden_size": 160, "num_heads": 2, "intermediate_size": 320, "out_hidden_size": 8}
+    tower = FastTower(replace(FULL["qwen2_vl"], **shape), "reference")
     tower.graphs = "graphs"
     encoder = e2e_graphs.afresh(tower)
     assert encoder.tower.graphs is None
