@@ -17,10 +17,9 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
+from compare_inputs import KINDS, load_inputs, synthetic
 from hf_towers import build_tower, forward, load_weights, save_tower
-from PIL import Image
 from torch import Tensor, nn
 
 import qwenvit
@@ -32,9 +31,9 @@ from qwenvit.parity import BlockCall, Check, Difference, record
 from qwenvit.registry import PUBLISHED, published_config
 
 PINNED = "5.23."  # the transformers whose towers the reference tower equals to the last bit on a CPU
-AWKWARD_SIZES = ((448, 448), (1, 1), (30, 1000), (1003, 57), (333, 777), (512, 640))  # height x width
 
 Outputs = list[tuple[str, Tensor]]
+Pair = tuple[qwenvit.Encoder, nn.Module]
 Pairs = list[tuple[str, Tensor, Tensor]]
 
 
@@ -56,39 +55,47 @@ def compare(arguments: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as folder:
         if arguments.random:
             config = published_config(arguments.random)
-            tower = build_tower(config, dtype=torch.bfloat16, device=device)  # as published ones are stored
+            # in the dtype that published ones are stored in
+            tower = build_tower(config, dtype=torch.bfloat16, device=device, outliers=not arguments.no_outliers)
             source = save_tower(tower, config, Path(folder))
         else:
             source = locate(arguments.model)
         ours, theirs = load_both(source, arguments.impl, device, dtype)
         exact_rule = device.type == "cpu" and transformers.__version__.startswith(PINNED) and arguments.impl != "triton"
         truths = None if exact_rule else load_both(source, arguments.impl, device, torch.float32)
-    pictures = load_pictures(arguments.images)
-    pixel_values, grid = ours.image_processor([picture for _, picture in pictures], max_pixels=arguments.max_pixels)
-    inputs = pixel_values.to(device), grid
     print(f"transformers {transformers.__version__}, qwenvit {qwenvit.__version__}, torch {torch.__version__}")
-    print(f"{arguments.random or arguments.model}: {ours}, {len(pixel_values)} patches of {len(grid)} images")
-
-    our_outputs, our_calls = run_ours(ours, *inputs)
-    their_outputs, their_calls = run_theirs(theirs, *inputs)
-    pairs = [(f"block {i}", a.out, b.out) for i, (a, b) in enumerate(zip(our_calls, their_calls, strict=True))]
-    pairs += [(name, a, b) for (name, a), (_, b) in zip(our_outputs, their_outputs, strict=True)]
-    show_differences(pairs, len(our_outputs), grid, ours.config.merge_unit, [name for name, _ in pictures])
-    if truths is None:
-        checks = [parity.exact(*pair) for pair in pairs]
-    else:
-        our_truths, _ = run_ours(truths[0], *inputs)
-        true_outputs, true_calls = run_theirs(truths[1], *inputs)
-        checks = [parity.close(name, a, b) for (name, a), (_, b) in zip(our_truths, true_outputs, strict=True)]
-        if dtype != torch.float32:
-            checks += parity.blocks_no_worse((ours.tower.blocks, our_calls), (theirs.blocks, their_calls), true_calls)
-            checks += check_ends(our_outputs, their_outputs, true_outputs)
+    checks = []
+    for kind in arguments.input:
+        pixel_values, grid, names = load_inputs(ours, arguments.images, kind, arguments.max_pixels)
+        patches = f"{len(pixel_values)} patches of {', '.join(names)}"
+        print(f"\n{arguments.random or arguments.model}: {ours}, {patches}")
+        inputs = pixel_values.to(device), grid
+        checks += compare_on(inputs, names, (ours, theirs), truths)
     if arguments.rounds:
         show_times(ours, theirs, arguments.rounds)
     return verdict(checks)
 
 
-def load_both(source: Path, impl: str, device: torch.device, dtype: torch.dtype) -> tuple[qwenvit.Encoder, nn.Module]:
+def compare_on(inputs: tuple[Tensor, Tensor], names: list[str], towers: Pair, truths: Pair | None) -> list[Check]:
+    """Show how far apart two towers are on the same inputs; the rule's checks. `truths` are the same in fp32."""
+    ours, theirs = towers
+    our_outputs, our_calls = run_ours(ours, *inputs)
+    their_outputs, their_calls = run_theirs(theirs, *inputs)
+    pairs = [(f"block {i}", a.out, b.out) for i, (a, b) in enumerate(zip(our_calls, their_calls, strict=True))]
+    pairs += [(name, a, b) for (name, a), (_, b) in zip(our_outputs, their_outputs, strict=True)]
+    show_differences(pairs, len(our_outputs), inputs[1], ours.config.merge_unit, names)
+    if truths is None:
+        return [parity.exact(*pair) for pair in pairs]
+    our_truths, _ = run_ours(truths[0], *inputs)
+    true_outputs, true_calls = run_theirs(truths[1], *inputs)
+    checks = [parity.close(name, a, b) for (name, a), (_, b) in zip(our_truths, true_outputs, strict=True)]
+    if ours.dtype != torch.float32:
+        checks += parity.blocks_no_worse((ours.tower.blocks, our_calls), (theirs.blocks, their_calls), true_calls)
+        checks += check_ends(our_outputs, their_outputs, true_outputs)
+    return checks
+
+
+def load_both(source: Path, impl: str, device: torch.device, dtype: torch.dtype) -> Pair:
     """The same weights in both towers, read by code that has nothing in common."""
     ours = qwenvit.Encoder.from_pretrained(source, device=device, dtype=dtype, impl=impl)
     theirs = build_tower(read_config(source), dtype=dtype, device=device)
@@ -101,24 +108,17 @@ def parse_arguments() -> argparse.Namespace:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", help="directory or Hub repository of a checkpoint")
     source.add_argument("--random", choices=PUBLISHED, metavar="NAME", help=f"seeded weights: {', '.join(PUBLISHED)}")
-    parser.add_argument("--images", nargs="+", type=Path, help="default: synthetic ones of awkward sizes")
+    parser.add_argument("--no-outliers", action="store_true", help="seeded weights without channels 100 times larger")
+    pictures = parser.add_mutually_exclusive_group()
+    pictures.add_argument("--images", nargs="+", type=Path, default=[], help="files; default: synthetic pictures")
+    kinds = "; ".join(f"{kind}: {text}" for kind, text in KINDS.items())
+    pictures.add_argument("--input", nargs="+", choices=KINDS, default=["batch"], help=f"which synthetic ones; {kinds}")
     parser.add_argument("--max-pixels", type=int, help="shrink images to this area")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--impl", choices=("auto", "triton", "reference"), default="auto")
     parser.add_argument("--rounds", type=int, choices=range(1000), metavar="N", default=3, help="timed runs; 0: none")
     return parser.parse_args()
-
-
-def load_pictures(files: list[Path] | None) -> list[tuple[str, Image.Image | Path]]:
-    if files:
-        return [(file.name, file) for file in files]
-    return [(f"synthetic {height}x{width}", synthetic(height, width)) for height, width in AWKWARD_SIZES]
-
-
-def synthetic(height: int, width: int) -> Image.Image:
-    coarse = np.random.default_rng(0).integers(0, 256, (height // 9 + 1, width // 9 + 1, 3), dtype=np.uint8)
-    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def run_theirs(tower: nn.Module, pixel_values: Tensor, grid: Tensor) -> tuple[Outputs, list[BlockCall]]:

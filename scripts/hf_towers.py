@@ -51,6 +51,7 @@ def build_tower(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     seed: int = 0,
+    outliers: bool = True,
     variant: str | None = None,
 ) -> nn.Module:
     """A tower of transformers under sdpa attention, in eval mode, with weights from `seed_weights`.
@@ -60,6 +61,7 @@ def build_tower(
         dtype: of its parameters (RoPE frequencies stay fp32, as `from_pretrained` leaves them).
         device: where it lives.
         seed: of its weights.
+        outliers: whether some channels are much larger than the rest, see `seed_weights`.
         variant: a key of the class table other than the config's family, for the MoE twins.
     """
     config_class, tower = _load(variant or config.family)
@@ -67,7 +69,7 @@ def build_tower(
     values.pop("model_type")
     model = tower._from_config(config_class(**values), attn_implementation="sdpa", dtype=dtype)  # type: ignore[attr-defined]
     model.to(device).eval()
-    seed_weights(model, seed)
+    seed_weights(model, seed, outliers)
     return model
 
 
@@ -87,12 +89,13 @@ def forward(tower: nn.Module, pixel_values: Tensor, grid_thw: Tensor) -> tuple[T
 
 
 @torch.no_grad()
-def seed_weights(tower: nn.Module, seed: int) -> None:
-    """Weights of the size trained ones have, with outliers.
+def seed_weights(tower: nn.Module, seed: int, outliers: bool = True) -> None:
+    """Weights of the size trained ones have, by default with outliers.
 
-    A few hidden channels of every MLP are 100 times larger than the rest and read with weights 50 times smaller: 16-bit
-    arithmetic meets the range of trained towers, while the tower as a whole does not amplify rounding.
+    Those are a few hidden channels of every MLP, 100 times larger than the rest and read with weights 50 times smaller:
+    16-bit arithmetic meets the range of trained towers, while the tower as a whole does not amplify rounding.
     """
+    large, small = (100, 0.02) if outliers else (1, 1)
     device = next(tower.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
 
@@ -105,9 +108,9 @@ def seed_weights(tower: nn.Module, seed: int) -> None:
             if "patch_embed" in name:
                 values *= 0.1  # the stream starts faint, so that even a norm's eps shows
             if "fc1" in name or "up_proj" in name or name.endswith("mlp.0.weight"):
-                values[:: max(2, len(values) // 3)] *= 100
+                values[:: max(2, len(values) // 3)] *= large
             if "fc2" in name or "down_proj" in name or name.endswith("mlp.2.weight"):
-                values[:, :: max(2, values.shape[1] // 3)] *= 0.02
+                values[:, :: max(2, values.shape[1] // 3)] *= small
         elif "norm" in name or "ln_q" in name:
             values = 0.1 * normal(parameter) + (1.0 if name.endswith("weight") else 0.0)
         else:

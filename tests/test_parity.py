@@ -87,6 +87,15 @@ def test_compare_hf_passes_the_tower(checkpoint, dtype):
     assert "ratio" in done.stdout
 
 
+def test_compare_hf_feeds_one_image_and_a_video(checkpoint):
+    kinds = ("image", "video")
+    done = compare("--model", checkpoint, "--device", "cpu", "--max-pixels", 40000, "--rounds", 0, "--input", *kinds)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "patches of synthetic 448x448\n" in done.stdout
+    assert "patches of synthetic video\n" in done.stdout
+    assert "max_abs: 66 checks, worst 0, bound 0" in done.stdout
+
+
 def test_compare_hf_fails_weights_that_only_one_side_reads(checkpoint):
     """The script must be able to fail: here a stray file, read by one tower only, changes its weights."""
     weights = load_file(checkpoint / "model.safetensors")
