@@ -9,8 +9,9 @@ Results are copied out, so later calls leave them alone, and all graphs may use 
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import cast
 
 import torch
@@ -74,8 +75,6 @@ class GraphedTower:
     def __init__(self, tower: FastTower) -> None:
         self._tower = weakref.ref(tower)
         self._lock = threading.Lock()
-        # Said here and not by a decorator, which would import Dynamo with the package.
-        self._untraced = torch.compiler.disable(self._encode)
         self._grids: OrderedDict[bytes, tuple[Capacity, Capacity, Tensor]] = OrderedDict()
         self._begin()
 
@@ -111,7 +110,7 @@ class GraphedTower:
         Raises:
             ValueError: gradients are asked for, or the current stream is being captured.
         """
-        return self._untraced(pixel_values, grid)
+        return _untraced()(self, pixel_values, grid)
 
     def _encode(self, pixel_values: Tensor, grid: Tensor) -> TowerOutput:
         if torch.cuda.is_current_stream_capturing():
@@ -206,6 +205,12 @@ class GraphedTower:
                 raise
         self._graphs.move_to_end(key)
         return self._graphs[key]
+
+
+@cache
+def _untraced() -> Callable[[GraphedTower, Tensor, Tensor], TowerOutput]:
+    """`_encode`, which torch.compile leaves alone; no decorator of it, which would import Dynamo with the package."""
+    return torch.compiler.disable(GraphedTower._encode)
 
 
 @contextmanager

@@ -1,8 +1,13 @@
 """CUDA graphs of the fast tower: capacities, and any layout through any graph."""
 
+import contextlib
 import copy
+import gc
 import threading
+import weakref
 from dataclasses import replace
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,7 +18,7 @@ from towers import FULL, random_pixels
 from qwenvit import Encoder
 from qwenvit.device_plan import Capacity
 from qwenvit.fast import FastTower
-from qwenvit.graphs import MOST_PATCHES, capacity_for
+from qwenvit.graphs import MOST_PATCHES, GraphedTower, capacity_for
 from qwenvit.grid import GridPlan
 from qwenvit.reference import ReferenceTower
 
@@ -161,6 +166,25 @@ def test_graphs_are_the_towers():
     del graphs, pixels, expected
     torch.cuda.empty_cache()
     assert torch.cuda.memory_reserved() <= before + 40 * 2**20  # cuBLAS keeps room to work in
+
+
+def test_graphs_hold_no_reference_to_themselves(monkeypatch):
+    """Or their memory would stay until Python's collector of cycles comes by."""
+    cuda = SimpleNamespace(device=contextlib.nullcontext, Stream=Mock(), Event=Mock(), graph_pool_handle=Mock())
+    monkeypatch.setattr(torch, "cuda", cuda)
+    config = replace(FULL["qwen2_vl"], depth=1, hidden_size=160, num_heads=2, intermediate_size=320, out_hidden_size=8)
+    tower = FastTower(config)
+    tower.graphs = GraphedTower(tower)
+    watched = weakref.ref(tower.graphs)
+    gc.disable()
+    try:
+        tower.graphs = None
+        assert watched() is None
+        tower.graphs, alive = GraphedTower(tower), weakref.ref(tower)
+        del tower
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 @needs_gpu
