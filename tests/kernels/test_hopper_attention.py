@@ -18,7 +18,7 @@ from rope_attention_cases import HEAD_DIMS, error, packed, poisoned, truth
 
 from qwenvit import op_references
 from qwenvit.kernels import hopper_attention as kernel
-from qwenvit.kernels.hopper_attention import HopperConfig, hopper_attention, hopper_config
+from qwenvit.kernels.hopper_attention import hopper_attention
 
 DTYPES = (torch.bfloat16, torch.float16)
 ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -55,6 +55,8 @@ def compile_all():
     with (
         mock.patch.object(JITFunction, "run", compile_only),
         mock.patch.object(kernel, "_multiprocessors", return_value=132),
+        mock.patch.object(kernel, "Launch"),
+        mock.patch.object(kernel, "_launches", {}),
     ):
         for dtype in DTYPES:
             for head_dim in HEAD_DIMS:
