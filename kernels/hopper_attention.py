@@ -93,18 +93,21 @@ def _add_values(b_pairs, b_v, b_v_rest, b_out, b_rest, dtype: gl.constexpr, D: g
 
 @gluon.jit
 def _store(p_out, stride, n_rows, b_out, b_inverse, CHANNELS: gl.constexpr):
-    LAYOUT: gl.constexpr = b_out.type.layout
-    o_row = gl.arange(0, UNIT, layout=gl.SliceLayout(1, LAYOUT))
-    o_channel = gl.arange(0, b_out.shape[1], layout=gl.SliceLayout(0, LAYOUT))
-    b_inverse = gl.convert_layout(b_inverse, gl.SliceLayout(1, LAYOUT), assert_trivial=True)
+    """16 bytes a thread: as products leave them, 4 a thread, storing would take as long as a step."""
+    WIDTH: gl.constexpr = b_out.shape[1]
+    ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [4, 1], [1, 0])
+    b_inverse = gl.convert_layout(b_inverse, gl.SliceLayout(1, b_out.type.layout), assert_trivial=True)
+    b_out = gl.convert_layout((b_out * b_inverse[:, None]).to(p_out.dtype.element_ty), ROWS)
+    o_row = gl.arange(0, UNIT, layout=gl.SliceLayout(1, ROWS))
+    o_channel = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, ROWS))
     mask = (o_row < n_rows)[:, None] & (o_channel < CHANNELS)[None, :]
-    b_out = (b_out * b_inverse[:, None]).to(p_out.dtype.element_ty)
     gl.store(p_out + (o_row[:, None] * stride + o_channel[None, :]), b_out, mask=mask)
 
 
 @gluon.jit
 def _consume(SELF: gl.constexpr, state, out_ptr, qk_scale, D: gl.constexpr):
-    tickets, q_tiles, k_tiles, v_tiles, written, q_full, q_empty, k_full, v_full, empty, turns = state
+    tickets, q_tiles, k_tiles, v_tiles, barriers = state
+    written, q_full, q_empty, k_full, v_full, empty, turns = barriers
     dtype: gl.constexpr = out_ptr.dtype.element_ty
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, STEP, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
@@ -158,6 +161,7 @@ def _consume(SELF: gl.constexpr, state, out_ptr, qk_scale, D: gl.constexpr):
                 if D > 64:
                     b_rest *= gl.convert_layout(b_alpha, gl.SliceLayout(1, REST), assert_trivial=True)[:, None]
             n_rows, i_out, stride = read_place(tickets, i_done)
+            stride *= 8
             mbarrier.arrive(q_empty.index(slot), count=1)
             mbarrier.wait(v_full.index(i), phase)
             b_out, b_rest = _add_values(b_pairs, v_tiles[0].index(i), v_tiles[1].index(i), b_out, b_rest, dtype, D)
@@ -205,13 +209,7 @@ def _hopper_attention(
         tile_memory(2 * CONSUMERS, UNIT, dtype),
         tile_memory(STAGES, STEP, dtype),
         tile_memory(STAGES, STEP, dtype),
-        make_barriers(2, 1),
-        make_barriers(2, 1),
-        make_barriers(2, CONSUMERS),
-        make_barriers(STAGES, 1),
-        make_barriers(STAGES, 1),
-        make_barriers(STAGES, CONSUMERS),
-        make_barriers(CONSUMERS, 1),
+        make_barriers(),
     )
     q_pair, k_pair, v_pair = (q, q_rest), (k, k_rest), (v, v_rest)
     gl.warp_specialize(

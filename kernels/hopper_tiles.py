@@ -49,7 +49,7 @@ def tile_heights(n_tokens, n_segments, H, n_programs):
 
 
 @gluon.jit
-def _heights(cu_seqlens_ptr, n_segments, S, H):
+def used_heights(cu_seqlens_ptr, n_segments, S, H):
     """`tile_heights` for what is there: rows and segments may be room to spare."""
     n_tokens = gl.minimum(gl.load(cu_seqlens_ptr + n_segments), S)
     n_used = n_segments  # one, or as many as are not empty
@@ -117,7 +117,7 @@ def read_work(tickets, written, i_tile):
 
 @gluon.jit
 def read_place(tickets, i_tile):
-    """Rows, and where they go, in 16 bytes, and the stride: read last, since no register could hold them until then."""
+    """Rows, where they go, and their stride, in 16 bytes: read last, since no register could hold them until then."""
     b_ticket = tickets.index(i_tile & 1).load(gl.BlockedLayout([8], [32], [4], [0]))
     return _entry(b_ticket, 2), _entry(b_ticket, 3), _entry(b_ticket, 4)
 
@@ -137,10 +137,11 @@ def _copy(descriptors, b_first, b_rest, full, i_row, end, length, i_head, D: gl.
 @gluon.jit
 def produce(state, q, k, v, cu_seqlens_ptr, counter_ptr, n_segments, S, H, D: gl.constexpr):
     """The producer: tile after tile, tickets and copies, until there are no more."""
-    tickets, q_tiles, k_tiles, v_tiles, written, q_full, q_empty, k_full, v_full, empty, _ = state
+    tickets, q_tiles, k_tiles, v_tiles, barriers = state
+    written, q_full, q_empty, k_full, v_full, empty, _ = barriers
     ROW: gl.constexpr = 128 if D == 64 else 160
-    units, n_tall = _heights(cu_seqlens_ptr, n_segments, S, H)
-    b_one = (gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0])) == 0).to(gl.int32)
+    units, n_tall = used_heights(cu_seqlens_ptr, n_segments, S, H)
+    o_lane = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
     i_tile = gl.program_id(0)
     i_segment = 0
     i_first = 0
@@ -169,12 +170,12 @@ def produce(state, q, k, v, cu_seqlens_ptr, counter_ptr, n_segments, S, H, D: gl
         n_steps = (length + STEP - 1) // STEP
 
         # Asked for now and looked at when this tile is copied: the answer takes as long as half a step.
-        b_taken = gl.atomic_add(counter_ptr + b_one * 0, b_one, mask=b_one > 0, sem="relaxed")
+        b_taken = gl.atomic_add(counter_ptr + o_lane, o_lane + 1, mask=o_lane == 0, sem="relaxed")
         slot = i_done & 1
         mbarrier.wait(q_empty.index(slot), ((i_done >> 1) & 1) ^ 1)
         n_first_keys = length - (n_steps - 1) * STEP
         i_out = ((start + i_row) * H + i_head) * (D // 8)
-        _write_ticket(tickets.index(slot), n_steps, n_first_keys, past - i_row, i_out, H * D)
+        _write_ticket(tickets.index(slot), n_steps, n_first_keys, past - i_row, i_out, H * (D // 8))
         mbarrier.arrive(written.index(slot), count=1)
         mbarrier.expect(q_full.index(slot), CONSUMERS * UNIT * ROW)
         for i_consumer in gl.static_range(CONSUMERS):
@@ -192,7 +193,7 @@ def produce(state, q, k, v, cu_seqlens_ptr, counter_ptr, n_segments, S, H, D: gl
             mbarrier.expect(v_full.index(i), STEP * ROW)
             _copy(v, v_tiles[0].index(i), v_tiles[1].index(i), v_full.index(i), i_key, end, length, i_head, D)
         i_done += 1
-        i_tile = gl.num_programs(0) + gl.sum(gl.where(b_one > 0, b_taken, 0), 0)
+        i_tile = gl.num_programs(0) + gl.sum(gl.where(o_lane == 0, b_taken, 0), 0)
         i_segment, i_first = _find_segment(cu_seqlens_ptr, n_segments, S, H, i_segment, i_first, i_tile, units, n_tall)
     mbarrier.wait(q_empty.index(i_done & 1), ((i_done >> 1) & 1) ^ 1)
     _write_ticket(tickets.index(i_done & 1), 0, 0, 0, 0, 0)
@@ -204,12 +205,28 @@ def produce(state, q, k, v, cu_seqlens_ptr, counter_ptr, n_segments, S, H, D: gl
 
 
 @gluon.jit
-def make_barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
-    """COUNT barriers in shared memory, each of which waits for ARRIVALS."""
-    barriers = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(COUNT):
-        mbarrier.init(barriers.index(i), count=ARRIVALS)
-    return barriers
+def make_barriers():
+    """All barriers in shared memory: `written`, `q_full`, `q_empty`, `k_full`, `v_full`, `empty`, `turns`."""
+    SLOT: gl.constexpr = mbarrier.MBarrierLayout()
+    written = gl.allocate_shared_memory(gl.int64, [2, 1], SLOT)
+    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], SLOT)
+    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], SLOT)
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], SLOT)
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], SLOT)
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], SLOT)
+    turns = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], SLOT)
+    # Between two of the same array triton makes all threads wait, so each array's first ones go first.
+    for i in gl.static_range(STAGES):
+        if i < 2:
+            mbarrier.init(written.index(i), count=1)
+            mbarrier.init(q_full.index(i), count=1)
+            mbarrier.init(q_empty.index(i), count=CONSUMERS)
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=CONSUMERS)
+        if i < CONSUMERS:
+            mbarrier.init(turns.index(i), count=1)
+    return written, q_full, q_empty, k_full, v_full, empty, turns
 
 
 @gluon.jit
