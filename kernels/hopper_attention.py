@@ -17,15 +17,15 @@ the segment's own rows and their number: the same bits alone, among others, and 
 """
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
-from triton.runtime import driver
 
-from qwenvit.kernels.hopper_launch import Launch, copied, counter, maps
+from qwenvit.kernels.hopper_launch import Operand, copied, form, launch_of
 from qwenvit.kernels.hopper_tiles import (
     CONSUMERS,
     STAGES,
@@ -232,39 +232,32 @@ def _multiprocessors(device: torch.device) -> int:
     return properties.multi_processor_count
 
 
-_launches: dict[tuple, Launch] = {}
-"""By device, dtype and head_dim."""
+_kernels: dict[tuple, Any] = {}
+"""Compiled, by device, dtype and head_dim."""
 
 
-def hopper_attention(
-    q: Tensor | tuple[Tensor, Tensor],
-    k: Tensor | tuple[Tensor, Tensor],
-    v: Tensor | tuple[Tensor, Tensor],
-    cu_seqlens: Tensor,
-    scale: float,
-    out: Tensor,
-) -> None:
-    """Attention within segments of any length, into `out [S, H, D]`, contiguous, in bfloat16 or float16.
+def hopper_attention(q: Operand, k: Operand, v: Operand, cu_seqlens: Tensor, scale: float, out: Tensor) -> None:
+    """Attention within segments of any length, into `out [S, H, D]`, in bfloat16 or float16.
 
-    Queries, keys (both rotated) and values are `[S, H, D]` each, or two tensors: `[S, H, 64]`, and the other channels,
-    D - 64 of them, or 16 with zeros at the end. I/O: reads all three once, if K and V stay in L2, and writes `out`. A
-    segment of L tokens takes 4 L² H D FLOPs.
+    `out` is contiguous and begins at a multiple of 16 bytes. Queries, keys (both rotated) and values are `[S, H, D]`
+    each, or two tensors: `[S, H, 64]`, and the other channels, D - 64 of them, or 16 with zeros at the end. I/O: reads
+    all three once, if K and V stay in L2, and writes `out`. A segment of L tokens takes 4 L² H D FLOPs.
     """
     S, H, D = out.shape
+    device, dtype = out.device, out.dtype
     n_segments = len(cu_seqlens) - 1
-    device = out.device
-    pairs = [x if isinstance(x, tuple) else (x, x) for x in (q, k, v)]
-    found = maps(*pairs)
-    if found is None:
-        pairs = [copied(pair) for pair in pairs]
-        found = maps(*pairs)
-    stream = driver.active.get_current_stream(device.index)
-    pair = counter(device, stream)
     programs = min((S // 64 + n_segments) * H, _multiprocessors(device))
-    launch = _launches.get((device, out.dtype, D))
-    if launch is not None:
-        launch(programs, stream, found, out, cu_seqlens, pair, n_segments, S, H, scale * LOG2_E, D)
+    scalars = n_segments, S, H, scale * LOG2_E, D
+    launch = launch_of(form(q), form(k), form(v), device, dtype, programs, scalars)
+    if launch is None:
+        hopper_attention(copied(q), copied(k), copied(v), cu_seqlens, scale, out)
         return
-    arguments = (*found.descriptors, out, cu_seqlens, pair, n_segments, S, H, scale * LOG2_E, D)
-    kernel = _hopper_attention[programs, 1, 1](*arguments, num_warps=4, maxnreg=MAX_REGISTERS)
-    _launches[device, out.dtype, D] = Launch(kernel)
+    if launch.kernel is None:
+        kernel = _kernels.get((device, dtype, D))
+        if kernel is None:
+            arguments = launch.arguments(out, cu_seqlens)
+            kernel = _hopper_attention[programs, 1, 1](*arguments, num_warps=4, maxnreg=MAX_REGISTERS)
+            _kernels[device, dtype, D] = kernel
+            return
+        launch.bind(kernel)
+    launch(out, cu_seqlens)

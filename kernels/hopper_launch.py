@@ -18,13 +18,13 @@ from torch import Tensor
 from triton import knobs
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.runtime import driver
 
 COUNTERS = 2**14
 """Launches in CUDA graphs that have counters of their own; those captured later set theirs to zero themselves."""
 
 _LAYOUTS = {64: gl.NVMMASharedLayout(128, 16, 5), 16: gl.NVMMASharedLayout(32, 16, 5)}
 Form = tuple[int, torch.Size, tuple[int, ...]]
-"""A tensor's address, shape and strides."""
 
 
 class _Address:
@@ -70,39 +70,19 @@ def _descriptors(first: Form, rest: Form, rows: int, dtype: torch.dtype) -> tupl
     return made[0], made[1]
 
 
-class Maps:
-    """Descriptors of queries, keys and values, and what triton makes of them for a launch, once it has."""
-
-    __slots__ = ("descriptors", "flat")
-
-    def __init__(self, descriptors: tuple[_Rows, ...]) -> None:
-        self.descriptors = descriptors
-        self.flat: list[Any] | None = None
+Operand = Tensor | tuple[Tensor, Tensor]
 
 
-@lru_cache(1024)
-def _maps(q: Form, q_rest: Form, k: Form, k_rest: Form, v: Form, v_rest: Form, dtype: torch.dtype) -> Maps | None:
-    pairs = [_descriptors(*forms, dtype) for forms in ((q, q_rest, 64), (k, k_rest, 128), (v, v_rest, 128))]
-    made = [one for pair in pairs if pair is not None for one in pair]
-    return Maps(tuple(made)) if len(made) == 6 else None
+def form(x: Operand) -> tuple[Any, ...]:
+    """What a launch depends on: a tensor's address, shape and strides, or those of both parts."""
+    return (x.data_ptr(), x.shape, x.stride()) if isinstance(x, Tensor) else (form(x[0]), form(x[1]))
 
 
-Pair = tuple[Tensor, Tensor]
-
-
-def maps(q: Pair, k: Pair, v: Pair) -> Maps | None:
-    """For `[S, H, D]` each, given as twice the same or as two parts; None if TMA cannot read them as they lie."""
-    forms = []
-    for first, rest in (q, k, v):
-        form = first.data_ptr(), first.shape, first.stride()
-        forms += form, form if rest is first else (rest.data_ptr(), rest.shape, rest.stride())
-    return _maps(*forms, q[0].dtype)
-
-
-def copied(pair: Pair) -> Pair:
+def copied(x: Operand) -> Operand:
     """The same in memory that TMA can address."""
-    first, rest = (x.clone(memory_format=torch.contiguous_format) for x in pair)
-    return (first, first) if pair[1] is pair[0] else (first, rest)
+    if isinstance(x, Tensor):
+        return x.clone(memory_format=torch.contiguous_format)
+    return x[0].clone(memory_format=torch.contiguous_format), x[1].clone(memory_format=torch.contiguous_format)
 
 
 class Counters:
@@ -144,36 +124,69 @@ def counter(device: torch.device, stream: int) -> Tensor:
     return _counters[device].take(stream, capturing)
 
 
-def _launcher_in_c(kernel: Any) -> Callable[..., None] | None:
-    """What triton's own launcher calls in the end, which takes descriptors ready made. None if it is not as known."""
-    if not triton.__version__.startswith("3.6.") or kernel.run.global_scratch_size or kernel.run.profile_scratch_size:
-        return None
-    return inspect.getclosurevars(kernel.run.launch).nonlocals.get("launcher")
-
-
 class Launch:
-    """A compiled kernel: looking one up here takes a fraction of what triton needs for it.
+    """A launch but for its stream, output and counters, as triton's launcher in C takes it.
 
-    With triton 3.6 descriptors are passed as `Maps` keeps them; other versions make them anew for each launch.
+    That launcher is the one that triton's own calls after making each descriptor anew. Known for triton 3.6 only: other
+    versions launch as they please.
     """
 
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
-        self.launch = _launcher_in_c(kernel)
+    def __init__(
+        self, device: torch.device, descriptors: list[TensorDescriptor], programs: int, scalars: tuple[Any, ...]
+    ) -> None:
+        self.device = device
+        self.descriptors = descriptors
+        self.programs = programs
+        self.scalars = scalars
+        self.kernel: Any = None
+        self.in_c: Callable[..., None] | None = None
 
-    def __call__(self, programs: int, stream: int, maps: Maps, out: Tensor, *others: Any) -> None:
-        """`others` as the kernel takes them."""
-        runtime = knobs.runtime
-        if self.launch is None or runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls:
-            self.kernel[programs, 1, 1](*maps.descriptors, out, *others)
-            return
-        kernel, run = self.kernel, self.kernel.run
-        if maps.flat is None:
+    def bind(self, kernel: Any) -> None:
+        """Fix the compiled kernel."""
+        run = kernel.run
+        if triton.__version__.startswith("3.6.") and not run.global_scratch_size and not run.profile_scratch_size:
             from triton.backends.nvidia.driver import make_tensordesc_arg
 
-            made = zip(maps.descriptors, kernel.metadata.tensordesc_meta, strict=True)
-            maps.flat = [x for descriptor, form in made for x in make_tensordesc_arg(descriptor, form)]
-        self.launch(
-            programs, 1, 1, stream, kernel.function, run.launch_cooperative_grid, run.launch_pdl, None, None,
-            kernel.packed_metadata, None, None, None, *maps.flat, out.data_ptr(), *others,
-        )  # fmt: skip
+            made = zip(self.descriptors, kernel.metadata.tensordesc_meta, strict=True)
+            self.prepared = (
+                kernel.function, run.launch_cooperative_grid, run.launch_pdl, None, None, kernel.packed_metadata,
+                None, None, None, *(part for one, meta in made for part in make_tensordesc_arg(one, meta)),
+            )  # fmt: skip
+            self.in_c = inspect.getclosurevars(run.launch).nonlocals.get("launcher")
+        self.kernel = kernel  # last, for other threads
+
+    def arguments(self, out: Tensor, cu_seqlens: Tensor) -> tuple[Any, ...]:
+        """As the kernel itself takes them."""
+        stream = driver.active.get_current_stream(self.device.index)
+        return *self.descriptors, out, cu_seqlens, counter(self.device, stream), *self.scalars
+
+    def __call__(self, out: Tensor, cu_seqlens: Tensor) -> None:
+        """Launch on the current stream."""
+        runtime = knobs.runtime
+        if self.in_c is None or runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls:
+            self.kernel[self.programs, 1, 1](*self.arguments(out, cu_seqlens))
+            return
+        stream = driver.active.get_current_stream(self.device.index)
+        addresses = out.data_ptr(), cu_seqlens.data_ptr(), counter(self.device, stream).data_ptr()
+        self.in_c(self.programs, 1, 1, stream, *self.prepared, *addresses, *self.scalars)
+
+
+@lru_cache(1024)
+def launch_of(
+    q: tuple[Any, ...],
+    k: tuple[Any, ...],
+    v: tuple[Any, ...],
+    device: torch.device,
+    dtype: torch.dtype,
+    programs: int,
+    scalars: tuple[Any, ...],
+) -> Launch | None:
+    """The launch for operands of these forms; None if TMA cannot read them as they lie."""
+    descriptors: list[TensorDescriptor] = []
+    for operand, rows in ((q, 64), (k, 128), (v, 128)):
+        first, rest = operand if isinstance(operand[0], tuple) else (operand, operand)
+        pair = _descriptors(first, rest, rows, dtype)
+        if pair is None:
+            return None
+        descriptors += pair
+    return Launch(device, descriptors, programs, scalars)

@@ -12,6 +12,8 @@ CONSUMERS = gl.constexpr(3)
 """Consumers, and units of the tallest tile."""
 STAGES = gl.constexpr(3)
 """Steps of K and V that shared memory holds. A fourth fits: without turns it gained up to 4 %, less than turns did."""
+SEGMENTS = gl.constexpr(128)
+"""Segments that the producer's warp looks at in one go."""
 END = gl.constexpr(2**30)
 """Coordinate at which every segment ends."""
 
@@ -54,9 +56,9 @@ def used_heights(cu_seqlens_ptr, n_segments, S, H):
     n_tokens = gl.minimum(gl.load(cu_seqlens_ptr + n_segments), S)
     n_used = n_segments  # one, or as many as are not empty
     if n_segments > 1:
-        b_used = gl.zeros([128], gl.int32, gl.BlockedLayout([4], [32], [1], [0]))
-        for i in range(0, n_segments, 128):
-            o = i + gl.arange(0, 128, layout=b_used.type.layout)
+        b_used = gl.zeros([SEGMENTS], gl.int32, gl.BlockedLayout([SEGMENTS // 32], [32], [1], [0]))
+        for i in range(0, n_segments, SEGMENTS):
+            o = i + gl.arange(0, SEGMENTS, layout=b_used.type.layout)
             b_start = gl.load(cu_seqlens_ptr + o, mask=o < n_segments, other=0)
             b_end = gl.load(cu_seqlens_ptr + o + 1, mask=o < n_segments, other=0)
             b_used += (b_end > b_start).to(gl.int32)
@@ -65,31 +67,52 @@ def used_heights(cu_seqlens_ptr, n_segments, S, H):
 
 
 @gluon.jit
-def _segment(cu_seqlens_ptr, n_segments, S, H, i_segment, units, n_tall):
+def _segment(cu_seqlens_ptr, n_segments, S, H, i_segment, i_rank, units, n_tall):
     """Bounds of a segment; how many of its heads have tall tiles; tiles of a head with tall ones, and with low ones."""
     i_segment = gl.minimum(i_segment, n_segments - 1)
     start = gl.load(cu_seqlens_ptr + i_segment)
     end = gl.minimum(gl.load(cu_seqlens_ptr + i_segment + 1), S)
     n_units = (end - start + UNIT - 1) // UNIT
-    tall_heads = gl.minimum(gl.maximum(n_tall - i_segment * H, 0), H)
+    tall_heads = gl.minimum(gl.maximum(n_tall - i_rank * H, 0), H)
     n_high = gl.where(units == 3, (n_units + 2) // 3, gl.where(units == 2, (n_units + 1) // 2, n_units))
     n_low = gl.where(units == 3, (n_units + 1) // 2, n_units)
     return start, end, tall_heads, n_high, n_low
 
 
 @gluon.jit
-def _find_segment(cu_seqlens_ptr, n_segments, S, H, i_segment, i_first, i_tile, units, n_tall):
-    """The segment of tile `i_tile` and the number of its first tile, from those of an earlier tile."""
-    _, _, tall_heads, n_tall_tiles, n_low_tiles = _segment(cu_seqlens_ptr, n_segments, S, H, i_segment, units, n_tall)
+def _next_segment(cu_seqlens_ptr, n_segments, S, i_segment, length):
+    """The longest of those that come after segment `i_segment` of that length: shorter ones, and equal ones behind it.
+
+    So the last tiles are short, and programs end together: 40 segments of 4 to 2000 tokens took 752 µs instead of 771.
+    More than a vector's worth of segments go in the order in which they lie.
+    """
+    i_next = i_segment + 1
+    if (n_segments > 1) & (n_segments <= SEGMENTS) & (S < 2**24):
+        o = gl.arange(0, SEGMENTS, layout=gl.BlockedLayout([SEGMENTS // 32], [32], [1], [0]))
+        b_start = gl.load(cu_seqlens_ptr + o, mask=o < n_segments, other=0)
+        b_length = gl.minimum(gl.load(cu_seqlens_ptr + o + 1, mask=o < n_segments, other=0), S) - b_start
+        m_after = (b_length < length) | ((b_length == length) & (o > i_segment))
+        best = gl.max(gl.where(m_after, b_length * SEGMENTS + (SEGMENTS - 1 - o), 0), 0)
+        i_next = gl.where(best < SEGMENTS, n_segments, SEGMENTS - 1 - best % SEGMENTS)  # what is left may be empty
+    return i_next
+
+
+@gluon.jit
+def _find_segment(cu_seqlens_ptr, n_segments, S, H, i_segment, i_rank, i_first, i_tile, units, n_tall):
+    """The segment of tile `i_tile`, how many come before it, and its first tile, from those of an earlier tile."""
+    start, end, tall_heads, n_tall_tiles, n_low_tiles = _segment(
+        cu_seqlens_ptr, n_segments, S, H, i_segment, i_rank, units, n_tall
+    )
     n_tiles = tall_heads * n_tall_tiles + (H - tall_heads) * n_low_tiles
     while (i_segment < n_segments) & (i_tile >= i_first + n_tiles):
         i_first += n_tiles
-        i_segment += 1
-        _, _, tall_heads, n_tall_tiles, n_low_tiles = _segment(
-            cu_seqlens_ptr, n_segments, S, H, i_segment, units, n_tall
+        i_rank += 1
+        i_segment = _next_segment(cu_seqlens_ptr, n_segments, S, i_segment, end - start)
+        start, end, tall_heads, n_tall_tiles, n_low_tiles = _segment(
+            cu_seqlens_ptr, n_segments, S, H, i_segment, i_rank, units, n_tall
         )
         n_tiles = tall_heads * n_tall_tiles + (H - tall_heads) * n_low_tiles
-    return i_segment, i_first
+    return i_segment, i_rank, i_first
 
 
 @gluon.jit
@@ -143,14 +166,17 @@ def produce(state, q, k, v, cu_seqlens_ptr, counter_ptr, n_segments, S, H, D: gl
     units, n_tall = used_heights(cu_seqlens_ptr, n_segments, S, H)
     o_lane = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
     i_tile = gl.program_id(0)
-    i_segment = 0
+    i_segment = _next_segment(cu_seqlens_ptr, n_segments, S, -1, 2**24)
+    i_rank = 0
     i_first = 0
-    i_segment, i_first = _find_segment(cu_seqlens_ptr, n_segments, S, H, i_segment, i_first, i_tile, units, n_tall)
+    i_segment, i_rank, i_first = _find_segment(
+        cu_seqlens_ptr, n_segments, S, H, i_segment, i_rank, i_first, i_tile, units, n_tall
+    )
     i_step = 0
     i_done = 0
     while i_segment < n_segments:
         start, end, tall_heads, n_tall_tiles, n_low_tiles = _segment(
-            cu_seqlens_ptr, n_segments, S, H, i_segment, units, n_tall
+            cu_seqlens_ptr, n_segments, S, H, i_segment, i_rank, units, n_tall
         )
         length = end - start
         i_here = i_tile - i_first
@@ -173,15 +199,15 @@ def produce(state, q, k, v, cu_seqlens_ptr, counter_ptr, n_segments, S, H, D: gl
         b_taken = gl.atomic_add(counter_ptr + o_lane, o_lane + 1, mask=o_lane == 0, sem="relaxed")
         slot = i_done & 1
         mbarrier.wait(q_empty.index(slot), ((i_done >> 1) & 1) ^ 1)
-        n_first_keys = length - (n_steps - 1) * STEP
-        i_out = ((start + i_row) * H + i_head) * (D // 8)
-        _write_ticket(tickets.index(slot), n_steps, n_first_keys, past - i_row, i_out, H * (D // 8))
-        mbarrier.arrive(written.index(slot), count=1)
         mbarrier.expect(q_full.index(slot), CONSUMERS * UNIT * ROW)
         for i_consumer in gl.static_range(CONSUMERS):
             i = slot * CONSUMERS + i_consumer
             i_query = i_row + i_consumer * UNIT
             _copy(q, q_tiles[0].index(i), q_tiles[1].index(i), q_full.index(slot), i_query, end, length, i_head, D)
+        n_first_keys = length - (n_steps - 1) * STEP
+        i_out = ((start + i_row) * H + i_head) * (D // 8)
+        _write_ticket(tickets.index(slot), n_steps, n_first_keys, past - i_row, i_out, H * (D // 8))
+        mbarrier.arrive(written.index(slot), count=1)
         for i_key in range((n_steps - 1) * STEP, -1, -STEP):
             # `empty` tells of a step's keys and of the values before them, and keys are copied before their values: so
             # the wait below, one step ahead, has also been the keys' own.
@@ -194,7 +220,9 @@ def produce(state, q, k, v, cu_seqlens_ptr, counter_ptr, n_segments, S, H, D: gl
             _copy(v, v_tiles[0].index(i), v_tiles[1].index(i), v_full.index(i), i_key, end, length, i_head, D)
         i_done += 1
         i_tile = gl.num_programs(0) + gl.sum(gl.where(o_lane == 0, b_taken, 0), 0)
-        i_segment, i_first = _find_segment(cu_seqlens_ptr, n_segments, S, H, i_segment, i_first, i_tile, units, n_tall)
+        i_segment, i_rank, i_first = _find_segment(
+            cu_seqlens_ptr, n_segments, S, H, i_segment, i_rank, i_first, i_tile, units, n_tall
+        )
     mbarrier.wait(q_empty.index(i_done & 1), ((i_done >> 1) & 1) ^ 1)
     _write_ticket(tickets.index(i_done & 1), 0, 0, 0, 0, 0)
     mbarrier.arrive(written.index(i_done & 1), count=1)
