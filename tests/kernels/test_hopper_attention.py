@@ -206,7 +206,7 @@ def test_neighbours_that_are_not_finite(head_dim):
 
 @gluon.jit
 def _look_at_heights(out_ptr, cu_seqlens_ptr, n_segments, n_rows, n_heads):
-    units, n_tall = used_heights(cu_seqlens_ptr, n_segments, n_rows, n_heads)
+    units, n_tall, _ = used_heights(cu_seqlens_ptr, n_segments, n_rows, n_heads)
     gl.store(out_ptr, units)
     gl.store(out_ptr + 1, n_tall)
 
