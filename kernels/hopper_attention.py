@@ -16,26 +16,25 @@ The last, partial step of the keys goes first, and the loop over the others need
 the segment's own rows and their number: the same bits alone, among others, and however tiles are cut and handed out.
 """
 
-from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
+from qwenvit.kernels.hopper_launch import Operand, copied, form, launch_of
 from qwenvit.kernels.hopper_tiles import (
     CONSUMERS,
     STAGES,
     STEP,
     UNIT,
-    descriptors,
     make_barriers,
     produce,
-    read_ticket,
+    read_place,
+    read_work,
     tile_memory,
 )
 from qwenvit.kernels.long_attention import LOG2_E
@@ -94,18 +93,21 @@ def _add_values(b_pairs, b_v, b_v_rest, b_out, b_rest, dtype: gl.constexpr, D: g
 
 @gluon.jit
 def _store(p_out, stride, n_rows, b_out, b_inverse, CHANNELS: gl.constexpr):
-    LAYOUT: gl.constexpr = b_out.type.layout
-    o_row = gl.arange(0, UNIT, layout=gl.SliceLayout(1, LAYOUT))
-    o_channel = gl.arange(0, b_out.shape[1], layout=gl.SliceLayout(0, LAYOUT))
-    b_inverse = gl.convert_layout(b_inverse, gl.SliceLayout(1, LAYOUT), assert_trivial=True)
+    """16 bytes a thread: as products leave them, 4 a thread, storing would take as long as a step."""
+    WIDTH: gl.constexpr = b_out.shape[1]
+    ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [4, 1], [1, 0])
+    b_inverse = gl.convert_layout(b_inverse, gl.SliceLayout(1, b_out.type.layout), assert_trivial=True)
+    b_out = gl.convert_layout((b_out * b_inverse[:, None]).to(p_out.dtype.element_ty), ROWS)
+    o_row = gl.arange(0, UNIT, layout=gl.SliceLayout(1, ROWS))
+    o_channel = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, ROWS))
     mask = (o_row < n_rows)[:, None] & (o_channel < CHANNELS)[None, :]
-    b_out = (b_out * b_inverse[:, None]).to(p_out.dtype.element_ty)
     gl.store(p_out + (o_row[:, None] * stride + o_channel[None, :]), b_out, mask=mask)
 
 
 @gluon.jit
 def _consume(SELF: gl.constexpr, state, out_ptr, qk_scale, D: gl.constexpr):
-    H, tickets, q_tiles, k_tiles, v_tiles, written, q_full, q_empty, k_full, v_full, empty, turns = state
+    tickets, q_tiles, k_tiles, v_tiles, barriers = state
+    written, q_full, q_empty, k_full, v_full, empty, turns = barriers
     dtype: gl.constexpr = out_ptr.dtype.element_ty
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, STEP, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
@@ -113,7 +115,7 @@ def _consume(SELF: gl.constexpr, state, out_ptr, qk_scale, D: gl.constexpr):
     b_zero = gl.zeros([UNIT, STEP], gl.float32, SCORES)
     i_step = 0
     i_done = 0
-    n_steps, n_first_keys, i_row, n_rows, i_head = read_ticket(tickets, written, 0)
+    n_steps, n_first_keys, n_rows = read_work(tickets, written, 0)
     while n_steps > 0:
         slot = i_done & 1
         mbarrier.wait(q_full.index(slot), (i_done >> 1) & 1)
@@ -158,14 +160,16 @@ def _consume(SELF: gl.constexpr, state, out_ptr, qk_scale, D: gl.constexpr):
                 b_out *= gl.convert_layout(b_alpha, gl.SliceLayout(1, OUT), assert_trivial=True)[:, None]
                 if D > 64:
                     b_rest *= gl.convert_layout(b_alpha, gl.SliceLayout(1, REST), assert_trivial=True)[:, None]
+            n_rows, i_out, stride = read_place(tickets, i_done)
+            stride *= 8
             mbarrier.arrive(q_empty.index(slot), count=1)
             mbarrier.wait(v_full.index(i), phase)
             b_out, b_rest = _add_values(b_pairs, v_tiles[0].index(i), v_tiles[1].index(i), b_out, b_rest, dtype, D)
             b_inverse = 1.0 / b_sum
-            p_out = out_ptr + (i_row + SELF * UNIT).to(gl.int64) * (H * D) + i_head * D
-            _store(p_out, H * D, n_rows - SELF * UNIT, b_out, b_inverse, 64)
+            p_out = out_ptr + i_out.to(gl.int64) * 8 + SELF * UNIT * stride
+            _store(p_out, stride, n_rows - SELF * UNIT, b_out, b_inverse, 64)
             if D > 64:
-                _store(p_out + 64, H * D, n_rows - SELF * UNIT, b_rest, b_inverse, D - 64)
+                _store(p_out + 64, stride, n_rows - SELF * UNIT, b_rest, b_inverse, D - 64)
         else:  # the tile has no unit for this consumer, which only keeps the others going
             mbarrier.arrive(q_empty.index(slot), count=1)
             for i_next in range(i_step, i_step + n_steps):
@@ -179,10 +183,10 @@ def _consume(SELF: gl.constexpr, state, out_ptr, qk_scale, D: gl.constexpr):
                     mbarrier.arrive(turns.index((SELF + 1) % CONSUMERS), count=1)
         i_step += n_steps
         i_done += 1
-        n_steps, n_first_keys, i_row, n_rows, i_head = read_ticket(tickets, written, i_done)
+        n_steps, n_first_keys, n_rows = read_work(tickets, written, i_done)
 
 
-@gluon.jit(do_not_specialize=["cu_seqlens_ptr", "counter_ptr", "n_segments", "S", "H", "units", "n_tall"])
+@gluon.jit(do_not_specialize=["cu_seqlens_ptr", "counter_ptr", "n_segments", "S", "H"])
 def _hopper_attention(
     q,  # this and the next five are descriptors of tensors (S, H, 64), and (S, H, 16 or D - 64) for the rest
     q_rest,
@@ -197,24 +201,15 @@ def _hopper_attention(
     S,
     H,
     qk_scale,  # scale * log2(e)
-    units,
-    n_tall,
     D: gl.constexpr,
 ):
     dtype: gl.constexpr = q.dtype
     state = (
-        H,
         gl.allocate_shared_memory(gl.int32, [2, 8], gl.SwizzledSharedLayout(1, 1, 1, [0])),
         tile_memory(2 * CONSUMERS, UNIT, dtype),
         tile_memory(STAGES, STEP, dtype),
         tile_memory(STAGES, STEP, dtype),
-        make_barriers(2, 1),
-        make_barriers(2, 1),
-        make_barriers(2, CONSUMERS),
-        make_barriers(STAGES, 1),
-        make_barriers(STAGES, 1),
-        make_barriers(STAGES, CONSUMERS),
-        make_barriers(CONSUMERS, 1),
+        make_barriers(),
     )
     q_pair, k_pair, v_pair = (q, q_rest), (k, k_rest), (v, v_rest)
     gl.warp_specialize(
@@ -222,42 +217,11 @@ def _hopper_attention(
             (_consume, (0, state, out_ptr, qk_scale, D)),
             (_consume, (1, state, out_ptr, qk_scale, D)),
             (_consume, (2, state, out_ptr, qk_scale, D)),
-            (produce, (state, q_pair, k_pair, v_pair, cu_seqlens_ptr, counter_ptr, n_segments, S, units, n_tall, D)),
+            (produce, (state, q_pair, k_pair, v_pair, cu_seqlens_ptr, counter_ptr, n_segments, S, H, D)),
         ],
         [4, 4, 1],
         [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS],
     )
-
-
-@dataclass(frozen=True)
-class HopperConfig:
-    """Units of tall tiles, and how many heads have them, counted over all segments; the others' are one unit lower."""
-
-    units: int
-    n_tall: int
-
-
-@lru_cache(1024)
-def hopper_config(n_tokens: int, n_segments: int, n_heads: int, n_programs: int) -> HopperConfig:
-    """Launch config: as few units as can be for the busiest program, if all segments were equally long.
-
-    A hint: it moves no sum. On an H200 at head_dim 80 against tall tiles alone, 1024 tokens took 19.3 µs and not 23.2,
-    2304 67.3 and 74.4, 4096 169 and 180, 7056 504 and 521. Of many tiles a program it gained nothing.
-    """
-    heads = n_segments * n_heads
-    n_units = triton.cdiv(n_tokens, 64 * n_segments)
-    most = triton.cdiv(heads * n_units, n_programs)
-    for units in range(most, 4):
-        if heads * triton.cdiv(n_units, units) <= n_programs:
-            return HopperConfig(units, heads)
-    # Rounds of tiles of 3 units, the last one or two of them of 2: `most` units in all.
-    high, low = triton.cdiv(n_units, 3), triton.cdiv(n_units, 2)
-    for units in range(max(most, 4), 36):
-        rounds = triton.cdiv(units, 3)
-        n_tall = min(heads, (units - 2 * rounds) * n_programs // high)
-        if n_tall * high + (heads - n_tall) * low <= rounds * n_programs:
-            return HopperConfig(3, n_tall)
-    return HopperConfig(3, heads)
 
 
 @cache
@@ -268,37 +232,32 @@ def _multiprocessors(device: torch.device) -> int:
     return properties.multi_processor_count
 
 
-_compiled: dict[tuple, Any] = {}
-"""Kernels by device, dtype and head_dim: looking one up here takes a fraction of what Triton needs for it."""
+_kernels: dict[tuple, Any] = {}
+"""Compiled, by device, dtype and head_dim."""
 
 
-def hopper_attention(
-    q: Tensor | tuple[Tensor, Tensor],
-    k: Tensor | tuple[Tensor, Tensor],
-    v: Tensor | tuple[Tensor, Tensor],
-    cu_seqlens: Tensor,
-    scale: float,
-    out: Tensor,
-) -> None:
-    """Attention within segments of any length, into `out [S, H, D]`, contiguous, in bfloat16 or float16.
+def hopper_attention(q: Operand, k: Operand, v: Operand, cu_seqlens: Tensor, scale: float, out: Tensor) -> None:
+    """Attention within segments of any length, into `out [S, H, D]`, in bfloat16 or float16.
 
-    Queries, keys (both rotated) and values are `[S, H, D]` each, or two tensors: `[S, H, 64]`, and the other channels,
-    D - 64 of them, or 16 with zeros at the end. I/O: reads all three once, if K and V stay in L2, and writes `out`. A
-    segment of L tokens takes 4 L² H D FLOPs.
+    `out` is contiguous and begins at a multiple of 16 bytes. Queries, keys (both rotated) and values are `[S, H, D]`
+    each, or two tensors: `[S, H, 64]`, and the other channels, D - 64 of them, or 16 with zeros at the end. I/O: reads
+    all three once, if K and V stay in L2, and writes `out`. A segment of L tokens takes 4 L² H D FLOPs.
     """
     S, H, D = out.shape
+    device, dtype = out.device, out.dtype
     n_segments = len(cu_seqlens) - 1
-    n_programs = _multiprocessors(out.device)
-    config = hopper_config(S, n_segments, H, n_programs)
-    # One segment's tiles cost the same, so programs take them in turns; others' they take when they are ready.
-    counter = cu_seqlens if n_segments == 1 else torch.zeros(1, dtype=torch.int32, device=out.device)
-    arguments = (
-        *descriptors(q, 64), *descriptors(k, 128), *descriptors(v, 128), out, cu_seqlens, counter,
-        n_segments, S, H, scale * LOG2_E, config.units, config.n_tall, D,
-    )  # fmt: skip
-    grid = (min((S // 64 + n_segments) * H, n_programs), 1, 1)
-    key = (out.device, out.dtype, D)
-    if key in _compiled:
-        _compiled[key][grid](*arguments)
-    else:
-        _compiled[key] = _hopper_attention[grid](*arguments, num_warps=4, maxnreg=MAX_REGISTERS)
+    programs = min((S // 64 + n_segments) * H, _multiprocessors(device))
+    scalars = n_segments, S, H, scale * LOG2_E, D
+    launch = launch_of(form(q), form(k), form(v), device, dtype, programs, scalars)
+    if launch is None:
+        hopper_attention(copied(q), copied(k), copied(v), cu_seqlens, scale, out)
+        return
+    if launch.kernel is None:
+        kernel = _kernels.get((device, dtype, D))
+        if kernel is None:
+            arguments = launch.arguments(out, cu_seqlens)
+            kernel = _hopper_attention[programs, 1, 1](*arguments, num_warps=4, maxnreg=MAX_REGISTERS)
+            _kernels[device, dtype, D] = kernel
+            return
+        launch.bind(kernel)
+    launch(out, cu_seqlens)

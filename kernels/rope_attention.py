@@ -4,6 +4,7 @@ A window of up to 64 tokens fits one tile: a program takes one window and a few 
 registers, and for each head loads Q, K and V once, rotates Q and K in fp32, and writes the output. Nothing else moves.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -231,6 +232,13 @@ def runs_hopper(device: torch.device, dtype: torch.dtype) -> bool:
     return tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
 
 
+@cache
+def _load_hopper() -> Callable[..., None]:
+    from qwenvit.kernels.hopper_attention import hopper_attention  # Gluon, which older versions of Triton lack
+
+    return hopper_attention
+
+
 def _on_hopper(
     q: Tensor,
     k: Tensor,
@@ -243,8 +251,7 @@ def _on_hopper(
     out: Tensor,
 ) -> None:
     """What `long_attention` does, by `hopper_attention`."""
-    from qwenvit.kernels.hopper_attention import hopper_attention  # Gluon, which older versions of Triton lack
-
+    hopper_attention = _load_hopper()
     if cos is None or sin is None:
         hopper_attention(q, k, v, cu_seqlens, scale, out)
         return

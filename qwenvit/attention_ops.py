@@ -1,17 +1,19 @@
 """Attention within segments, queries and keys rotated on the way."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qwenvit import op_references
-from qwenvit.arguments import Impl
+from qwenvit.arguments import DTYPES, Impl
 from qwenvit.dispatch import use_triton
 from qwenvit.op_checks import check_floating, check_tensor
 
 HEAD_DIMS = (64, 72, 80)
 """Channels per head of every published tower."""
+FLOATING = tuple(DTYPES.values())
 
 
 def rope_attention(
@@ -57,14 +59,17 @@ def rope_attention(
         TypeError: a dtype or type other than these.
         ValueError: shapes, strides, devices or values that do not fit.
     """
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        _check_heads(name, x, q)
+    at_a_glance = _fit(q, k, v, cu_seqlens)
+    if not at_a_glance:
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            _check_heads(name, x, q)
     if (cos is None) != (sin is None):
         raise ValueError("cos, sin: expected two tensors or None twice, got one of each")
     for name, angles in (("cos", cos), ("sin", sin)):
         if angles is not None:
             _check_angles(name, angles, q)
-    check_tensor("cu_seqlens", cu_seqlens, (None,), torch.int32, q)
+    if not at_a_glance:
+        check_tensor("cu_seqlens", cu_seqlens, (None,), torch.int32, q)
     if not len(cu_seqlens):
         raise ValueError("cu_seqlens: expected at least one entry, got none")
     if max_seqlen is not None and (isinstance(max_seqlen, bool) or not isinstance(max_seqlen, int) or max_seqlen < 0):
@@ -78,6 +83,27 @@ def rope_attention(
     import qwenvit.kernels.rope_attention  # noqa: F401  (registers the operation)
 
     return torch.ops.qwenvit.rope_attention(q, k, v, cos, sin, cu_seqlens, max_seqlen, scale, interleaved)
+
+
+def _fit(q: Any, k: Any, v: Any, cu_seqlens: Any) -> bool:
+    """Whether `_check_heads` and `check_tensor` will find nothing, seen at a glance: they take three times as long."""
+    tensors = isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)
+    if not (tensors and isinstance(cu_seqlens, Tensor)):
+        return False
+    shape, dtype, device = q.shape, q.dtype, q.device
+    return (
+        len(shape) == 3
+        and shape[2] in HEAD_DIMS
+        and dtype in FLOATING
+        and k.shape == shape == v.shape
+        and k.dtype == dtype == v.dtype
+        and k.device == device == v.device
+        and q.stride(2) == k.stride(2) == v.stride(2) == 1
+        and cu_seqlens.dtype == torch.int32
+        and cu_seqlens.ndim == 1
+        and cu_seqlens.device == device
+        and cu_seqlens.is_contiguous()
+    )
 
 
 def _check_heads(name: str, x: Tensor, q: Tensor) -> None:

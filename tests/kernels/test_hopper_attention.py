@@ -15,10 +15,13 @@ from unittest import mock
 import pytest
 import torch
 from rope_attention_cases import HEAD_DIMS, error, packed, poisoned, truth
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
 
 from qwenvit import op_references
 from qwenvit.kernels import hopper_attention as kernel
-from qwenvit.kernels.hopper_attention import HopperConfig, hopper_attention, hopper_config
+from qwenvit.kernels.hopper_attention import hopper_attention
+from qwenvit.kernels.hopper_tiles import tile_heights, used_heights
 
 DTYPES = (torch.bfloat16, torch.float16)
 ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -82,12 +85,12 @@ def test_compiles_without_spills_and_serialised_products(tmp_path):
 
 @pytest.mark.parametrize("n_segments", [1, 2, 16, 300])
 @pytest.mark.parametrize("length", [1, 64, 784, 1024, 1764, 2304, 3136, 4096, 7056, 9216, 24336, 65536])
-def test_config(n_segments, length):
+def test_tile_heights(n_segments, length):
     """Equal segments: no program has more units than the rounds of tiles say, and never more than with tall tiles."""
     heads = 16 * n_segments
-    config = hopper_config(length * n_segments, n_segments, 16, 132)
-    assert 1 <= config.units <= 3
-    assert 0 <= config.n_tall <= heads
+    units, n_tall = tile_heights.fn(length * n_segments, n_segments, 16, 132)
+    assert 1 <= units <= 3
+    assert 0 <= n_tall <= heads
 
     def busiest(units, n_tall):
         n_units, low = -(-length // 64), max(units - 1, 1)
@@ -95,7 +98,7 @@ def test_config(n_segments, length):
         order = [units] * tiles[0] + [low] * tiles[1]
         return sum(order[::132])
 
-    assert busiest(config.units, config.n_tall) <= busiest(3, heads)
+    assert busiest(units, n_tall) <= busiest(3, heads)
 
 
 def cumulated(lengths):
@@ -142,11 +145,13 @@ def test_thousand_random_layouts(head_dim):
         bounds = cumulated([integer((2, 10, 150, 1200)[integer(4)]) for _ in range(1 + integer(50))])
         if bounds[-1] == 0:
             continue
-        heads = 1 + integer(16)
-        q, k, v = packed(bounds[-1], heads, head_dim, torch.bfloat16, "cuda", seed=seed)
-        config = HopperConfig(1 + integer(3), integer(heads * len(bounds)))
-        with mock.patch.object(kernel, "hopper_config", return_value=config):
-            assert error(attend(q, k, v, bounds), reference(q, k, v, bounds).double()) < 8e-3, (bounds, heads, config)
+        heads, spare, programs = 1 + integer(16), integer(200), 1 + integer((10, 132, 500)[integer(3)])
+        q, k, v = packed(bounds[-1] + spare, heads, head_dim, torch.bfloat16, "cuda", seed=seed)
+        with mock.patch.object(kernel, "_multiprocessors", return_value=programs):  # other tiles, and other shares
+            out = attend(q, k, v, bounds + [bounds[-1]] * integer(20))
+        right = reference(*(x[: bounds[-1]] for x in (q, k, v)), bounds)
+        assert error(out[: bounds[-1]], right.double()) < 8e-3, (bounds, heads, spare, programs)
+        assert out[bounds[-1] :].isnan().all()
 
 
 @needs_hopper
@@ -177,8 +182,8 @@ def test_the_same_bits_again_alone_and_with_other_tiles(dtype, head_dim):
     first = attend(q, k, v, bounds)
     for _ in range(10):
         assert torch.equal(attend(q, k, v, bounds), first)
-    for config in (HopperConfig(1, 0), HopperConfig(2, 5), HopperConfig(3, 0), HopperConfig(3, 1000)):
-        with mock.patch.object(kernel, "hopper_config", return_value=config):
+    for programs in (1, 5, 33, 100, 700, 10000):
+        with mock.patch.object(kernel, "_multiprocessors", return_value=programs):
             assert torch.equal(attend(q, k, v, bounds), first)
     for start, end in pairwise(bounds):
         if end > start:
@@ -199,20 +204,25 @@ def test_neighbours_that_are_not_finite(head_dim):
     assert torch.equal(out[200:330], right[200:330])
 
 
+@gluon.jit
+def _look_at_heights(out_ptr, cu_seqlens_ptr, n_segments, n_rows, n_heads):
+    units, n_tall, _ = used_heights(cu_seqlens_ptr, n_segments, n_rows, n_heads)
+    gl.store(out_ptr, units)
+    gl.store(out_ptr + 1, n_tall)
+
+
 @needs_hopper
-def test_graph_whose_bounds_change():
-    q, k, v = packed(1500, 4, 80, torch.bfloat16, "cuda")
-    out = torch.empty(1500, 4, 80, dtype=q.dtype, device="cuda")
-    cu_seqlens = torch.tensor([0, 64, 128, 1500], dtype=torch.int32, device="cuda")
-    attend(q, k, v, [0, 64, 128, 1500])  # compiled before
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        hopper_attention(q, k, v, cu_seqlens, 80**-0.5, out)
-    for bounds in ([0, 64, 128, 1500], [0, 1, 1490, 1500], [0, 0, 1500, 1500], [0, 500, 1000, 1500]):
-        cu_seqlens.copy_(torch.tensor(bounds))
-        out.fill_(float("nan"))
-        graph.replay()
-        assert torch.equal(out, attend(q, k, v, bounds))
+@pytest.mark.parametrize("heads", [3, 16])
+@pytest.mark.parametrize("empty", [0, 1, 300])
+def test_heights_on_the_device(heads, empty):
+    """The choice made where the bounds are: for what is used, not for what there is room for."""
+    out = torch.zeros(2, dtype=torch.int32, device="cuda")
+    for n_segments in (1, 2, 5, 127, 128, 129, 300):
+        for length in (1, 64, 65, 784, 1024, 3136, 7056, 24336):
+            bounds = cumulated([length + i % 3 for i in range(n_segments)] + [0] * empty)
+            cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device="cuda")
+            _look_at_heights[(132,)](out, cu_seqlens, len(bounds) - 1, bounds[-1] + 1000, heads, num_warps=1)
+            assert tuple(out.tolist()) == tile_heights.fn(bounds[-1], n_segments, heads, 132)
 
 
 if __name__ == "__main__":
