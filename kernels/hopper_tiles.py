@@ -11,7 +11,8 @@ STEP = gl.constexpr(128)
 CONSUMERS = gl.constexpr(3)
 """Consumers, and units of the tallest tile."""
 STAGES = gl.constexpr(3)
-"""Steps of K and V that shared memory holds. A fourth fits: without turns it gained up to 4 %, less than turns did."""
+"""Steps of K and V that shared memory holds. A fourth does not fit beside outputs on their way; with turns it gained
+nothing, without them up to 4 %, less than turns did."""
 SEGMENTS = gl.constexpr(128)
 """Segments that the producer's warp looks at in one go."""
 END = gl.constexpr(2**30)
@@ -25,7 +26,8 @@ def tile_heights(n_tokens, n_segments, H, n_programs):
     As few units as can be for the busiest program, if all segments were equally long: one tile for each, or rounds of
     tiles of 3 units, the last one or two of them of 2. On an H200 at head_dim 80 against tall tiles alone, 1024 tokens
     took 19.3 µs and not 23.2, 2304 67.3 and 74.4, 4096 169 and 180, 7056 504 and 521. Of many tiles a program it gained
-    nothing. `tile_heights.fn` is the same for Python's integers.
+    nothing. Programs find it themselves, from what is there: 6240 tokens of head_dim 72 where there is room for 6400
+    took 344 µs so, and 396 in tiles for 6400. `tile_heights.fn` is the same for Python's integers.
     """
     heads = n_segments * H
     n_units = (n_tokens + 64 * n_segments - 1) // (64 * n_segments)
@@ -166,7 +168,7 @@ def produce(state, q, k, v, cu_seqlens_ptr, counter_ptr, n_segments, S, H, D: gl
     ROW: gl.constexpr = 128 if D == 64 else 160
     units, n_tall, differ = used_heights(cu_seqlens_ptr, n_segments, S, H)
     # Longest segments first, so that the last tiles are short and programs end together, where a segment's tiles are
-    # enough to make up for the search: 40 of 4 to 2000 tokens took 781 µs and not 791, but 100 of 16 to 115 57 and 42.
+    # enough to make up for the search: 40 of 4 to 2000 tokens took 727 µs and not 737, but 100 of 16 to 115 57 and 42.
     by_length = differ & (n_segments <= SEGMENTS) & (512 * n_segments <= S) & (S < 2**24)
     o_lane = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
     i_tile = gl.program_id(0)
@@ -216,7 +218,8 @@ def produce(state, q, k, v, cu_seqlens_ptr, counter_ptr, n_segments, S, H, D: gl
             # the wait below, one step ahead, has also been the keys' own.
             i = i_step % STAGES
             i_step += 1
-            # The next tile, asked for as late as the answer can still be there in time: who is behind takes fewer.
+            # The next tile, asked for as late as the answer can still be there in time, so that who is behind takes
+            # fewer: a tile earlier, segments of 3136, 784 and 1764 tokens took 12 % longer.
             b_taken = gl.atomic_add(counter_ptr + o_lane, o_lane + 1, mask=(o_lane == 0) & (i_key == 0), sem="relaxed")
             mbarrier.expect(k_full.index(i), STEP * ROW)
             _copy(k, k_tiles[0].index(i), k_tiles[1].index(i), k_full.index(i), i_key, end, length, i_head, D)
