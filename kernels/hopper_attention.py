@@ -196,7 +196,7 @@ def _hopper_attention(
     v_rest,
     out_ptr,  # shape (S, H, D), contiguous
     cu_seqlens_ptr,  # int32, shape (n_segments + 1,)
-    counter_ptr,  # int32, shape (1,), zero: tiles taken beyond each program's first; not used for one segment
+    counter_ptr,  # int32, shape (2,), zero: tiles taken beyond each program's first, and programs that are done
     n_segments,
     S,
     H,

@@ -7,6 +7,7 @@ itself reads zeros from there on: no neighbour's infinity ever comes in. (Triton
 """
 
 import inspect
+import threading
 from collections.abc import Callable
 from functools import lru_cache
 from itertools import count
@@ -112,6 +113,7 @@ class Counters:
 
 
 _counters: dict[torch.device, Counters] = {}
+_CREATING = threading.Lock()
 
 
 def counter(device: torch.device, stream: int) -> Tensor:
@@ -120,7 +122,9 @@ def counter(device: torch.device, stream: int) -> Tensor:
     if device not in _counters:
         if capturing or device.type != "cuda":
             return torch.zeros(2, dtype=torch.int32, device=device)
-        _counters[device] = Counters(device)
+        with _CREATING:
+            if device not in _counters:
+                _counters[device] = Counters(device)
     return _counters[device].take(stream, capturing)
 
 

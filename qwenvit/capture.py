@@ -12,19 +12,6 @@ from qwenvit.fast import FastTower
 from qwenvit.outputs import TowerOutput
 
 
-class PixelBuffer:
-    """Pixel values, in memory that all graphs of a tower use: as much as the largest so far needs."""
-
-    def __init__(self) -> None:
-        self._largest: Tensor | None = None
-
-    def rows(self, count: int, like: Tensor) -> Tensor:
-        """`[count, width of like]`."""
-        if self._largest is None or len(self._largest) < count:
-            self._largest = like.new_zeros((count, like.shape[1]))
-        return self._largest[:count]
-
-
 @dataclass(frozen=True)
 class Borrowed:
     """A tensor without its memory, which the graph that writes it keeps, and others write to as well."""
@@ -51,7 +38,7 @@ class Graph:
         tower: on a CUDA device.
         room: how much it takes.
         angles: of `device_plan.angle_tables`.
-        pixels: holds its pixel values.
+        pixels: `[patches, C·T·P·P]`, its pixel values' place.
         stream: that it is captured on.
         pool: of the memory it uses by turns with other graphs.
     """
@@ -61,7 +48,7 @@ class Graph:
         tower: FastTower,
         room: Capacity,
         angles: tuple[Tensor, Tensor],
-        pixels: PixelBuffer,
+        pixels: Tensor,
         stream: torch.cuda.Stream,
         pool: Any,
     ) -> None:
@@ -71,17 +58,16 @@ class Graph:
         self.merge_unit = config.merge_unit
         smallest = torch.tensor([[1, merge, merge]], device="cpu")
         self.table = device_plan.tabulate(smallest, config, room.items).to(weight.device)
-        self.pixel_values = pixels.rows(room.patches, weight[:, : config.patch_dim])
+        self.pixel_values = pixels
 
         def run() -> list[Tensor]:
             plan = device_plan.compute(self.table, angles, config, room, tower.impl)
             output = tower(self.pixel_values, plan)
             return [output.last_hidden_state, output.pooler_output, *output.deepstack_features]
 
-        stream.wait_stream(torch.cuda.current_stream(weight.device))
-        with torch.cuda.stream(stream):
-            run()  # compiles kernels and sets libraries up, which a capture may not
-        torch.cuda.current_stream(weight.device).wait_stream(stream)
+        # Compiles kernels and sets libraries up, which a capture may not; on another stream, so that the capture's own
+        # gets its cuBLAS workspace in the pool, where nobody else frees it.
+        run()
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             outputs = run()

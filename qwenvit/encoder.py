@@ -211,13 +211,14 @@ class Encoder:
         return self._run(pixel_values, grid)
 
     def _run(self, pixel_values: Tensor, grid: Tensor) -> TowerOutput:
-        graphs = graphs_of(self.tower)
-        if graphs is not None:
+        if graphs := graphs_of(self.tower):
             return graphs(pixel_values, grid)
         return self.tower(pixel_values.to(self.device), GridPlan.build(grid, self.config, self.device))
 
     def warmup(self, max_tokens: int) -> int:
-        """Compile kernels and capture CUDA graphs now, for one image of every size up to this, not when first needed.
+        """Compile kernels and capture the CUDA graphs of one image of any size up to this, not when first needed.
+
+        Images beyond 512 patches a side, or 25 times as long as wide, may need others.
 
         Args:
             max_tokens: merged tokens of the largest image to come.
@@ -231,7 +232,7 @@ class Encoder:
         if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
             raise ValueError(f"max_tokens: expected a positive number of tokens, got {max_tokens!r}")
         graphs = graphs_of(self.tower)
-        return 0 if graphs is None else graphs.warm_up(max_tokens * self.config.merge_unit)
+        return graphs.warm_up(max_tokens * self.config.merge_unit) if graphs else 0
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write the tower alone: `model.safetensors`, `config.json` and the processors' configs.

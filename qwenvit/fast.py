@@ -195,11 +195,16 @@ class Merger(nn.Module):
 def refuse_gradients(tensors: Iterable[Tensor]) -> None:
     """ValueError where gradients are asked of a tower that gives none."""
     if torch.is_grad_enabled() and any(map(attrgetter("requires_grad"), tensors)):
-        raise ValueError("pixel_values: the fast tower gives no gradients; use impl='reference', or torch.no_grad()")
+        raise ValueError(
+            "pixel_values, parameters: expected none that requires gradients, which the fast tower does not give; "
+            "use impl='reference', or torch.no_grad()"
+        )
 
 
 class FastTower(nn.Module):
     """Vision tower of any family, for inference.
+
+    Blocks work in place, each in the memory of its input: hooks have to copy what they keep.
 
     Args:
         config: the tower's config. Parameters are not initialised: load a checkpoint, or a reference tower's.
@@ -225,11 +230,13 @@ class FastTower(nn.Module):
         self.requires_grad_(False)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
-        """Move or convert, as any module; graphs go first, for they hold on to the memory that is to be freed."""
+        """Move or convert, as any module; graphs that hold on to memory that is to be freed go, others stay."""
         if self.graphs is not None:
-            torch.cuda.synchronize(self.graphs.device)
+            self.graphs.let_go()
+        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        if self.graphs is not None and not self.graphs.take_hold():
             self.graphs = None
-        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        return self
 
     def forward(self, pixel_values: Tensor, plan: GridPlan | DevicePlan) -> TowerOutput:
         """Encode packed patches: as the reference tower does, without gradients.

@@ -19,46 +19,19 @@ from huggingface_hub.utils import tqdm
 from torch import Tensor, nn
 
 from qwenvit import device_plan
-from qwenvit.capture import Graph, PixelBuffer
+from qwenvit.capacity import MOST_PATCHES, capacity_for, capacity_of_one, power, reach_for
+from qwenvit.capture import Graph
 from qwenvit.device_plan import Capacity
 from qwenvit.fast import FastTower, refuse_gradients
 from qwenvit.outputs import TowerOutput
 from qwenvit.watch import Watch
 
 MOST_GRAPHS = 512
-"""Graphs kept; the one not used for longest makes room. They share buffers and memory, so each costs little."""
-MOST_PATCHES = 32768
-"""Larger batches run without a graph: launches are a small part of their time, and buffers would be large."""
+"""Graphs kept; the one not used for longest makes room. They share memory (`_reach_out`), so each costs little."""
 MOST_GRIDS = 1024
 """Tables of grids that are kept."""
-LEAST_SIDE = 512
-"""Rows and columns of patches that every graph has angles for; larger frames double it."""
 CAPTURING = threading.Lock()
 """torch allows one capture at a time in a process, whoever's it is."""
-
-
-def capacity_for(need: Capacity, merge_unit: int) -> Capacity:
-    """The graph's capacity for what some grids need.
-
-    Patches are rounded up to a multiple of a thirty-second of the power of two below (at least 16), other counts to
-    powers of two that begin at what images of ordinary shapes need, so that they seldom make a difference. One frame
-    stays one: attention divides a single segment best where it knows that it is one.
-
-    Room costs more than its share, since cuBLAS chooses anew for every height: of Qwen3-VL-8B's MLP the two products
-    take 14.1 and 19.0 µs at 784 patches, and 17.9 and 22.5 at 832, a sixteenth more (H200, bf16).
-    """
-    step = max(16, 2 ** ((need.patches - 1).bit_length() - 6))
-    patches = -(-need.patches // step) * step
-    least = max(8, patches // 1024)
-    usual = patches // 64 + patches // 256 + 16
-    windows = (usual if need.windows <= usual else _power(need.windows)) if need.windows else 0
-    frames = 1 if need.frames == 1 else _power(max(need.frames, least))
-    items = 1 if need.items == 1 else _power(max(need.items, least))
-    return Capacity(-(-patches // merge_unit) * merge_unit, frames, windows, items, _power(max(need.side, LEAST_SIDE)))
-
-
-def _power(count: int) -> int:
-    return 1 << (count - 1).bit_length()
 
 
 class GraphedTower:
@@ -84,19 +57,18 @@ class GraphedTower:
 
     @property
     def tower(self) -> FastTower:
-        """The tower, which holds this."""
+        """The tower, which holds this; None once it is gone."""
         return cast(FastTower, self._tower())
 
     def _begin(self) -> None:
         self.device = self.tower.patch_embed.weight.device
         self._weights = Watch(self.tower)
-        self._graphs: OrderedDict[tuple[Capacity, str], Graph] = OrderedDict()
         self._angles: dict[int, tuple[Tensor, Tensor]] = {}
-        self._pixels = PixelBuffer()
+        self._graphs: OrderedDict[tuple[Capacity, object], Graph] = OrderedDict()
+        self._reach = 0
         with torch.cuda.device(self.device):
             # Of high priority, since torch hands its few streams round, and those of low priority to everyone.
             self._stream = torch.cuda.Stream(self.device, priority=-1)
-            self._pool = torch.cuda.graph_pool_handle()
             self._idle = torch.cuda.Event()
 
     def __call__(self, pixel_values: Tensor, grid: Tensor) -> TowerOutput:
@@ -117,14 +89,36 @@ class GraphedTower:
             raise ValueError("the encoder captures graphs of its own: capture enc.tower(pixel_values, plan) in yours")
         refuse_gradients([pixel_values])
         with self._lock:
+            _, room, _ = self._prepare(grid)
+            captured = self._key(room) in self._graphs
+            if not captured:
+                self._renew()
             output = self._run(pixel_values, grid)
-            # Looked through while the GPU is at work. What graphs read is kept alive, so that they may run in vain.
-            if not self._weights.unchanged():
-                torch.cuda.synchronize()
-                self._begin()
+            # Looked for while the GPU is at work: all that graphs read is kept alive, so that they may run in vain.
+            if captured and self._renew():
                 output = self._run(pixel_values, grid)
             refuse_gradients(self._weights.parameters)
         return output
+
+    def let_go(self) -> None:
+        """Keep no memory of weights, which are about to be moved."""
+        with self._lock:
+            torch.cuda.synchronize(self.device)  # graphs may be reading it
+            self._weights.release()
+
+    def take_hold(self) -> bool:
+        """Keep it again, if they were not moved after all; whether that is so."""
+        with self._lock:
+            self._weights.hold()
+            return self._weights.unchanged()
+
+    def _renew(self) -> bool:
+        """Begin anew if weights lie elsewhere than graphs think; whether that was so."""
+        if self._weights.unchanged():
+            return False
+        torch.cuda.synchronize(self.device)
+        self._begin()
+        return True
 
     def _run(self, pixel_values: Tensor, grid: Tensor) -> TowerOutput:
         config = self.tower.config
@@ -133,7 +127,7 @@ class GraphedTower:
             if room is not need:
                 return self._graph(room).replay(table, pixel_values)
             with _plain():
-                angles = self._angles_for(_power(need.side))
+                angles = self._angles_for(power(need.side))
                 table = table.to(self.device, non_blocking=True)
                 plan = device_plan.compute(table, angles, config, need, self.tower.impl)
                 return self.tower(pixel_values.to(self.device), plan)
@@ -171,17 +165,14 @@ class GraphedTower:
         if patches > MOST_PATCHES:
             expected = f"at most {MOST_PATCHES // unit}, beyond which no graph is used"
             raise ValueError(f"max_tokens: expected {expected}, got {patches // unit}")
-        windows = 0 if self.tower.config.window_size is None else 1
         rooms, reached = [], unit
         while reached < patches + unit:
-            rooms.append(capacity_for(Capacity(reached, 1, windows, 1, 1), unit))
+            rooms.append(capacity_of_one(reached, self.tower.config))
             reached = rooms[-1].patches + unit
         with self._lock:
-            if not self._weights.unchanged():
-                torch.cuda.synchronize()
-                self._begin()
+            self._renew()
             with self._turn():
-                for room in tqdm(rooms[::-1], unit="graph", disable=None):  # the others fit into the largest's memory
+                for room in tqdm(rooms[::-1], unit="graph", disable=None):
                     self._graph(room)
         return len(rooms)
 
@@ -190,21 +181,45 @@ class GraphedTower:
             self._angles[side] = device_plan.angle_tables(self.tower.config, side, self.device)
         return self._angles[side]
 
+    def _key(self, room: Capacity) -> tuple[Capacity, object]:
+        matmul = torch.backends.cuda.matmul  # a capture keeps the way of multiplying fp32 that it finds
+        return room, getattr(matmul, "fp32_precision", None) or matmul.allow_tf32
+
     def _graph(self, room: Capacity) -> Graph:
-        key = room, torch.get_float32_matmul_precision()  # a capture keeps what it finds
+        key = self._key(room)
         if key not in self._graphs:
             try:
                 with CAPTURING, _plain():
-                    angles = self._angles_for(room.side)
-                    if len(self._graphs) >= MOST_GRAPHS:
-                        torch.cuda.synchronize()  # the graph that goes may still be running
-                        self._graphs.popitem(last=False)
-                    self._graphs[key] = Graph(self.tower, room, angles, self._pixels, self._stream, self._pool)
+                    if room.patches > self._reach:
+                        self._reach_out(room.patches)
+                    if key not in self._graphs:
+                        self._capture(room)
             except BaseException:
-                self._pool = torch.cuda.graph_pool_handle()  # the old one may refuse captures from now on
+                self._reach = 0  # the pool may refuse captures from now on, so the next one gets another
                 raise
         self._graphs.move_to_end(key)
         return self._graphs[key]
+
+    def _reach_out(self, patches: int) -> None:
+        """Begin with a graph of so many patches or some more, whose memory is enough for all smaller ones.
+
+        In rising order each graph would add memory: those of Qwen2.5-VL-7B up to `MOST_PATCHES` 3.4 GiB of pixel values
+        alone. The price is that smaller ones are captured again.
+        """
+        torch.cuda.synchronize(self.device)  # the graphs that go may still be running
+        self._graphs.clear()
+        self._reach = reach_for(patches)
+        room = capacity_of_one(self._reach, self.tower.config)
+        self._pixels = self.tower.patch_embed.weight.new_zeros((room.patches, self.tower.config.patch_dim))
+        self._pool = torch.cuda.graph_pool_handle()
+        self._capture(room)
+
+    def _capture(self, room: Capacity) -> None:
+        if len(self._graphs) >= MOST_GRAPHS:
+            torch.cuda.synchronize(self.device)
+            self._graphs.popitem(last=False)
+        angles, pixels = self._angles_for(room.side), self._pixels[: room.patches]
+        self._graphs[self._key(room)] = Graph(self.tower, room, angles, pixels, self._stream, self._pool)
 
 
 @cache
@@ -224,7 +239,13 @@ def graphs_of(tower: nn.Module) -> GraphedTower | None:
     """The tower's graphs, if it is one that runs in them."""
     if not isinstance(tower, FastTower) or tower.impl == "reference" or not tower.patch_embed.weight.is_cuda:
         return None
-    if tower.graphs is None:
+    if not _holds(tower):
         with CAPTURING:
-            tower.graphs = tower.graphs or GraphedTower(tower)
-    return tower.graphs
+            if not _holds(tower):
+                tower.graphs = GraphedTower(tower)
+    return cast(GraphedTower, tower.graphs)
+
+
+def _holds(tower: FastTower) -> bool:
+    """Whether it has graphs, and they are its own: a shallow copy of a tower brings those of the original."""
+    return tower.graphs is not None and tower.graphs.tower is tower

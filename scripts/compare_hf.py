@@ -10,7 +10,6 @@ enough (5 %) to mean anything. Exit code 0 says PASS, 1 FAIL, 2 that nothing was
 """
 
 import argparse
-import itertools
 import statistics
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import torch
 from compare_inputs import KINDS, load_inputs, synthetic
+from compare_report import show_differences, verdict
 from hf_towers import build_tower, forward, load_weights, save_tower
 from torch import Tensor, nn
 
@@ -34,13 +34,19 @@ PINNED = "5.23."  # the transformers whose towers the reference tower equals to 
 
 Outputs = list[tuple[str, Tensor]]
 Pair = tuple[qwenvit.Encoder, nn.Module]
-Pairs = list[tuple[str, Tensor, Tensor]]
+
+
+class DisagreementError(Exception):
+    """Of our two ways to run one tower."""
 
 
 def main() -> int:
     arguments = parse_arguments()
     try:
         return compare(arguments)
+    except DisagreementError as error:
+        print(f"FAIL: {error}")
+        return 1
     except (ImportError, OSError, TypeError, ValueError) as error:
         hint = "; pip install '.[compare]' brings transformers" if isinstance(error, ImportError) else ""
         print(f"compare_hf.py: error: {' '.join(str(error).split())}{hint}", file=sys.stderr)
@@ -131,8 +137,9 @@ def run_ours(encoder: qwenvit.Encoder, pixel_values: Tensor, grid: Tensor) -> tu
     plan = GridPlan.build(grid, encoder.config, encoder.device)
     output, calls = record(encoder.tower.blocks, lambda: encoder.tower(pixel_values, plan))
     whole = encoder(pixel_values, grid)  # with CUDA graphs where the fast tower uses them
-    if Difference.of(whole.pooler_output, output.pooler_output).relative_l2 > parity.MEANINGFUL_ERROR:
-        sys.exit("FAIL: the encoder and its tower differ")
+    for (name, ours), (_, theirs) in zip(named(whole), named(output), strict=True):
+        if not Difference.of(ours, theirs).relative_l2 <= parity.MEANINGFUL_ERROR:  # NaN is no agreement
+            raise DisagreementError(f"the encoder and its tower differ in {name}")
     return named(whole), calls
 
 
@@ -149,22 +156,6 @@ def check_ends(ours: Outputs, theirs: Outputs, truths: Outputs) -> list[Check]:
         else:
             print(f"{name}: transformers' own error of {error:.1%} is above {parity.MEANINGFUL_ERROR:.0%}: not judged")
     return checks
-
-
-def show_differences(pairs: Pairs, outputs: int, grid: Tensor, merge_unit: int, names: list[str]) -> None:
-    print(f"\n{'after':<24} {'max abs':>10} {'mean abs':>10} {'rel L2':>10} {'cosine':>12}")
-    for pair in pairs[:-outputs]:
-        show(*pair)
-    sizes = (grid.prod(dim=1) // merge_unit).tolist()
-    for output, a, b in pairs[-outputs:]:
-        show(output, a, b)
-        for name, part, other in zip(names, a.split(sizes), b.split(sizes), strict=True):
-            show(f"  {name}", part, other)
-
-
-def show(name: str, a: Tensor, b: Tensor) -> None:
-    d = Difference.of(a, b)
-    print(f"{name[:24]:<24} {d.max_abs:>10.3g} {d.mean_abs:>10.3g} {d.relative_l2:>10.3g} {d.cosine:>12.9f}")
 
 
 def show_times(encoder: qwenvit.Encoder, tower: nn.Module, rounds: int) -> None:
@@ -184,16 +175,6 @@ def show_times(encoder: qwenvit.Encoder, tower: nn.Module, rounds: int) -> None:
         f"\none 448x448 image, {len(pixel_values)} patches, {torch.get_num_threads()} threads, median of {rounds}: "
         f"qwenvit {ours * 1e3:.1f} ms, transformers (sdpa) {theirs * 1e3:.1f} ms, ratio {theirs / ours:.2f}"
     )
-
-
-def verdict(checks: list[Check]) -> int:
-    for check in (failed := [check for check in checks if not check.passed]):
-        print(f"FAIL {check.name} = {check.value:.3g}, bound {check.bound:.3g}")
-    for kind, group in itertools.groupby(checks, key=lambda check: check.name.rpartition(": ")[2]):
-        values, bound = zip(*((check.value, check.bound) for check in group), strict=True)
-        print(f"{kind}: {len(values)} checks, worst {max(values):.3g}, bound {bound[0]:.3g}")
-    print("FAIL" if failed or not checks else "PASS")
-    return 1 if failed or not checks else 0
 
 
 if __name__ == "__main__":
