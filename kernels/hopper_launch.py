@@ -62,9 +62,7 @@ def _descriptors(first: Form, rest: Form, rows: int, dtype: torch.dtype) -> tupl
         if address % 16 or any(stride % 8 or not 0 < stride < 2**32 for stride in (row, head)):
             return None
         skipped = 64 if box == 16 and channels > 64 else 0
-        width = (
-            min(channels, 64) if box == 64 else channels - skipped
-        )  # of 64 channels there is no rest, but one is passed
+        width = min(channels, 64) if box == 64 else channels - skipped
         shape = [2**31 - 2**16, 2**31 - 2**16, heads, 2**30, width]
         base = _Address(address + 2 * skipped, dtype)
         made.append(_Rows(base, shape, [2**34 - row, row, head, row, 1], rows, box))

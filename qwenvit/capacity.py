@@ -1,5 +1,9 @@
 """How much room CUDA graphs have: in steps, so that one serves many sizes."""
 
+from typing import NamedTuple
+
+from torch import Tensor
+
 from qwenvit.config import VisionConfig
 from qwenvit.device_plan import Capacity
 
@@ -9,6 +13,16 @@ LEAST_REACH = 4096
 """Patches of the first and largest graph there is, at least."""
 LEAST_SIDE = 512
 """Rows and columns of patches that every graph has angles for; larger frames double it."""
+
+
+class Grids(NamedTuple):
+    """Grids made ready: what they need, the room they get, and their table."""
+
+    need: Capacity
+    room: Capacity
+    """`need` itself where there is no graph."""
+    table: Tensor
+    """Of `device_plan.tabulate`, in memory that a GPU reads by itself."""
 
 
 def capacity_for(need: Capacity, merge_unit: int) -> Capacity:
@@ -21,7 +35,7 @@ def capacity_for(need: Capacity, merge_unit: int) -> Capacity:
     Room costs more than its share, since cuBLAS chooses anew for every height: of Qwen3-VL-8B's MLP the two products
     take 14.1 and 19.0 µs at 784 patches, and 17.9 and 22.5 at 832, a sixteenth more (H200, bf16).
     """
-    step = max(16, 2 ** ((need.patches - 1).bit_length() - 6))
+    step = max(16, power(need.patches) // 64)
     patches = -(-need.patches // step) * step
     least = max(8, patches // 1024)
     usual = patches // 64 + patches // 256 + 16
@@ -44,5 +58,6 @@ def capacity_of_one(patches: int, config: VisionConfig) -> Capacity:
 
 def reach_for(patches: int) -> int:
     """Patches of the largest graph, where one of so many is needed: up to an eighth more."""
-    step = max(power(patches) // 16, 1)
-    return max(-(-patches // step) * step, LEAST_REACH)
+    patches = max(patches, LEAST_REACH)
+    step = power(patches) // 16
+    return -(-patches // step) * step

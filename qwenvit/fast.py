@@ -7,6 +7,7 @@ keys of long segments is written twice.
 """
 
 from collections.abc import Iterable
+from itertools import chain
 from operator import attrgetter
 from typing import Any, Self
 
@@ -249,7 +250,7 @@ class FastTower(nn.Module):
         Raises:
             ValueError: `pixel_values` of another width; gradients are asked for.
         """
-        refuse_gradients((pixel_values, *self.parameters()))
+        refuse_gradients(chain([pixel_values], self.parameters()))
         embed = self.patch_embed
         weight = embed.weight[:, : embed.patch_dim]
         if pixel_values.dtype not in DTYPES.values():

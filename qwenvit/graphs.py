@@ -19,7 +19,7 @@ from huggingface_hub.utils import tqdm
 from torch import Tensor, nn
 
 from qwenvit import device_plan
-from qwenvit.capacity import MOST_PATCHES, capacity_for, capacity_of_one, power, reach_for
+from qwenvit.capacity import MOST_PATCHES, Grids, capacity_for, capacity_of_one, power, reach_for
 from qwenvit.capture import Graph
 from qwenvit.device_plan import Capacity
 from qwenvit.fast import FastTower, refuse_gradients
@@ -48,7 +48,7 @@ class GraphedTower:
     def __init__(self, tower: FastTower) -> None:
         self._tower = weakref.ref(tower)
         self._lock = threading.Lock()
-        self._grids: OrderedDict[bytes, tuple[Capacity, Capacity, Tensor]] = OrderedDict()
+        self._grids: OrderedDict[bytes, Grids] = OrderedDict()
         self._begin()
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
@@ -89,14 +89,14 @@ class GraphedTower:
             raise ValueError("the encoder captures graphs of its own: capture enc.tower(pixel_values, plan) in yours")
         refuse_gradients([pixel_values])
         with self._lock:
-            _, room, _ = self._prepare(grid)
-            captured = self._key(room) in self._graphs
+            prepared = self._prepare(grid)
+            captured = self._key(prepared.room) in self._graphs
             if not captured:
                 self._renew()
-            output = self._run(pixel_values, grid)
+            output = self._run(pixel_values, prepared)
             # Looked for while the GPU is at work: all that graphs read is kept alive, so that they may run in vain.
             if captured and self._renew():
-                output = self._run(pixel_values, grid)
+                output = self._run(pixel_values, prepared)
             refuse_gradients(self._weights.parameters)
         return output
 
@@ -120,26 +120,23 @@ class GraphedTower:
         self._begin()
         return True
 
-    def _run(self, pixel_values: Tensor, grid: Tensor) -> TowerOutput:
-        config = self.tower.config
-        need, room, table = self._prepare(grid)
+    def _run(self, pixel_values: Tensor, grids: Grids) -> TowerOutput:
         with self._turn():
-            if room is not need:
-                return self._graph(room).replay(table, pixel_values)
+            if grids.room is not grids.need:
+                return self._graph(grids.room).replay(grids.table, pixel_values)
             with _plain():
-                angles = self._angles_for(power(need.side))
-                table = table.to(self.device, non_blocking=True)
-                plan = device_plan.compute(table, angles, config, need, self.tower.impl)
+                angles = self._angles_for(power(grids.need.side))
+                table = grids.table.to(self.device, non_blocking=True)
+                plan = device_plan.compute(table, angles, self.tower.config, grids.need, self.tower.impl)
                 return self.tower(pixel_values.to(self.device), plan)
 
-    def _prepare(self, grid: Tensor) -> tuple[Capacity, Capacity, Tensor]:
-        """What grids need, the room they get, and their table in memory that a GPU reads by itself."""
+    def _prepare(self, grid: Tensor) -> Grids:
         key = grid.numpy().tobytes()
         if key not in self._grids:
             config = self.tower.config
             need = device_plan.measure(grid, config)
             room = capacity_for(need, config.merge_unit) if need.patches <= MOST_PATCHES else need
-            self._grids[key] = need, room, device_plan.tabulate(grid, config, room.items).pin_memory()
+            self._grids[key] = Grids(need, room, device_plan.tabulate(grid, config, room.items).pin_memory())
             if len(self._grids) > MOST_GRIDS:
                 self._grids.popitem(last=False)
         return self._grids[key]

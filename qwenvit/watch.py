@@ -11,8 +11,8 @@ class Watch:
     """The parameters of a module, and where they lay when this was made.
 
     Walking the modules of a tower takes half a millisecond, a fifth of a small image's time on the GPU. So the places
-    are listed once, and looking them through takes a fifth of that. Memory that is watched
-    stays allocated, so that no other parameter comes to lie there.
+    are listed once, and looking them through takes a fifth of that. Memory that is watched stays allocated, so that no
+    other parameter comes to lie there.
 
     Attributes:
         parameters: of the module.
