@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from qwenvit.config import VisionConfig
+from qwenvit.grid import count_patches
 
 Impl = Literal["auto", "triton", "reference"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -48,5 +49,5 @@ def check_pixel_values(pixel_values: Tensor, grid: Tensor, config: VisionConfig)
             f"pixel_values: expected [patches, {config.patch_dim}] (channels x frames x height x width of a patch), "
             f"got {shape}{hint}"
         )
-    if shape[0] != (patches := int(grid.numpy().prod(1).sum())):
+    if shape[0] != (patches := count_patches(grid, config.spatial_merge_size)):
         raise ValueError(f"pixel_values: grid_thw {grid.tolist()} stands for {patches} patches, got {shape[0]}")

@@ -14,11 +14,16 @@ from qwenvit.outputs import TowerOutput
 
 @dataclass(frozen=True)
 class Borrowed:
-    """A tensor without its memory, which the graph that writes it keeps, and others write to as well."""
+    """A tensor without its memory, which the graph that uses it keeps, and others write to as well."""
 
     address: int
     shape: torch.Size
     dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Borrowed":
+        """A tensor that may go now: `tensor` gives it back."""
+        return cls(tensor.data_ptr(), tensor.shape, tensor.dtype)
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
@@ -27,7 +32,7 @@ class Borrowed:
         return {"version": 3, "typestr": "|u1", "shape": (bytes_of_all,), "data": (self.address, False)}
 
     def tensor(self, device: torch.device) -> Tensor:
-        """To be read between a replay and whatever runs after it."""
+        """To be written right before a replay, or read between one and whatever runs after it."""
         return torch.as_tensor(self, device=device).view(self.dtype).view(self.shape)
 
 
@@ -38,7 +43,6 @@ class Graph:
         tower: on a CUDA device.
         room: how much it takes.
         angles: of `device_plan.angle_tables`.
-        pixels: `[patches, C·T·P·P]`, its pixel values' place.
         stream: that it is captured on.
         pool: of the memory it uses by turns with other graphs.
     """
@@ -48,7 +52,6 @@ class Graph:
         tower: FastTower,
         room: Capacity,
         angles: tuple[Tensor, Tensor],
-        pixels: Tensor,
         stream: torch.cuda.Stream,
         pool: Any,
     ) -> None:
@@ -58,31 +61,43 @@ class Graph:
         self.merge_unit = config.merge_unit
         smallest = torch.tensor([[1, merge, merge]], device="cpu")
         self.table = device_plan.tabulate(smallest, config, room.items).to(weight.device)
-        self.pixel_values = pixels
+        self._shown: Tensor | None = None
 
-        def run() -> list[Tensor]:
+        def run() -> list[Borrowed]:
+            pixel_values = weight.new_empty((room.patches, config.patch_dim))
+            places = [Borrowed.of(pixel_values)]
             plan = device_plan.compute(self.table, angles, config, room, tower.impl)
-            output = tower(self.pixel_values, plan)
-            return [output.last_hidden_state, output.pooler_output, *output.deepstack_features]
+            x = tower.embed(pixel_values, plan)
+            del pixel_values  # what comes next may lie there
+            output = tower.transform(x, plan)
+            outputs = [output.last_hidden_state, output.pooler_output, *output.deepstack_features]
+            return places + list(map(Borrowed.of, outputs))
 
         # Compiles kernels and sets libraries up, which a capture may not; on another stream, so that the capture's own
         # gets its cuBLAS workspace in the pool, where nobody else frees it.
         run()
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            outputs = run()
-        self.outputs = [Borrowed(x.data_ptr(), x.shape, x.dtype).tensor(x.device) for x in outputs]
+            places = run()
+        self.pixel_values, *self.outputs = (place.tensor(weight.device) for place in places)
 
     def replay(self, table: Tensor, pixel_values: Tensor) -> TowerOutput:
-        """Run on the current stream; the result is a copy. `pixel_values` on the host are read before this returns."""
+        """Run on the current stream; the result is a copy. `pixel_values` on the host are read before this returns.
+
+        The GPU waits until the graph is launched: what comes before is as short as it can be.
+        """
         patches = len(pixel_values)
-        tokens = patches // self.merge_unit
-        self.table.copy_(table, non_blocking=True)
+        if table is not self._shown:
+            self._shown = None
+            self.table.copy_(table, non_blocking=True)
+            self._shown = table
         rows = self.pixel_values[:patches]
-        if pixel_values.shape[1] < rows.shape[1]:  # one frame of still images; a copy would move its repetitions too
-            pixel_values = pixel_values.to(rows.device, rows.dtype)
-        self.frames(rows).copy_(self.frames(pixel_values), non_blocking=pixel_values.is_cuda)
+        if pixel_values.shape == rows.shape:
+            rows.copy_(pixel_values, non_blocking=pixel_values.is_cuda)
+        else:  # one frame of still images; a copy from the host would move its repetitions too
+            self.frames(rows).copy_(self.frames(pixel_values.to(rows.device, rows.dtype)))
         self.graph.replay()
+        tokens = patches // self.merge_unit
         hidden, *merged = self.outputs
         written = [hidden[:patches], *(layer[:tokens] for layer in merged)]
         copies = [torch.empty_like(x) for x in written]

@@ -251,6 +251,10 @@ class FastTower(nn.Module):
             ValueError: `pixel_values` of another width; gradients are asked for.
         """
         refuse_gradients(chain([pixel_values], self.parameters()))
+        return self.transform(self.embed(pixel_values, plan), plan)
+
+    def embed(self, pixel_values: Tensor, plan: GridPlan | DevicePlan) -> Tensor:
+        """The first half of `forward`: what the first block gets, `[patches, hidden_size]`, in the tower's order."""
         embed = self.patch_embed
         weight = embed.weight[:, : embed.patch_dim]
         if pixel_values.dtype not in DTYPES.values():
@@ -259,7 +263,10 @@ class FastTower(nn.Module):
         positions = (table, plan.position_taps, plan.position_weights)
         order = (plan.restore_index, self.config.merge_unit)
         pixel_values = embed.frames(pixel_values).flatten(1).contiguous()
-        x = ops.patch_embed(pixel_values, weight, embed.bias, *positions, *order, impl=self.impl)
+        return ops.patch_embed(pixel_values, weight, embed.bias, *positions, *order, impl=self.impl)
+
+    def transform(self, x: Tensor, plan: GridPlan | DevicePlan) -> TowerOutput:
+        """The second half of `forward`, in the memory of `x`, which no longer needs the pixel values."""
         deepstack_features = []
         for index, block in enumerate(self.blocks):
             full = plan.windows is None or self.config.is_full_attention(index)

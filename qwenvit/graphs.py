@@ -1,8 +1,8 @@
 """The fast tower in CUDA graphs: one for each capacity, which any grids that fit may use.
 
-A graph holds everything from the table of grids and the pixel values, copied into buffers, to the output: no two
-layouts can be confused, for the layout is computed inside. Capacities grow in steps of a thirty-second, so at most 3 %
-of the patches are room to spare; windows and frames are rounded up further, and empty ones cost next to nothing.
+A graph holds everything from the table of grids and the pixel values, copied to where it reads them, to the output: no
+two layouts can be confused, for the layout is computed inside. Capacities grow in steps of a thirty-second, so at most
+3 % of the patches are room to spare; windows and frames are rounded up further, and empty ones cost next to nothing.
 Results are copied out, so later calls leave them alone, and all graphs may use the same memory by turns.
 """
 
@@ -32,6 +32,8 @@ MOST_GRIDS = 1024
 """Tables of grids that are kept."""
 CAPTURING = threading.Lock()
 """torch allows one capture at a time in a process, whoever's it is."""
+Key = tuple[Capacity, object]
+"""What a graph is for: room, and the way of multiplying fp32."""
 
 
 class GraphedTower:
@@ -64,7 +66,7 @@ class GraphedTower:
         self.device = self.tower.patch_embed.weight.device
         self._weights = Watch(self.tower)
         self._angles: dict[int, tuple[Tensor, Tensor]] = {}
-        self._graphs: OrderedDict[tuple[Capacity, object], Graph] = OrderedDict()
+        self._graphs: OrderedDict[Key, Graph] = OrderedDict()
         self._reach = 0
         with torch.cuda.device(self.device):
             # Of high priority, since torch hands its few streams round, and those of low priority to everyone.
@@ -82,7 +84,9 @@ class GraphedTower:
         Raises:
             ValueError: gradients are asked for, or the current stream is being captured.
         """
-        return _untraced()(self, pixel_values, grid)
+        if torch.compiler.is_compiling():
+            return _untraced()(self, pixel_values, grid)
+        return self._encode(pixel_values, grid)
 
     def _encode(self, pixel_values: Tensor, grid: Tensor) -> TowerOutput:
         if torch.cuda.is_current_stream_capturing():
@@ -90,13 +94,14 @@ class GraphedTower:
         refuse_gradients([pixel_values])
         with self._lock:
             prepared = self._prepare(grid)
-            captured = self._key(prepared.room) in self._graphs
+            key = self._key(prepared.room)
+            captured = key in self._graphs
             if not captured:
                 self._renew()
-            output = self._run(pixel_values, prepared)
+            output = self._run(pixel_values, prepared, key)
             # Looked for while the GPU is at work: all that graphs read is kept alive, so that they may run in vain.
             if captured and self._renew():
-                output = self._run(pixel_values, prepared)
+                output = self._run(pixel_values, prepared, key)
             refuse_gradients(self._weights.parameters)
         return output
 
@@ -120,11 +125,11 @@ class GraphedTower:
         self._begin()
         return True
 
-    def _run(self, pixel_values: Tensor, grids: Grids) -> TowerOutput:
+    def _run(self, pixel_values: Tensor, grids: Grids, key: Key) -> TowerOutput:
         with self._turn():
             if grids.room is not grids.need:
-                return self._graph(grids.room).replay(grids.table, pixel_values)
-            with _plain():
+                return self._graph(key).replay(grids.table, pixel_values)
+            with _plain(self.device):
                 angles = self._angles_for(power(grids.need.side))
                 table = grids.table.to(self.device, non_blocking=True)
                 plan = device_plan.compute(table, angles, self.tower.config, grids.need, self.tower.impl)
@@ -144,13 +149,12 @@ class GraphedTower:
     @contextmanager
     def _turn(self) -> Iterator[None]:
         """On the GPU, after the calls before, whatever streams they ran on."""
-        with torch.cuda.device(self.device):
-            stream = torch.cuda.current_stream()
-            stream.wait_event(self._idle)
-            try:
-                yield
-            finally:  # whatever was launched before a failure runs on
-                self._idle.record(stream)
+        stream = torch.cuda.current_stream(self.device)
+        stream.wait_event(self._idle)
+        try:
+            yield
+        finally:  # whatever was launched before a failure runs on
+            self._idle.record(stream)
 
     def warm_up(self, patches: int) -> int:
         """Capture the graphs of one image of every size up to so many patches; returns their number.
@@ -170,7 +174,7 @@ class GraphedTower:
             self._renew()
             with self._turn():
                 for room in tqdm(rooms[::-1], unit="graph", disable=None):
-                    self._graph(room)
+                    self._graph(self._key(room))
         return len(rooms)
 
     def _angles_for(self, side: int) -> tuple[Tensor, Tensor]:
@@ -178,15 +182,15 @@ class GraphedTower:
             self._angles[side] = device_plan.angle_tables(self.tower.config, side, self.device)
         return self._angles[side]
 
-    def _key(self, room: Capacity) -> tuple[Capacity, object]:
+    def _key(self, room: Capacity) -> Key:
         matmul = torch.backends.cuda.matmul  # a capture keeps the way of multiplying fp32 that it finds
         return room, getattr(matmul, "fp32_precision", None) or matmul.allow_tf32
 
-    def _graph(self, room: Capacity) -> Graph:
-        key = self._key(room)
+    def _graph(self, key: Key) -> Graph:
         if key not in self._graphs:
+            room, _ = key
             try:
-                with CAPTURING, _plain():
+                with CAPTURING, _plain(self.device):
                     if room.patches > self._reach:
                         self._reach_out(room.patches)
                     if key not in self._graphs:
@@ -200,14 +204,13 @@ class GraphedTower:
     def _reach_out(self, patches: int) -> None:
         """Begin with a graph of so many patches or some more, whose memory is enough for all smaller ones.
 
-        In rising order each graph would add memory: those of Qwen2.5-VL-7B up to `MOST_PATCHES` 3.4 GiB of pixel values
-        alone. The price is that smaller ones are captured again.
+        In rising order each graph would add memory: what a smaller one left is no place for its largest tensors. The
+        price is that smaller ones are captured again.
         """
         torch.cuda.synchronize(self.device)  # the graphs that go may still be running
         self._graphs.clear()
         self._reach = reach_for(patches)
         room = capacity_of_one(self._reach, self.tower.config)
-        self._pixels = self.tower.patch_embed.weight.new_zeros((room.patches, self.tower.config.patch_dim))
         self._pool = torch.cuda.graph_pool_handle()
         self._capture(room)
 
@@ -215,8 +218,8 @@ class GraphedTower:
         if len(self._graphs) >= MOST_GRAPHS:
             torch.cuda.synchronize(self.device)
             self._graphs.popitem(last=False)
-        angles, pixels = self._angles_for(room.side), self._pixels[: room.patches]
-        self._graphs[self._key(room)] = Graph(self.tower, room, angles, pixels, self._stream, self._pool)
+        angles = self._angles_for(room.side)
+        self._graphs[self._key(room)] = Graph(self.tower, room, angles, self._stream, self._pool)
 
 
 @cache
@@ -226,17 +229,20 @@ def _untraced() -> Callable[[GraphedTower, Tensor, Tensor], TowerOutput]:
 
 
 @contextmanager
-def _plain() -> Iterator[None]:
+def _plain(device: torch.device) -> Iterator[None]:
     """Whatever modes a caller is in, what is computed or captured is the same."""
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast("cuda", enabled=False):
+    autocast = torch.autocast("cuda", enabled=False)
+    with torch.cuda.device(device), torch.inference_mode(False), torch.no_grad(), autocast:
         yield
 
 
 def graphs_of(tower: nn.Module) -> GraphedTower | None:
     """The tower's graphs, if it is one that runs in them."""
-    if not isinstance(tower, FastTower) or tower.impl == "reference" or not tower.patch_embed.weight.is_cuda:
+    if not isinstance(tower, FastTower):
         return None
     if not _holds(tower):
+        if tower.impl == "reference" or not tower.patch_embed.weight.is_cuda:
+            return None
         with CAPTURING:
             if not _holds(tower):
                 tower.graphs = GraphedTower(tower)

@@ -73,6 +73,23 @@ def test_room_to_spare_changes_nothing_that_counts():
 
 
 @needs_gpu
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_what_lies_in_the_room_to_spare_counts_for_nothing(family):
+    """Pixel values lie where a graph's later tensors do, so rows past the last patch hold anything."""
+    enc = encoder(family)
+    for full, grid in (([[1, 34, 32]], [[1, 38, 28]]), ([[1, 32, 32], [2, 4, 4]], [[1, 34, 30], [2, 4, 4]])):
+        pixels, before, outputs = pixels_of(grid, enc), pixels_of(full, enc), []
+        assert len(pixels) < len(before)
+        for value in (0.0, torch.nan):
+            enc(torch.full_like(before, value), torch.tensor(full))
+            outputs.append(enc(pixels, torch.tensor(grid)))
+        assert outputs[0].last_hidden_state.isfinite().all()
+        assert torch.equal(outputs[0].last_hidden_state, outputs[1].last_hidden_state)
+        assert torch.equal(outputs[0].pooler_output, outputs[1].pooler_output)
+    assert len(enc.tower.graphs._graphs) == 3  # one for each pair, and the largest
+
+
+@needs_gpu
 def test_threads_and_streams_take_turns():
     enc = encoder()
     grids = [[[1, 16, 16]], [[2, 8, 16]], [[1, 12, 20]], [[1, 4, 4]] * 9]
