@@ -12,6 +12,9 @@ it exponentiates. They issue their products in turns, so that none waits behind 
 1 to 6 % from 7000 to 24000 tokens and nothing below, and lost 3 to 5 % at 65536. A step with one, two, three consumers
 at work took 1.14, 1.37 and 1.74 µs at head_dim 80; the products of three alone take 1.36 at the rate of cuBLAS's best.
 
+Where it saves all programs a round, tiles run on from one head to the next. Such a tile's steps are the two heads' by
+turns, and a consumer passes over those that are not its own.
+
 The last, partial step of the keys goes first, and the loop over the others needs no mask. Sums depend on nothing but
 the segment's own rows and their number: the same bits alone, among others, and however tiles are cut and handed out.
 """
@@ -35,6 +38,7 @@ from qwenvit.kernels.hopper_tiles import (
     produce,
     read_place,
     read_work,
+    saves_a_round,
     tile_memory,
 )
 from qwenvit.kernels.long_attention import LOG2_E
@@ -105,7 +109,14 @@ def _store(p_out, stride, n_rows, b_out, b_inverse, CHANNELS: gl.constexpr):
 
 
 @gluon.jit
-def _consume(SELF: gl.constexpr, state, out_ptr, qk_scale, D: gl.constexpr):
+def _pass_over(i_step, k_full, empty):
+    """Leave a step to the others; not before it is there, or the wait for the last one in its place would end early."""
+    mbarrier.wait(k_full.index(i_step % STAGES), (i_step // STAGES) & 1)
+    mbarrier.arrive(empty.index(i_step % STAGES), count=1)
+
+
+@gluon.jit
+def _consume(SELF: gl.constexpr, state, out_ptr, qk_scale, D: gl.constexpr, ACROSS: gl.constexpr):
     tickets, q_tiles, k_tiles, v_tiles, barriers = state
     written, q_full, q_empty, k_full, v_full, empty, turns = barriers
     dtype: gl.constexpr = out_ptr.dtype.element_ty
@@ -114,14 +125,23 @@ def _consume(SELF: gl.constexpr, state, out_ptr, qk_scale, D: gl.constexpr):
     REST: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 16, 16])
     b_zero = gl.zeros([UNIT, STEP], gl.float32, SCORES)
     i_step = 0
+    i_turn = 0
     i_done = 0
-    n_steps, n_first_keys, n_rows = read_work(tickets, written, 0)
+    n_steps, n_first_keys, n_rows, n_here = read_work(tickets, written, 0, SELF, ACROSS)
     while n_steps > 0:
         slot = i_done & 1
         mbarrier.wait(q_full.index(slot), (i_done >> 1) & 1)
-        i = i_step % STAGES
-        phase = (i_step // STAGES) & 1
+        every = 1
+        if ACROSS:
+            every = 1 + (n_here < CONSUMERS).to(gl.int32)
+        past = i_step + every * n_steps
         if n_rows > SELF * UNIT:
+            if ACROSS:  # noqa: SIM102 (known when compiling)
+                if n_here <= SELF:
+                    _pass_over(i_step, k_full, empty)
+                    i_step += 1
+            i = i_step % STAGES
+            phase = (i_step // STAGES) & 1
             b_q = q_tiles[0].index(slot * CONSUMERS + SELF)
             b_q_rest = q_tiles[1].index(slot * CONSUMERS + SELF)
             mbarrier.wait(k_full.index(i), phase)
@@ -136,8 +156,9 @@ def _consume(SELF: gl.constexpr, state, out_ptr, qk_scale, D: gl.constexpr):
             b_pairs = _pack(b_p, dtype)
             b_out = gl.zeros([UNIT, 64], gl.float32, OUT)
             b_rest = gl.zeros([UNIT, 16], gl.float32, REST)
-            for i_next in range(i_step + 1, i_step + n_steps):
-                i_turn = i_next - 1 - i_done  # no turns in a tile's first step
+            for i_next in range(i_step + every, past, every):
+                if not ACROSS:
+                    i_turn = i_next - 1 - i_done  # no turns in a tile's first step
                 mbarrier.wait(v_full.index(i), phase)
                 i_value = i
                 i = i_next % STAGES
@@ -150,6 +171,10 @@ def _consume(SELF: gl.constexpr, state, out_ptr, qk_scale, D: gl.constexpr):
                 b_s = _scores(b_q, b_q_rest, k_tiles[0].index(i), k_tiles[1].index(i), b_zero, D)
                 mbarrier.arrive(turns.index((SELF + 1) % CONSUMERS), count=1)
                 b_s = warpgroup_mma_wait(0, deps=[b_s])
+                if ACROSS:
+                    i_turn += 1
+                    if every > 1:
+                        mbarrier.arrive(empty.index((i_next - 1) % STAGES), count=1)
                 mbarrier.arrive(empty.index(i), count=1)
                 b_top = gl.maximum(b_max, gl.max(b_s, 1))
                 b_alpha = _exp2((b_max - b_top) * qk_scale)
@@ -160,11 +185,14 @@ def _consume(SELF: gl.constexpr, state, out_ptr, qk_scale, D: gl.constexpr):
                 b_out *= gl.convert_layout(b_alpha, gl.SliceLayout(1, OUT), assert_trivial=True)[:, None]
                 if D > 64:
                     b_rest *= gl.convert_layout(b_alpha, gl.SliceLayout(1, REST), assert_trivial=True)[:, None]
-            n_rows, i_out, stride = read_place(tickets, i_done)
+            n_rows, i_out, stride = read_place(tickets, i_done, SELF, ACROSS)
             stride *= 8
             mbarrier.arrive(q_empty.index(slot), count=1)
             mbarrier.wait(v_full.index(i), phase)
             b_out, b_rest = _add_values(b_pairs, v_tiles[0].index(i), v_tiles[1].index(i), b_out, b_rest, dtype, D)
+            if ACROSS:  # noqa: SIM102
+                if (every > 1) & (n_here > SELF):
+                    _pass_over(past - 1, k_full, empty)
             b_inverse = 1.0 / b_sum
             p_out = out_ptr + i_out.to(gl.int64) * 8 + SELF * UNIT * stride
             _store(p_out, stride, n_rows - SELF * UNIT, b_out, b_inverse, 64)
@@ -172,18 +200,20 @@ def _consume(SELF: gl.constexpr, state, out_ptr, qk_scale, D: gl.constexpr):
                 _store(p_out + 64, stride, n_rows - SELF * UNIT, b_rest, b_inverse, D - 64)
         else:  # the tile has no unit for this consumer, which only keeps the others going
             mbarrier.arrive(q_empty.index(slot), count=1)
-            for i_next in range(i_step, i_step + n_steps):
+            for i_next in range(i_step, past):
                 i = i_next % STAGES
-                phase = (i_next // STAGES) & 1
-                mbarrier.wait(k_full.index(i), phase)
-                mbarrier.arrive(empty.index(i), count=1)
-                mbarrier.wait(v_full.index(i), phase)
-                if i_next > i_step:
-                    mbarrier.wait(turns.index(SELF), ((i_next - 1 - i_done) & 1) ^ (1 if SELF == 0 else 0))
+                _pass_over(i_next, k_full, empty)
+                mbarrier.wait(v_full.index(i), (i_next // STAGES) & 1)
+                if (i_next > i_step) & ((past - i_next) % every == 0):
+                    if not ACROSS:
+                        i_turn = i_next - 1 - i_done
+                    mbarrier.wait(turns.index(SELF), (i_turn & 1) ^ (1 if SELF == 0 else 0))
                     mbarrier.arrive(turns.index((SELF + 1) % CONSUMERS), count=1)
-        i_step += n_steps
+                    if ACROSS:
+                        i_turn += 1
+        i_step = past
         i_done += 1
-        n_steps, n_first_keys, n_rows = read_work(tickets, written, i_done)
+        n_steps, n_first_keys, n_rows, n_here = read_work(tickets, written, i_done, SELF, ACROSS)
 
 
 @gluon.jit(do_not_specialize=["cu_seqlens_ptr", "counter_ptr", "n_segments", "S", "H"])
@@ -202,6 +232,7 @@ def _hopper_attention(
     H,
     qk_scale,  # scale * log2(e)
     D: gl.constexpr,
+    ACROSS: gl.constexpr,
 ):
     dtype: gl.constexpr = q.dtype
     state = (
@@ -214,10 +245,10 @@ def _hopper_attention(
     q_pair, k_pair, v_pair = (q, q_rest), (k, k_rest), (v, v_rest)
     gl.warp_specialize(
         [
-            (_consume, (0, state, out_ptr, qk_scale, D)),
-            (_consume, (1, state, out_ptr, qk_scale, D)),
-            (_consume, (2, state, out_ptr, qk_scale, D)),
-            (produce, (state, q_pair, k_pair, v_pair, cu_seqlens_ptr, counter_ptr, n_segments, S, H, D)),
+            (_consume, (0, state, out_ptr, qk_scale, D, ACROSS)),
+            (_consume, (1, state, out_ptr, qk_scale, D, ACROSS)),
+            (_consume, (2, state, out_ptr, qk_scale, D, ACROSS)),
+            (produce, (state, q_pair, k_pair, v_pair, cu_seqlens_ptr, counter_ptr, n_segments, S, H, D, ACROSS)),
         ],
         [4, 4, 1],
         [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS],
@@ -233,7 +264,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 _kernels: dict[tuple, Any] = {}
-"""Compiled, by device, dtype and head_dim."""
+"""Compiled, by device, dtype, head_dim and whether tiles run on from head to head."""
 
 
 def hopper_attention(q: Operand, k: Operand, v: Operand, cu_seqlens: Tensor, scale: float, out: Tensor) -> None:
@@ -247,17 +278,18 @@ def hopper_attention(q: Operand, k: Operand, v: Operand, cu_seqlens: Tensor, sca
     device, dtype = out.device, out.dtype
     n_segments = len(cu_seqlens) - 1
     programs = min((S // 64 + n_segments) * H, _multiprocessors(device))
-    scalars = n_segments, S, H, scale * LOG2_E, D
+    across = n_segments == 1 and saves_a_round(S, H, programs)
+    scalars = n_segments, S, H, scale * LOG2_E, D, across
     launch = launch_of(form(q), form(k), form(v), device, dtype, programs, scalars)
     if launch is None:
         hopper_attention(copied(q), copied(k), copied(v), cu_seqlens, scale, out)
         return
     if launch.kernel is None:
-        kernel = _kernels.get((device, dtype, D))
+        kernel = _kernels.get((device, dtype, D, across))
         if kernel is None:
             arguments = launch.arguments(out, cu_seqlens)
             kernel = _hopper_attention[programs, 1, 1](*arguments, num_warps=4, maxnreg=MAX_REGISTERS)
-            _kernels[device, dtype, D] = kernel
+            _kernels[device, dtype, D, across] = kernel
             return
         launch.bind(kernel)
     launch(out, cu_seqlens)

@@ -1,5 +1,7 @@
 """What attention on Hopper loads and when: tiles, tickets, copies by TMA. `hopper_attention` has the whole picture."""
 
+from functools import lru_cache
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
@@ -52,6 +54,22 @@ def tile_heights(n_tokens, n_segments, H, n_programs):
     return units, n_tall
 
 
+@lru_cache(1024)
+def saves_a_round(n_tokens: int, H: int, n_programs: int) -> bool:
+    """Whether tiles of a single segment that run on from head to head take fewer rounds of all programs.
+
+    They do at some lengths: with 16 heads on an H200 from 3073 to 3136 tokens (262 tiles in two rounds, not 344 in
+    three), from 4609 to 4736, around 9472 and so on. 3136 took 103 µs and not 117 at head_dim 72, 98 and 117 at 80, 87
+    and 111 at 64. A tile of two heads takes longer, and a kernel that knows of them is up to 2 % slower elsewhere.
+    """
+    units, n_tall = tile_heights.fn(n_tokens, 1, H, n_programs)
+    if units < 3:
+        return False
+    n_units = -(-n_tokens // 64)
+    n_tiles = n_tall * -(-n_units // 3) + (H - n_tall) * -(-n_units // 2)
+    return -(-H * n_units // (3 * n_programs)) < -(-n_tiles // n_programs)
+
+
 @gluon.jit
 def used_heights(cu_seqlens_ptr, n_segments, S, H):
     """`tile_heights` for what is there, as rows and segments may be room to spare; and whether lengths differ."""
@@ -74,8 +92,8 @@ def used_heights(cu_seqlens_ptr, n_segments, S, H):
 
 
 @gluon.jit
-def _segment(cu_seqlens_ptr, n_segments, S, H, i_segment, i_rank, units, n_tall):
-    """Bounds of a segment; how many of its heads have tall tiles; tiles of a head with tall ones, and with low ones."""
+def _segment(cu_seqlens_ptr, n_segments, S, H, i_segment, i_rank, units, n_tall, ACROSS: gl.constexpr):
+    """Bounds and tiles of a segment; how many heads have tall ones; tiles of a head with these, and with low ones."""
     i_segment = gl.minimum(i_segment, n_segments - 1)
     start = gl.load(cu_seqlens_ptr + i_segment)
     end = gl.minimum(gl.load(cu_seqlens_ptr + i_segment + 1), S)
@@ -83,7 +101,10 @@ def _segment(cu_seqlens_ptr, n_segments, S, H, i_segment, i_rank, units, n_tall)
     tall_heads = gl.minimum(gl.maximum(n_tall - i_rank * H, 0), H)
     n_high = gl.where(units == 3, (n_units + 2) // 3, gl.where(units == 2, (n_units + 1) // 2, n_units))
     n_low = gl.where(units == 3, (n_units + 1) // 2, n_units)
-    return start, end, tall_heads, n_high, n_low
+    n_tiles = tall_heads * n_high + (H - tall_heads) * n_low
+    if ACROSS:
+        n_tiles = gl.where(n_units > 0, (H * gl.maximum(n_units, 2) + 2) // 3, 0)
+    return start, end, n_tiles, tall_heads, n_high, n_low
 
 
 @gluon.jit
@@ -101,29 +122,33 @@ def _next_segment(cu_seqlens_ptr, n_segments, S, i_segment, length, by_length):
 
 
 @gluon.jit
-def _find_segment(cu_seqlens_ptr, n_segments, S, H, i_segment, i_rank, i_first, i_tile, units, n_tall, by_length):
+def _find_segment(
+    cu_seqlens_ptr, n_segments, S, H, i_segment, i_rank, i_first, i_tile, units, n_tall, by_length, ACROSS: gl.constexpr
+):
     """The segment of tile `i_tile`, how many come before it, and its first tile, from those of an earlier tile."""
-    start, end, tall_heads, n_tall_tiles, n_low_tiles = _segment(
-        cu_seqlens_ptr, n_segments, S, H, i_segment, i_rank, units, n_tall
-    )
-    n_tiles = tall_heads * n_tall_tiles + (H - tall_heads) * n_low_tiles
+    start, end, n_tiles, _, _, _ = _segment(cu_seqlens_ptr, n_segments, S, H, i_segment, i_rank, units, n_tall, ACROSS)
     while (i_segment < n_segments) & (i_tile >= i_first + n_tiles):
         i_first += n_tiles
         i_rank += 1
         i_segment = _next_segment(cu_seqlens_ptr, n_segments, S, i_segment, end - start, by_length)
-        start, end, tall_heads, n_tall_tiles, n_low_tiles = _segment(
-            cu_seqlens_ptr, n_segments, S, H, i_segment, i_rank, units, n_tall
+        start, end, n_tiles, _, _, _ = _segment(
+            cu_seqlens_ptr, n_segments, S, H, i_segment, i_rank, units, n_tall, ACROSS
         )
-        n_tiles = tall_heads * n_tall_tiles + (H - tall_heads) * n_low_tiles
     return i_segment, i_rank, i_first
 
 
 @gluon.jit
-def _write_ticket(ticket, n_steps, n_first_keys, n_rows, i_out, stride):
-    """Tell the consumers of a tile: steps, keys of the first one, rows, and where these go. No steps: the end."""
+def _write_ticket(ticket, n_steps, n_first_keys, stride, n_rows, i_out, n_here, n_rows_next, i_out_next):
+    """Tell the consumers of a tile: steps, keys of the first one; rows, and where these go. No steps: the end.
+
+    From unit `n_here` on its rows are the next head's, counted as if that began so many units before.
+    """
     o = gl.arange(0, 8, layout=gl.BlockedLayout([1], [32], [1], [0]))
-    b_ticket = gl.where(o == 3, i_out, stride)
-    b_ticket = gl.where(o == 2, n_rows, b_ticket)
+    b_ticket = gl.where(o == 6, n_rows_next, i_out_next)
+    b_ticket = gl.where(o == 5, n_here, b_ticket)
+    b_ticket = gl.where(o == 4, i_out, b_ticket)
+    b_ticket = gl.where(o == 3, n_rows, b_ticket)
+    b_ticket = gl.where(o == 2, stride, b_ticket)
     b_ticket = gl.where(o == 1, n_first_keys, b_ticket)
     ticket.store(gl.where(o == 0, n_steps, b_ticket))
 
@@ -134,18 +159,27 @@ def _entry(b_ticket, INDEX: gl.constexpr):
 
 
 @gluon.jit
-def read_work(tickets, written, i_tile):
-    """Steps, keys of the first one, rows. Each thread reads all of a ticket, so that nothing is exchanged."""
+def read_work(tickets, written, i_tile, SELF: gl.constexpr, ACROSS: gl.constexpr):
+    """Steps, keys of the first one, rows; units of the first head. Each thread reads it all: nothing is exchanged."""
     mbarrier.wait(written.index(i_tile & 1), (i_tile >> 1) & 1)
     b_ticket = tickets.index(i_tile & 1).load(gl.BlockedLayout([8], [32], [4], [0]))
-    return _entry(b_ticket, 0), _entry(b_ticket, 1), _entry(b_ticket, 2)
+    n_rows = _entry(b_ticket, 3)
+    n_here = _entry(b_ticket, 5)
+    if ACROSS:
+        n_rows = gl.where(n_here <= SELF, _entry(b_ticket, 6), n_rows)
+    return _entry(b_ticket, 0), _entry(b_ticket, 1), n_rows, n_here
 
 
 @gluon.jit
-def read_place(tickets, i_tile):
+def read_place(tickets, i_tile, SELF: gl.constexpr, ACROSS: gl.constexpr):
     """Rows, where they go, and their stride, in 16 bytes: read last, since no register could hold them until then."""
     b_ticket = tickets.index(i_tile & 1).load(gl.BlockedLayout([8], [32], [4], [0]))
-    return _entry(b_ticket, 2), _entry(b_ticket, 3), _entry(b_ticket, 4)
+    n_rows, i_out = _entry(b_ticket, 3), _entry(b_ticket, 4)
+    if ACROSS:
+        is_next = _entry(b_ticket, 5) <= SELF
+        n_rows = gl.where(is_next, _entry(b_ticket, 6), n_rows)
+        i_out = gl.where(is_next, _entry(b_ticket, 7), i_out)
+    return n_rows, i_out, _entry(b_ticket, 2)
 
 
 @gluon.jit
@@ -161,7 +195,7 @@ def _copy(descriptors, b_first, b_rest, full, i_row, end, length, i_head, D: gl.
 
 
 @gluon.jit
-def produce(state, q, k, v, cu_seqlens_ptr, counter_ptr, n_segments, S, H, D: gl.constexpr):
+def produce(state, q, k, v, cu_seqlens_ptr, counter_ptr, n_segments, S, H, D: gl.constexpr, ACROSS: gl.constexpr):
     """The producer: tile after tile, tickets and copies, until there are no more."""
     tickets, q_tiles, k_tiles, v_tiles, barriers = state
     written, q_full, q_empty, k_full, v_full, empty, _ = barriers
@@ -176,29 +210,40 @@ def produce(state, q, k, v, cu_seqlens_ptr, counter_ptr, n_segments, S, H, D: gl
     i_rank = 0
     i_first = 0
     i_segment, i_rank, i_first = _find_segment(
-        cu_seqlens_ptr, n_segments, S, H, i_segment, i_rank, i_first, i_tile, units, n_tall, by_length
+        cu_seqlens_ptr, n_segments, S, H, i_segment, i_rank, i_first, i_tile, units, n_tall, by_length, ACROSS
     )
     i_step = 0
     i_done = 0
     while i_segment < n_segments:
-        start, end, tall_heads, n_tall_tiles, n_low_tiles = _segment(
-            cu_seqlens_ptr, n_segments, S, H, i_segment, i_rank, units, n_tall
+        start, end, n_tiles, tall_heads, n_tall_tiles, n_low_tiles = _segment(
+            cu_seqlens_ptr, n_segments, S, H, i_segment, i_rank, units, n_tall, ACROSS
         )
         length = end - start
+        n_units = (length + UNIT - 1) // UNIT
         i_here = i_tile - i_first
         i_head = 0
-        n_tiles = n_tall_tiles
-        if i_here >= tall_heads * n_tall_tiles:
-            i_here -= tall_heads * n_tall_tiles
-            i_head = tall_heads
-            n_tiles = n_low_tiles
-        i_head += i_here // n_tiles
-        i_here = i_here % n_tiles
-        n_units = (length + UNIT - 1) // UNIT
-        each = 1 + (n_units >= 2 * n_tiles).to(gl.int32) + (n_units >= 3 * n_tiles).to(gl.int32)
-        more = n_units - each * n_tiles  # as many tiles have a unit more than the others
-        i_row = (i_here * each + gl.minimum(i_here, more)) * UNIT
-        past = gl.minimum(((i_here + 1) * each + gl.minimum(i_here + 1, more)) * UNIT, length)
+        n_here = CONSUMERS
+        is_split = 0
+        if ACROSS:
+            n_units = gl.maximum(n_units, 2)  # so that no tile has three heads
+            i_head = CONSUMERS * i_here // n_units
+            i_unit = CONSUMERS * i_here % n_units
+            n_here = gl.where(i_head + 1 < H, gl.minimum(n_units - i_unit, CONSUMERS), CONSUMERS)
+            is_split = (n_here < CONSUMERS).to(gl.int32)
+            i_row = i_unit * UNIT
+            past = gl.minimum(i_row + CONSUMERS * UNIT, length)
+        else:
+            n_tiles = n_tall_tiles
+            if i_here >= tall_heads * n_tall_tiles:
+                i_here -= tall_heads * n_tall_tiles
+                i_head = tall_heads
+                n_tiles = n_low_tiles
+            i_head += i_here // n_tiles
+            i_here = i_here % n_tiles
+            each = 1 + (n_units >= 2 * n_tiles).to(gl.int32) + (n_units >= 3 * n_tiles).to(gl.int32)
+            more = n_units - each * n_tiles  # as many tiles have a unit more than the others
+            i_row = (i_here * each + gl.minimum(i_here, more)) * UNIT
+            past = gl.minimum(((i_here + 1) * each + gl.minimum(i_here + 1, more)) * UNIT, length)
         n_steps = (length + STEP - 1) // STEP
 
         slot = i_done & 1
@@ -207,32 +252,43 @@ def produce(state, q, k, v, cu_seqlens_ptr, counter_ptr, n_segments, S, H, D: gl
         for i_consumer in gl.static_range(CONSUMERS):
             i = slot * CONSUMERS + i_consumer
             i_query = i_row + i_consumer * UNIT
-            _copy(q, q_tiles[0].index(i), q_tiles[1].index(i), q_full.index(slot), i_query, end, length, i_head, D)
+            i_of = i_head
+            if ACROSS:
+                i_query = gl.where(i_consumer < n_here, i_query, (i_consumer - n_here) * UNIT)
+                i_of += (i_consumer >= n_here).to(gl.int32)
+            _copy(q, q_tiles[0].index(i), q_tiles[1].index(i), q_full.index(slot), i_query, end, length, i_of, D)
         n_first_keys = length - (n_steps - 1) * STEP
-        i_out = ((start + i_row) * H + i_head) * (D // 8)
-        _write_ticket(tickets.index(slot), n_steps, n_first_keys, past - i_row, i_out, H * (D // 8))
+        stride = H * (D // 8)
+        i_out = (start + i_row) * stride + i_head * (D // 8)
+        n_rows_next = length + n_here * UNIT
+        i_out_next = (start - n_here * UNIT) * stride + (i_head + 1) * (D // 8)
+        ticket = tickets.index(slot)
+        _write_ticket(ticket, n_steps, n_first_keys, stride, past - i_row, i_out, n_here, n_rows_next, i_out_next)
         mbarrier.arrive(written.index(slot), count=1)
         b_taken = o_lane
-        for i_key in range((n_steps - 1) * STEP, -1, -STEP):
+        for i_copy in range(n_steps << is_split):  # of two heads by turns
+            i_key = (n_steps - 1 - (i_copy >> is_split)) * STEP
+            i_of = i_head + (i_copy & is_split)
             # `empty` tells of a step's keys and of the values before them, and keys are copied before their values: so
             # the wait below, one step ahead, has also been the keys' own.
             i = i_step % STAGES
             i_step += 1
             # The next tile, asked for as late as the answer can still be there in time, so that who is behind takes
             # fewer: a tile earlier, segments of 3136, 784 and 1764 tokens took 12 % longer.
-            b_taken = gl.atomic_add(counter_ptr + o_lane, o_lane + 1, mask=(o_lane == 0) & (i_key == 0), sem="relaxed")
+            m_last = (o_lane == 0) & (i_copy == (n_steps << is_split) - 1)
+            b_taken = gl.atomic_add(counter_ptr + o_lane, o_lane + 1, mask=m_last, sem="relaxed")
             mbarrier.expect(k_full.index(i), STEP * ROW)
-            _copy(k, k_tiles[0].index(i), k_tiles[1].index(i), k_full.index(i), i_key, end, length, i_head, D)
+            _copy(k, k_tiles[0].index(i), k_tiles[1].index(i), k_full.index(i), i_key, end, length, i_of, D)
             mbarrier.wait(empty.index(i_step % STAGES), ((i_step // STAGES) & 1) ^ 1)
             mbarrier.expect(v_full.index(i), STEP * ROW)
-            _copy(v, v_tiles[0].index(i), v_tiles[1].index(i), v_full.index(i), i_key, end, length, i_head, D)
+            _copy(v, v_tiles[0].index(i), v_tiles[1].index(i), v_full.index(i), i_key, end, length, i_of, D)
         i_done += 1
         i_tile = gl.num_programs(0) + gl.sum(gl.where(o_lane == 0, b_taken, 0), 0)
         i_segment, i_rank, i_first = _find_segment(
-            cu_seqlens_ptr, n_segments, S, H, i_segment, i_rank, i_first, i_tile, units, n_tall, by_length
+            cu_seqlens_ptr, n_segments, S, H, i_segment, i_rank, i_first, i_tile, units, n_tall, by_length, ACROSS
         )
     mbarrier.wait(q_empty.index(i_done & 1), ((i_done >> 1) & 1) ^ 1)
-    _write_ticket(tickets.index(i_done & 1), 0, 0, 0, 0, 0)
+    _write_ticket(tickets.index(i_done & 1), 0, 0, 0, 0, 0, 0, 0, 0)
     mbarrier.arrive(written.index(i_done & 1), count=1)
     # Every program has taken its last: the one that says so last leaves the counters to the next launch.
     if gl.atomic_add(counter_ptr + 1, 1, sem="acq_rel") == gl.num_programs(0) - 1:

@@ -21,9 +21,11 @@ from triton.experimental.gluon import language as gl
 from qwenvit import op_references
 from qwenvit.kernels import hopper_attention as kernel
 from qwenvit.kernels.hopper_attention import hopper_attention
-from qwenvit.kernels.hopper_tiles import tile_heights, used_heights
+from qwenvit.kernels.hopper_tiles import saves_a_round, tile_heights, used_heights
 
 DTYPES = (torch.bfloat16, torch.float16)
+ACROSS_HEADS = 3136
+"""Tokens of a segment whose tiles run on from head to head, where 132 programs share 16 heads."""
 ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 needs_hopper = pytest.mark.skipif(not ON_HOPPER, reason="needs a GPU of compute capability 9.0")
 LAYOUTS = {
@@ -53,7 +55,7 @@ def compile_all():
     compiled = {}
 
     def compile_only(function, *args, **options):
-        compiled[head_dim, str(dtype)] = run(function, *args, **options | {"warmup": True})
+        compiled[head_dim, str(dtype), len(out)] = run(function, *args, **options | {"warmup": True})
 
     with (
         mock.patch.object(JITFunction, "run", compile_only),
@@ -61,9 +63,9 @@ def compile_all():
     ):
         for dtype in DTYPES:
             for head_dim in HEAD_DIMS:
-                out = torch.zeros(256, 16, head_dim, dtype=dtype)
-                bounds = torch.tensor([0, 64, 256], dtype=torch.int32)
-                hopper_attention(out, out, out, bounds, 1.0, out)
+                for rows in (256, ACROSS_HEADS):
+                    out = torch.zeros(rows, 16, head_dim, dtype=dtype)
+                    hopper_attention(out, out, out, torch.tensor([0, rows], dtype=torch.int32), 1.0, out)
     for name, binary in compiled.items():
         print(json.dumps({"kernel": name, "shared": binary.metadata.shared, "report": report(binary.asm["ptx"])}))
 
@@ -76,11 +78,22 @@ def test_compiles_without_spills_and_serialised_products(tmp_path):
     done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(rows) == len(HEAD_DIMS) * len(DTYPES)
+    assert len(rows) == 2 * len(HEAD_DIMS) * len(DTYPES)
     for row in rows:
         assert row["shared"] <= 227 * 1024, row
         assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in row["report"], row
         assert "Performance Loss" not in row["report"], row  # C7512: products serialised for want of registers
+
+
+def test_tiles_across_heads_are_taken_where_a_round_is_saved():
+    taken = [n_units for n_units in range(1, 200) if saves_a_round(64 * n_units, 16, 132)]
+    assert taken == [49, 73, 74, 148, 172, 173]
+    assert saves_a_round(ACROSS_HEADS - 63, 16, 132)
+    for n_units in taken:
+        units, n_tall = tile_heights.fn(64 * n_units, 1, 16, 132)
+        heights = [3, 2][: units - 1]
+        tiles = [n_tall * -(-n_units // heights[0]), (16 - n_tall) * -(-n_units // heights[1])]
+        assert -(-sum(tiles) // 132) == -(-16 * n_units // (3 * 132)) + 1
 
 
 @pytest.mark.parametrize("n_segments", [1, 2, 16, 300])
@@ -203,6 +216,23 @@ def test_neighbours_that_are_not_finite(head_dim):
     out = attend(q, k, v, bounds)
     assert torch.equal(out[10:70], right[10:70])
     assert torch.equal(out[200:330], right[200:330])
+
+
+@needs_hopper
+@pytest.mark.parametrize("programs", [132, 7])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_tiles_that_run_on_from_head_to_head(head_dim, programs):
+    """The same bits as of tiles that do not, also where most of the rows are room to spare."""
+    q, k, v = packed(ACROSS_HEADS, 16, head_dim, torch.bfloat16, "cuda")
+    for length in (0, 1, 64, 65, 128, 129, 191, 193, 1000, ACROSS_HEADS - 63, ACROSS_HEADS):
+        found = []
+        for across in (False, True):
+            with (
+                mock.patch.object(kernel, "_multiprocessors", return_value=programs),
+                mock.patch.object(kernel, "saves_a_round", return_value=across),
+            ):
+                found += [attend(q, k, v, [0, length])[:length] for _ in range(3)]
+        assert all(torch.equal(out, found[0]) for out in found[1:])
 
 
 @gluon.jit
