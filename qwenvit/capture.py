@@ -91,7 +91,7 @@ class Graph:
             self._shown = None
             self.table.copy_(table, non_blocking=True)
             self._shown = table
-        rows = self.pixel_values[:patches]
+        rows = self.pixel_values if patches == len(self.pixel_values) else self.pixel_values[:patches]
         if pixel_values.shape == rows.shape:
             rows.copy_(pixel_values, non_blocking=pixel_values.is_cuda)
         else:  # one frame of still images; a copy from the host would move its repetitions too

@@ -63,7 +63,8 @@ class GraphedTower:
         return cast(FastTower, self._tower())
 
     def _begin(self) -> None:
-        self.device = self.tower.patch_embed.weight.device
+        weight = self.tower.patch_embed.weight
+        self.device, self._is_fp32 = weight.device, weight.dtype == torch.float32
         self._weights = Watch(self.tower)
         self._angles: dict[int, tuple[Tensor, Tensor]] = {}
         self._graphs: OrderedDict[Key, Graph] = OrderedDict()
@@ -183,6 +184,8 @@ class GraphedTower:
         return self._angles[side]
 
     def _key(self, room: Capacity) -> Key:
+        if not self._is_fp32:
+            return room, None
         matmul = torch.backends.cuda.matmul  # a capture keeps the way of multiplying fp32 that it finds
         return room, getattr(matmul, "fp32_precision", None) or matmul.allow_tf32
 

@@ -108,12 +108,14 @@ def check_grid(grid_thw: Tensor | Sequence[Sequence[int]], spatial_merge_size: i
         grid = grid_thw if isinstance(grid_thw, Tensor) else torch.as_tensor(grid_thw, device="cpu")
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"grid_thw: expected [items, 3] integers (frames, rows, columns): {error}") from error
-    if grid.ndim != 2 or grid.shape[1] != 3 or grid.is_floating_point() or grid.is_complex():
+    shape, is_int64 = grid.shape, grid.dtype == torch.int64
+    if len(shape) != 2 or shape[1] != 3 or (not is_int64 and (grid.is_floating_point() or grid.is_complex())):
         raise ValueError(
             f"grid_thw: expected [items, 3] integers (frames, rows, columns), got {list(grid.shape)} {grid.dtype}"
         )
-    grid = grid.to("cpu", torch.int64)
-    if not len(grid):
+    if not is_int64 or not grid.is_cpu:
+        grid = grid.to("cpu", torch.int64)
+    if not shape[0]:
         raise ValueError("grid_thw: expected at least one item, got none")
     count_patches(grid, spatial_merge_size)
     return grid

@@ -92,7 +92,10 @@ def test_a_shallow_copy_has_graphs_of_its_own(no_cuda, monkeypatch):
 
 def test_either_way_of_choosing_tf32_is_understood():
     """torch refuses the older question where the newer answer was given."""
-    code = "import torch; {}; from qwenvit.graphs import GraphedTower; print(GraphedTower._key(None, 'room'))"
+    code = """if True:
+        import torch; from types import SimpleNamespace; {}; from qwenvit.graphs import GraphedTower
+        print(GraphedTower._key(SimpleNamespace(_is_fp32=True), 'room'))
+    """
     for choice in ("torch.set_float32_matmul_precision('high')", "torch.backends.cuda.matmul.fp32_precision = 'tf32'"):
         done = subprocess.run([sys.executable, "-c", code.format(choice)], capture_output=True, text=True, check=True)
         assert done.stdout == "('room', 'tf32')\n"
