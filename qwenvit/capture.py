@@ -1,5 +1,8 @@
 """One forward pass of the fast tower in a CUDA graph, and the memory that graphs use by turns."""
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,11 +67,15 @@ class Graph:
         self._shown: Tensor | None = None
 
         def run() -> list[Borrowed]:
-            pixel_values = weight.new_empty((room.patches, config.patch_dim))
+            # Room for what blocks put there: torch divides the memory it has from CUDA, but never joins it, so that
+            # their largest tensors would else come to lie beside one another.
+            spare = weight.new_empty(room.patches * max(3 * config.hidden_size, config.intermediate_size))
+            wide = weight.new_empty(room.patches * max(config.patch_dim, config.hidden_size))
+            pixel_values = wide[: room.patches * config.patch_dim].view(room.patches, -1)
             places = [Borrowed.of(pixel_values)]
             plan = device_plan.compute(self.table, angles, config, room, tower.impl)
             x = tower.embed(pixel_values, plan)
-            del pixel_values  # what comes next may lie there
+            del spare, wide, pixel_values
             output = tower.transform(x, plan)
             outputs = [output.last_hidden_state, output.pooler_output, *output.deepstack_features]
             return places + list(map(Borrowed.of, outputs))
@@ -77,7 +84,7 @@ class Graph:
         # gets its cuBLAS workspace in the pool, where nobody else frees it.
         run()
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        with _no_collection(), torch.cuda.graph(self.graph, pool, stream, capture_error_mode="thread_local"):
             places = run()
         self.pixel_values, *self.outputs = (place.tensor(weight.device) for place in places)
 
@@ -103,3 +110,15 @@ class Graph:
         copies = [torch.empty_like(x) for x in written]
         torch._foreach_copy_(copies, written)
         return TowerOutput(copies[0], copies[1], copies[2:])
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Python's collector of cycles stays away: were it to free somebody's graph, CUDA would give up the capture."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

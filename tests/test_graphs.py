@@ -177,6 +177,26 @@ def test_workspaces_of_cublas_may_be_cleared():
 
 
 @needs_gpu
+def test_garbage_waits_for_the_end_of_a_capture():
+    """CUDA gives up a capture during which its thread frees another graph."""
+    enc, garbage = encoder(), [encoder()]
+    garbage[0](pixels_of([[1, 8, 8]], enc), torch.tensor([[1, 8, 8]]))
+
+    def litter(*_):
+        if torch.cuda.is_current_stream_capturing() and garbage:
+            cycle = [garbage.pop()]
+            cycle.append(cycle)
+            del cycle
+            assert len([[] for _ in range(100_000)]) > 0  # more than the collector lets pass
+
+    enc.tower.blocks[1].register_forward_hook(litter)
+    pixels = pixels_of([[1, 16, 16]], enc)
+    output = enc(pixels, torch.tensor([[1, 16, 16]]))
+    assert not garbage
+    check(enc, [[1, 16, 16]], pixels, output)
+
+
+@needs_gpu
 def test_a_move_to_where_it_is_keeps_the_graphs():
     enc, grid = encoder(), [[1, 8, 8]]
     pixels = pixels_of(grid, enc)
