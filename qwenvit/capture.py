@@ -87,6 +87,7 @@ class Graph:
         with _no_collection(), torch.cuda.graph(self.graph, pool, stream, capture_error_mode="thread_local"):
             places = run()
         self.pixel_values, *self.outputs = (place.tensor(weight.device) for place in places)
+        self._rows = self.pixel_values
 
     def replay(self, table: Tensor, pixel_values: Tensor) -> TowerOutput:
         """Run on the current stream; the result is a copy. `pixel_values` on the host are read before this returns.
@@ -98,7 +99,9 @@ class Graph:
             self._shown = None
             self.table.copy_(table, non_blocking=True)
             self._shown = table
-        rows = self.pixel_values if patches == len(self.pixel_values) else self.pixel_values[:patches]
+        if len(self._rows) != patches:
+            self._rows = self.pixel_values[:patches]
+        rows = self._rows
         if pixel_values.shape == rows.shape:
             rows.copy_(pixel_values, non_blocking=pixel_values.is_cuda)
         else:  # one frame of still images; a copy from the host would move its repetitions too
