@@ -22,6 +22,9 @@ def main() -> None:
             q, k, v = torch.randn(233, 3, 3, head_dim).to(dtype).unbind(1)
             for longest in (64, None):
                 ops.rope_attention(q, k, v, None, None, bounds, longest)
+            if dtype != torch.float32:  # on Hopper its tiles run on from head to head
+                q, k, v = torch.randn(3136, 3, 16, head_dim).to(dtype).unbind(1)
+                ops.rope_attention(q, k, v, None, None, torch.tensor([0, 3136], dtype=torch.int32), None)
         torch.cuda.synchronize()
         print(f"{dtype}: every kernel ran")
 
