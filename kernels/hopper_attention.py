@@ -109,10 +109,11 @@ def _store(p_out, stride, n_rows, b_out, b_inverse, CHANNELS: gl.constexpr):
 
 
 @gluon.jit
-def _pass_over(i_step, k_full, empty):
-    """Leave a step to the others; not before it is there, or the wait for the last one in its place would end early."""
+def _pass_over(i_step, k_full, v_full, empty):
+    """Leave a step to the others. A barrier tells odd phases from even ones only: so all are waited for, one by one."""
     mbarrier.wait(k_full.index(i_step % STAGES), (i_step // STAGES) & 1)
     mbarrier.arrive(empty.index(i_step % STAGES), count=1)
+    mbarrier.wait(v_full.index(i_step % STAGES), (i_step // STAGES) & 1)
 
 
 @gluon.jit
@@ -138,7 +139,7 @@ def _consume(SELF: gl.constexpr, state, out_ptr, qk_scale, D: gl.constexpr, ACRO
         if n_rows > SELF * UNIT:
             if ACROSS:  # noqa: SIM102 (known when compiling)
                 if n_here <= SELF:
-                    _pass_over(i_step, k_full, empty)
+                    _pass_over(i_step, k_full, v_full, empty)
                     i_step += 1
             i = i_step % STAGES
             phase = (i_step // STAGES) & 1
@@ -174,7 +175,7 @@ def _consume(SELF: gl.constexpr, state, out_ptr, qk_scale, D: gl.constexpr, ACRO
                 if ACROSS:
                     i_turn += 1
                     if every > 1:
-                        mbarrier.arrive(empty.index((i_next - 1) % STAGES), count=1)
+                        _pass_over(i_next - 1, k_full, v_full, empty)
                 mbarrier.arrive(empty.index(i), count=1)
                 b_top = gl.maximum(b_max, gl.max(b_s, 1))
                 b_alpha = _exp2((b_max - b_top) * qk_scale)
@@ -192,7 +193,7 @@ def _consume(SELF: gl.constexpr, state, out_ptr, qk_scale, D: gl.constexpr, ACRO
             b_out, b_rest = _add_values(b_pairs, v_tiles[0].index(i), v_tiles[1].index(i), b_out, b_rest, dtype, D)
             if ACROSS:  # noqa: SIM102
                 if (every > 1) & (n_here > SELF):
-                    _pass_over(past - 1, k_full, empty)
+                    _pass_over(past - 1, k_full, v_full, empty)
             b_inverse = 1.0 / b_sum
             p_out = out_ptr + i_out.to(gl.int64) * 8 + SELF * UNIT * stride
             _store(p_out, stride, n_rows - SELF * UNIT, b_out, b_inverse, 64)
@@ -201,10 +202,8 @@ def _consume(SELF: gl.constexpr, state, out_ptr, qk_scale, D: gl.constexpr, ACRO
         else:  # the tile has no unit for this consumer, which only keeps the others going
             mbarrier.arrive(q_empty.index(slot), count=1)
             for i_next in range(i_step, past):
-                i = i_next % STAGES
-                _pass_over(i_next, k_full, empty)
-                mbarrier.wait(v_full.index(i), (i_next // STAGES) & 1)
-                if (i_next > i_step) & ((past - i_next) % every == 0):
+                _pass_over(i_next, k_full, v_full, empty)
+                if (i_next > i_step) & (every == 1):  # a tile of two heads that has none for it has a step of each
                     if not ACROSS:
                         i_turn = i_next - 1 - i_done
                     mbarrier.wait(turns.index(SELF), (i_turn & 1) ^ (1 if SELF == 0 else 0))

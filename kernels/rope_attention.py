@@ -223,9 +223,9 @@ def runs_hopper(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether long segments go to `hopper_attention`: on sm_90, in 16 bits, with the Gluon of triton 3.6 or later.
 
     It does not depend on lengths, since the two kernels sum in different orders, and a segment's bits may not depend on
-    the others. On an H200 it is 1.2 to 1.7 times as fast as `long_attention` from 1024 tokens on at head_dim 72 and 80,
-    and 1.06 to 1.4 times from 2304 on at 64; but 3 to 9 % slower at 784 tokens, and 7 to 10 % for one sequence of 1024
-    to 1764 at 64, whose tiles fill no whole rounds.
+    the others. On an H200, inputs rotated before, it is 1.2 to 1.7 times as fast as `long_attention` from 1024 tokens
+    on at head_dim 72 and 80, and 1.06 to 1.4 times from 2304 on at 64; but 7 to 11 % slower for one sequence of 1024 or
+    1764 at 64, and, with the rotation, 4 to 9 % at 784, whose tiles fill no whole rounds.
     """
     if device.type != "cuda" or dtype == torch.float32 or torch.cuda.get_device_capability(device) != (9, 0):
         return False

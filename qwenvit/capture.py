@@ -67,8 +67,8 @@ class Graph:
         self._shown: Tensor | None = None
 
         def run() -> list[Borrowed]:
-            # Rows that fit in there come to lie there later, and without them nothing would: torch divides the memory
-            # that it has from CUDA, but joins none. (Of Qwen2.5-VL-7B at 1344² the pool is 168 MiB so, and else 190.)
+            # As wide as a block's rows, so that these may lie there afterwards: torch gets memory from CUDA piece by
+            # piece, and a tensor lies in one. (Qwen2.5-VL-7B's pool at 1344² is 168 MiB so, and 190 otherwise.)
             wide = weight.new_empty(room.patches * max(config.patch_dim, config.hidden_size))
             pixel_values = wide[: room.patches * config.patch_dim].view(room.patches, -1)
             places = [Borrowed.of(pixel_values)]

@@ -266,7 +266,7 @@ class FastTower(nn.Module):
         return ops.patch_embed(pixel_values, weight, embed.bias, *positions, *order, impl=self.impl)
 
     def transform(self, x: Tensor, plan: GridPlan | DevicePlan) -> TowerOutput:
-        """The second half of `forward`, in the memory of `x`, which no longer needs the pixel values."""
+        """The second half of `forward`, which needs no pixel values, in the memory of `x`."""
         deepstack_features = []
         for index, block in enumerate(self.blocks):
             full = plan.windows is None or self.config.is_full_attention(index)

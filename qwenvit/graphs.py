@@ -32,16 +32,14 @@ MOST_GRIDS = 1024
 """Tables of grids that are kept."""
 CAPTURING = threading.Lock()
 """torch allows one capture at a time in a process, whoever's it is."""
-Key = tuple[Capacity, object]
-"""What a graph is for: room, and the way of multiplying fp32."""
 
 
 class GraphedTower:
     """A fast tower on a GPU that captures a graph for each capacity it meets, and replays it from then on.
 
     Any thread and any stream may call it: calls take turns, on the host by a lock and on the GPU by an event. Weights
-    may be loaded or replaced between calls; hooks on blocks run at capture alone. It lives as long as its tower holds
-    it (`FastTower.graphs`), and does not keep the tower alive.
+    may be loaded or replaced between calls; hooks on blocks run at capture alone, the tower's own never. It lives as
+    long as its tower holds it (`FastTower.graphs`), and does not keep the tower alive.
 
     Args:
         tower: on a CUDA device.
@@ -50,7 +48,7 @@ class GraphedTower:
     def __init__(self, tower: FastTower) -> None:
         self._tower = weakref.ref(tower)
         self._lock = threading.Lock()
-        self._grids: OrderedDict[bytes, Grids] = OrderedDict()
+        self._grids = OrderedDict[bytes, Grids]()
         self._begin()
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
@@ -67,7 +65,7 @@ class GraphedTower:
         self.device, self._is_fp32 = weight.device, weight.dtype == torch.float32
         self._weights = Watch(self.tower)
         self._angles: dict[int, tuple[Tensor, Tensor]] = {}
-        self._graphs: OrderedDict[Key, Graph] = OrderedDict()
+        self._graphs: OrderedDict[tuple[Capacity, object], Graph] = OrderedDict()
         self._reach = 0
         with torch.cuda.device(self.device):
             # Of high priority, since torch hands its few streams round, and those of low priority to everyone.
@@ -95,14 +93,13 @@ class GraphedTower:
         refuse_gradients([pixel_values])
         with self._lock:
             prepared = self._prepare(grid)
-            key = self._key(prepared.room)
-            captured = key in self._graphs
+            captured = self._key(prepared.room) in self._graphs
             if not captured:
                 self._renew()
-            output = self._run(pixel_values, prepared, key)
+            output = self._run(pixel_values, prepared)
             # Looked for while the GPU is at work: all that graphs read is kept alive, so that they may run in vain.
             if captured and self._renew():
-                output = self._run(pixel_values, prepared, key)
+                output = self._run(pixel_values, prepared)
             refuse_gradients(self._weights.parameters)
         return output
 
@@ -126,10 +123,10 @@ class GraphedTower:
         self._begin()
         return True
 
-    def _run(self, pixel_values: Tensor, grids: Grids, key: Key) -> TowerOutput:
+    def _run(self, pixel_values: Tensor, grids: Grids) -> TowerOutput:
         with self._turn():
             if grids.room is not grids.need:
-                return self._graph(key).replay(grids.table, pixel_values)
+                return self._graph(grids.room).replay(grids.table, pixel_values)
             with _plain(self.device):
                 angles = self._angles_for(power(grids.need.side))
                 table = grids.table.to(self.device, non_blocking=True)
@@ -175,7 +172,7 @@ class GraphedTower:
             self._renew()
             with self._turn():
                 for room in tqdm(rooms[::-1], unit="graph", disable=None):
-                    self._graph(self._key(room))
+                    self._graph(room)
         return len(rooms)
 
     def _angles_for(self, side: int) -> tuple[Tensor, Tensor]:
@@ -183,15 +180,15 @@ class GraphedTower:
             self._angles[side] = device_plan.angle_tables(self.tower.config, side, self.device)
         return self._angles[side]
 
-    def _key(self, room: Capacity) -> Key:
+    def _key(self, room: Capacity) -> tuple[Capacity, object]:
         if not self._is_fp32:
             return room, None
         matmul = torch.backends.cuda.matmul  # a capture keeps the way of multiplying fp32 that it finds
         return room, getattr(matmul, "fp32_precision", None) or matmul.allow_tf32
 
-    def _graph(self, key: Key) -> Graph:
+    def _graph(self, room: Capacity) -> Graph:
+        key = self._key(room)
         if key not in self._graphs:
-            room, _ = key
             try:
                 with CAPTURING, _plain(self.device):
                     if room.patches > self._reach:
@@ -207,8 +204,8 @@ class GraphedTower:
     def _reach_out(self, patches: int) -> None:
         """Begin with a graph of so many patches or some more, whose memory is enough for all smaller ones.
 
-        In rising order each graph would add memory: what a smaller one left is no place for its largest tensors. The
-        price is that smaller ones are captured again.
+        In rising order each would add memory: what a smaller one left is no place for its largest tensors. The price is
+        that smaller ones are captured again.
         """
         torch.cuda.synchronize(self.device)  # the graphs that go may still be running
         self._graphs.clear()
@@ -241,11 +238,9 @@ def _plain(device: torch.device) -> Iterator[None]:
 
 def graphs_of(tower: nn.Module) -> GraphedTower | None:
     """The tower's graphs, if it is one that runs in them."""
-    if not isinstance(tower, FastTower):
+    if not isinstance(tower, FastTower) or tower.impl == "reference" or not tower.patch_embed.weight.is_cuda:
         return None
     if not _holds(tower):
-        if tower.impl == "reference" or not tower.patch_embed.weight.is_cuda:
-            return None
         with CAPTURING:
             if not _holds(tower):
                 tower.graphs = GraphedTower(tower)

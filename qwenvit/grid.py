@@ -127,12 +127,18 @@ def count_patches(grid: Tensor, spatial_merge_size: int) -> int:
     Grids come again and again, and looking one through took a twentieth of a small image's time on the GPU (140 µs of
     a host that had been busy with other things): so the answer is kept.
     """
-    return _count_patches(grid.numpy().tobytes(), spatial_merge_size)
+    rows = grid.numpy()  # whose small operations take a fraction of torch's time
+    if torch.compiler.is_compiling():  # Dynamo looks into the cache and does not know bytes
+        return _count(rows, spatial_merge_size)
+    return _count_once(rows.tobytes(), spatial_merge_size)
 
 
 @lru_cache(maxsize=1024)
-def _count_patches(grid: bytes, spatial_merge_size: int) -> int:
-    rows = np.frombuffer(grid, dtype=np.int64).reshape(-1, 3)
+def _count_once(grid: bytes, spatial_merge_size: int) -> int:
+    return _count(np.frombuffer(grid, dtype=np.int64).reshape(-1, 3), spatial_merge_size)
+
+
+def _count(rows: np.ndarray, spatial_merge_size: int) -> int:
     # In floating point, where the product of absurd sizes does not wrap around to a harmless number.
     if (patches := float(rows.astype(np.float64).prod(1).sum())) > MOST_PATCHES:
         raise ValueError(f"grid_thw: expected at most {MOST_PATCHES} patches in a batch, got {patches:.3g}")

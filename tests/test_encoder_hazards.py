@@ -150,3 +150,11 @@ def test_a_device_that_is_not_there_is_named(device, capsys):
         Encoder.from_pretrained("demo", device=device)
     assert main(["info", "demo", "--load", "--device", device]) == 1
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_compiled_function_may_call_an_encoder():
+    encoder = small_encoder()
+    compiled = torch.compile(lambda pixels, grid: encoder(pixels, grid).pooler_output, backend="eager")
+    for grid in ([[1, 4, 4]], [[1, 4, 4]], [[1, 2, 6], [1, 4, 2]]):
+        pixels = torch.randn(sum(t * h * w for t, h, w in grid), CONFIG.patch_dim)
+        torch.testing.assert_close(compiled(pixels, torch.tensor(grid)), encoder(pixels, grid).pooler_output)

@@ -86,6 +86,8 @@ def test_what_lies_in_the_room_to_spare_counts_for_nothing(family):
         assert outputs[0].last_hidden_state.isfinite().all()
         assert torch.equal(outputs[0].last_hidden_state, outputs[1].last_hidden_state)
         assert torch.equal(outputs[0].pooler_output, outputs[1].pooler_output)
+        for one, other in zip(outputs[0].deepstack_features, outputs[1].deepstack_features, strict=True):
+            assert torch.equal(one, other)
     assert len(enc.tower.graphs._graphs) == 3  # one for each pair, and the largest
 
 
@@ -129,6 +131,19 @@ def test_a_tower_that_was_converted_gets_new_graphs():
     output = enc(pixels, torch.tensor([[1, 8, 8]]))
     assert output.pooler_output.dtype == torch.float32
     check(enc, [[1, 8, 8]], pixels.float(), output)
+
+
+@needs_gpu
+def test_a_tower_that_was_converted_part_by_part_gets_new_graphs():
+    """Of which the tower itself knows nothing."""
+    enc = encoder()
+    pixels = pixels_of([[1, 8, 8]], enc)
+    enc(pixels, torch.tensor([[1, 8, 8]]))
+    for part in enc.tower.children():
+        part.float()
+    for grid in ([[1, 8, 8]], [[1, 16, 16]]):
+        pixels = pixels_of(grid, enc)
+        check(enc, grid, pixels, enc(pixels, torch.tensor(grid)))
 
 
 @needs_gpu
