@@ -69,8 +69,7 @@ class GraphedTower:
         self._reach = 0
         with torch.cuda.device(self.device):
             # Of high priority, since torch hands its few streams round, and those of low priority to everyone.
-            self._stream = torch.cuda.Stream(self.device, priority=-1)
-            self._idle = torch.cuda.Event()
+            self._stream, self._idle = torch.cuda.Stream(self.device, priority=-1), torch.cuda.Event()
 
     def __call__(self, pixel_values: Tensor, grid: Tensor) -> TowerOutput:
         """Encode packed patches.
@@ -231,8 +230,7 @@ def _untraced() -> Callable[[GraphedTower, Tensor, Tensor], TowerOutput]:
 @contextmanager
 def _plain(device: torch.device) -> Iterator[None]:
     """Whatever modes a caller is in, what is computed or captured is the same."""
-    autocast = torch.autocast("cuda", enabled=False)
-    with torch.cuda.device(device), torch.inference_mode(False), torch.no_grad(), autocast:
+    with torch.cuda.device(device), torch.inference_mode(False), torch.no_grad(), torch.autocast("cuda", enabled=False):
         yield
 
 
