@@ -50,6 +50,7 @@ class Bench:
         self.rivals = transformers_rivals(self.hf, self.config, options.rivals, options.fa3 is not None)
         given = {"fa3": options.fa3, "timm": options.timm}
         self.absent = {NAMES[kind]: f"not given (--{kind})" for kind in options.rivals if not given.get(kind, True)}
+        self.absent |= {name: "not asked for (--rivals)" for kind, name in NAMES.items() if kind not in options.rivals}
         if options.timm and "timm" in options.rivals:
             try:
                 self.rivals[TIMM] = timm_tower(options.timm, self.hf, self.config)
