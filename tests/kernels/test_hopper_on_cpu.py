@@ -1,0 +1,61 @@
+"""Attention on Hopper without one: who takes which tile, barriers, copies, masks, whatever the order of events."""
+
+import random
+
+import gluon_on_cpu
+import pytest
+import torch
+from rope_attention_cases import HEAD_DIMS, error, packed, truth
+
+LAYOUTS = {
+    "one": [450],
+    "less than a tile": [3],
+    "a unit": [64],
+    "two units": [100],
+    "edges": [0, 1, 63, 64, 65, 0, 127, 128, 129, 0],
+    "unequal": [300, 5, 0, 129, 1],
+    "empty": [0, 0],
+}
+
+
+def attend(lengths, heads, head_dim, programs, across, seed=0, spare=0, dtype=torch.bfloat16):
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    end = int(bounds[-1])
+    q, k, v = packed(end + spare, heads, head_dim, dtype, "cpu")
+    out = torch.full((end + spare, heads, head_dim), torch.nan, dtype=dtype)
+    gluon_on_cpu.attend(q, k, v, bounds.int(), head_dim**-0.5, out, programs, across, seed)
+    assert out[end:].isnan().all()
+    right = truth(q[:end], k[:end], v[:end], None, None, bounds.tolist())
+    assert error(out[:end], right) < 8e-3
+    return out[:end]
+
+
+@pytest.mark.parametrize("case", LAYOUTS)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_layouts(head_dim, case):
+    attend(LAYOUTS[case], 2, head_dim, 3, False, spare=70, dtype=torch.float16)
+
+
+@pytest.mark.parametrize("length", [0, 3, 64, 65, 129, 300, 450])
+def test_tiles_that_run_on_from_head_to_head(length):
+    """The same bits as of tiles that do not, by any number of programs."""
+    expected = attend([length], 3, 80, 1, False)
+    for seed, programs in enumerate((1, 2, 5)):
+        assert torch.equal(attend([length], 3, 80, programs, True, seed, spare=200), expected)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_any_order_of_events(seed):
+    generator = random.Random(seed)
+    lengths = [
+        generator.choice((0, 10, 100, 200, 400)) + generator.randrange(70) for _ in range(generator.randint(1, 4))
+    ]
+    across = seed % 2 == 0
+    heads, programs = generator.randint(1, 4), generator.randint(1, 4)
+    attend(lengths[:1] if across else lengths, heads, generator.choice(HEAD_DIMS), programs, across, seed)
+
+
+def test_a_step_passed_over_is_waited_for():
+    """Or the next step in its place would be taken for there: a barrier tells odd phases from even ones only."""
+    for seed in range(24):
+        attend([100], 9, 64, 1, True, seed)
