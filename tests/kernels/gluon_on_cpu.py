@@ -7,6 +7,7 @@ even ones only. Copies are made some time later, in any order. Registers, layout
 import random
 import threading
 from contextlib import ExitStack
+from functools import partial
 from types import SimpleNamespace
 from unittest import mock
 
@@ -27,6 +28,14 @@ class Block(torch.Tensor):
 
 def block(x):
     return torch.as_tensor(x).as_subclass(Block)
+
+
+def side_by_side(calls):
+    threads = [threading.Thread(target=call) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 class Pointer:
@@ -108,6 +117,15 @@ class Machine:
             self.copies[self.random.random() < 0.2].append(make)
             self.changed.notify_all()
 
+    def run(self, function, *arguments):
+        """An error ends all waits, and is raised again in the test's own thread."""
+        try:
+            function(*arguments)
+        except BaseException as error:  # noqa: BLE001
+            with self.changed:
+                self.failures.append(error)
+                self.changed.notify_all()
+
     def make_copies(self):
         """Some at once, and some when nothing else has moved for a while."""
         soon, late = self.copies
@@ -116,27 +134,19 @@ class Machine:
                 self.changed.wait_for(lambda: soon or late or self.done)
                 if not (soon or late):
                     return
-                ready = soon or (not self.changed.wait_for(lambda: soon, 0.003) and late) or soon
+                self.changed.wait_for(lambda: soon, 0.003)
+                ready = soon or late
                 make = ready.pop(self.random.randrange(len(ready)))
-            make()
+            self.run(make)
 
     def specialize(self, partitions, *_):
         where = vars(self.here)
 
         def work(function, arguments):
             vars(self.here).update(where)
-            try:
-                function(*arguments)
-            except BaseException as error:  # noqa: BLE001 (raised again in the test's thread)
-                with self.changed:
-                    self.failures.append(error)
-                    self.changed.notify_all()
+            self.run(function, *arguments)
 
-        threads = [threading.Thread(target=work, args=partition) for partition in partitions]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        side_by_side(partial(work, *partition) for partition in partitions)
 
     def atomic_add(self, pointer, value, mask=True, **_):
         with self.changed:
@@ -156,13 +166,9 @@ class Machine:
 
         def program(number):
             self.here.program, self.here.programs = number, programs
-            kernel(*arguments)
+            self.run(kernel, *arguments)
 
-        threads = [threading.Thread(target=program, args=(number,)) for number in range(programs)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        side_by_side(partial(program, number) for number in range(programs))
         with self.changed:
             self.done = True
             self.changed.notify_all()
