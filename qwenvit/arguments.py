@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from qwenvit.config import VisionConfig
-from qwenvit.grid import count_patches
 
 Impl = Literal["auto", "triton", "reference"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -37,8 +36,8 @@ def check_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.
     return found
 
 
-def check_pixel_values(pixel_values: Tensor, grid: Tensor, config: VisionConfig) -> None:
-    """Refuse anything but `[patches, C·T·P·P]` floats that fit the grids."""
+def check_pixel_values(pixel_values: Tensor, grid: Tensor, patches: int, config: VisionConfig) -> None:
+    """Refuse anything but `[patches, C·T·P·P]` floats, as many as the grids stand for."""
     if not isinstance(pixel_values, Tensor) or not pixel_values.is_floating_point():
         got = pixel_values.dtype if isinstance(pixel_values, Tensor) else type(pixel_values).__name__
         raise TypeError(f"pixel_values: expected a floating tensor [patches, {config.patch_dim}], got {got}")
@@ -49,5 +48,5 @@ def check_pixel_values(pixel_values: Tensor, grid: Tensor, config: VisionConfig)
             f"pixel_values: expected [patches, {config.patch_dim}] (channels x frames x height x width of a patch), "
             f"got {shape}{hint}"
         )
-    if shape[0] != (patches := count_patches(grid, config.spatial_merge_size)):
+    if shape[0] != patches:
         raise ValueError(f"pixel_values: grid_thw {grid.tolist()} stands for {patches} patches, got {shape[0]}")

@@ -6,6 +6,7 @@ serves any grids that fit, so a CUDA graph can hold it.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,8 +19,7 @@ from qwenvit.grid import Segments
 from qwenvit.rope import rope_cos_sin
 
 
-@dataclass(frozen=True)
-class Capacity:
+class Capacity(NamedTuple):
     """What there is room for; a capacity covers another when it has as much of everything."""
 
     patches: int

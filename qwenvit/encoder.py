@@ -206,8 +206,8 @@ class Encoder:
             TypeError: `pixel_values` is not a floating tensor.
             ValueError: shapes that do not fit the tower or each other; gradients asked of the fast tower.
         """
-        grid = check_grid(grid_thw, self.config.spatial_merge_size)
-        check_pixel_values(pixel_values, grid, self.config)
+        grid, patches = check_grid(grid_thw, self.config.spatial_merge_size)
+        check_pixel_values(pixel_values, grid, patches, self.config)
         return self._run(pixel_values, grid)
 
     def _run(self, pixel_values: Tensor, grid: Tensor) -> TowerOutput:

@@ -81,7 +81,7 @@ class GridPlan:
         Raises:
             ValueError: wrong shape or dtype, sizes below 1, or rows and columns that do not split into merge blocks.
         """
-        grid = check_grid(grid_thw, config.spatial_merge_size)
+        grid, _ = check_grid(grid_thw, config.spatial_merge_size)
         frame, row, column = _patch_coordinates(grid, config.spatial_merge_size)
         heights, widths = grid[:, 1].repeat_interleave(grid[:, 0]), grid[:, 2].repeat_interleave(grid[:, 0])
         position_ids = torch.stack((row, column), dim=1)
@@ -102,8 +102,8 @@ class GridPlan:
         return cls(grid, position_ids, cos, sin, frames, windows, window_index, restore_index, taps, weights)
 
 
-def check_grid(grid_thw: Tensor | Sequence[Sequence[int]], spatial_merge_size: int) -> Tensor:
-    """`grid_thw` as `[items, 3]` int64 on the CPU, or a ValueError that says what is wrong with it."""
+def check_grid(grid_thw: Tensor | Sequence[Sequence[int]], spatial_merge_size: int) -> tuple[Tensor, int]:
+    """`grid_thw` as `[items, 3]` int64 on the CPU, and its patches; or a ValueError that says what is wrong with it."""
     try:
         grid = grid_thw if isinstance(grid_thw, Tensor) else torch.as_tensor(grid_thw, device="cpu")
     except (RuntimeError, TypeError, ValueError) as error:
@@ -117,15 +117,12 @@ def check_grid(grid_thw: Tensor | Sequence[Sequence[int]], spatial_merge_size: i
         grid = grid.to("cpu", torch.int64)
     if not shape[0]:
         raise ValueError("grid_thw: expected at least one item, got none")
-    count_patches(grid, spatial_merge_size)
-    return grid
+    return grid, _count_patches(grid, spatial_merge_size)
 
 
-def count_patches(grid: Tensor, spatial_merge_size: int) -> int:
-    """Patches of `[items, 3]` int64 on the CPU, or a ValueError.
-
-    Grids come again and again, and looking one through took a twentieth of a small image's time on the GPU (140 µs of
-    a host that had been busy with other things): so the answer is kept.
+def _count_patches(grid: Tensor, spatial_merge_size: int) -> int:
+    """Grids come again and again, and looking one through took a twentieth of a small image's time on the GPU (140 µs
+    of a host that had been busy with other things): so the answer is kept.
     """
     rows = grid.numpy()  # whose small operations take a fraction of torch's time
     if torch.compiler.is_compiling():  # Dynamo looks into the cache and does not know bytes

@@ -30,7 +30,7 @@ def test_a_capacity_covers_what_is_needed_and_little_more(tokens, frames, window
         assert getattr(room, name) >= getattr(need, name)
     assert room.patches % 4 == 0
     assert room.patches - need.patches < max(16, need.patches / 32)
-    assert capacity_for(replace(need, patches=room.patches, frames=room.frames, items=room.items), 4) == room
+    assert capacity_for(need._replace(patches=room.patches, frames=room.frames, items=room.items), 4) == room
     assert room.windows <= max(2 * windows, room.patches // 48 + 16)
 
 
