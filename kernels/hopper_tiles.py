@@ -216,7 +216,7 @@ def produce(state, q, k, v, cu_seqlens_ptr, counter_ptr, n_segments, S, H, D: gl
     i_step = 0
     i_done = 0
     while i_segment < n_segments:
-        start, end, _, tall_heads, n_tall_tiles, n_low_tiles = _segment(
+        start, end, n_tiles, tall_heads, n_tall_tiles, n_low_tiles = _segment(
             cu_seqlens_ptr, n_segments, S, H, i_segment, i_rank, units, n_tall, ACROSS
         )
         length = end - start
