@@ -60,8 +60,9 @@ def saves_a_round(n_tokens: int, H: int, n_programs: int) -> bool:
 
     They do at some lengths: with 16 heads on an H200 from 3073 to 3136 tokens (262 tiles in two rounds, not 344 in
     three), from 4609 to 4736, around 9472 and so on. Measured at 3136: 103 µs and not 117 at head_dim 72, 98 and 117 at
-    80, 87 and 111 at 64. A tile of two heads takes longer, and a kernel that knows of them is up to 2 % slower
-    elsewhere: also where there is room for such a length, and the segment is shorter.
+    80, 87 and 111 at 64; since then who passes over a step waits for its values too, which takes 2 µs more at 72. A
+    tile of two heads takes longer, and a kernel that knows of them is up to 2 % slower elsewhere: also where there is
+    room for such a length, and the segment is shorter.
     """
     units, n_tall = tile_heights.fn(n_tokens, 1, H, n_programs)
     if units < 3:

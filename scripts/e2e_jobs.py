@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from e2e_cases import MODELS, all_cases, read_vllm
+from e2e_cases import MODELS, VLLM_MODELS, all_cases, read_vllm
 from e2e_towers import Bench, first_line
 from e2e_verdicts import Result
 from kernel_jobs import progress
@@ -88,7 +88,7 @@ def run_parts(
             own = vllm.get((result["model"], case.patches, bool(case.frames)), {}) if len(case.grid) == 1 else {}
             row["times"] |= {name: {"median": seconds} for name, seconds in own.items()}
             if not own:
-                row["missing"]["vLLM"] = "its own bench has not this case" if vllm else "no figures were given (--vllm)"
+                row["missing"]["vLLM"] = without_vllm(result["model"], bool(vllm))
             result["rows"].append(row)
         if case.name in PROFILED and PROFILE in options.cases:
             with part(f"{PROFILE} of {case.name}"):
@@ -99,6 +99,13 @@ def run_parts(
     if GRAPHS in options.cases:
         with part(GRAPHS):
             result["graphs"] = bench.graphs()
+
+
+def without_vllm(model: str, given: bool) -> str:
+    """Why there is no figure of vLLM's."""
+    if model not in VLLM_MODELS.values():
+        return "its own bench has not this model"
+    return "its own bench has not this case" if given else "no figures were given (--vllm)"
 
 
 def run_apart(model: str, options: argparse.Namespace, script: Path) -> Result:

@@ -23,13 +23,13 @@ from e2e_verdicts import (
 BEGIN, END = "<!-- bench_e2e.py: begin -->", "<!-- bench_e2e.py: end -->"
 METHOD = (
     "Medians of wall time in ms from `encoder(pixel_values, grid)`, pixel values on the GPU in bf16 and the grid on "
-    "the CPU, until the result is there; the contenders of a row take turns in one process (vLLM: in its own). "
-    "p10–p90 in brackets. The grids of a case are the same in every call, and ours keeps their table. Best rival: the "
-    "fastest of those that do the whole tower's work. TFLOP/s counts matrix "
-    "products. MiB is the peak of a call above one copy of the weights as the checkpoint has them: results, static "
-    "buffers, the pool of this case's CUDA graph alone, padding of weights and cuBLAS' workspaces included. No speedup "
-    "is printed where the outputs are further from fp32 than 1.05 times transformers' own in bf16. Bars are what this "
-    "project set out to reach, moonshots what it would like to."
+    "the CPU, until the result is there; the contenders of a row take turns in one process (vLLM: in its own). p10–p90"
+    " in brackets. The grids of a case are the same in every call, and ours keeps their table. Best rival: the fastest"
+    " of those that do the whole tower's work, where none was left out. TFLOP/s counts matrix products. MiB is the "
+    "peak of a call above one copy of the weights as the checkpoint has them: results, static buffers, the pool of "
+    "this case's CUDA graph alone, padding of weights and cuBLAS' workspaces included. No speedup is printed where the"
+    " outputs are further from fp32 than 1.05 times transformers' own in bf16. Bars are what this project set out to "
+    "reach, moonshots what it would like to."
 )
 
 

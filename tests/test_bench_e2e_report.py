@@ -48,11 +48,34 @@ def test_the_headline_is_over_the_best_rival():
     assert (verdict.text, verdict.met) == ("no figure (≥ 5)", False)
 
 
+@pytest.mark.parametrize("why", ["not asked for (--rivals)", "no figures were given (--vllm)"])
+def test_no_headline_over_a_field_from_which_a_rival_was_left_out(why):
+    row = row_of(missing={"transformers compiled": why})
+    assert e2e_verdicts.best_rival(row) is None
+    assert [(v.kind, v.met) for v in e2e_verdicts.verdicts("Qwen3-VL-8B", row)] == [
+        ("ms", True), ("over sdpa", True), ("over the best", False),
+    ]  # fmt: skip
+    assert "| **2.00** (1.80–2.20) | – | – | 12.00 | 6.00× |" in e2e_report.short_table(result_of(row))
+    assert e2e_verdicts.best_rival(row_of(missing={"timm": why})) is not None  # which leaves DeepStack out
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "why"),
+    [
+        ("Qwen2-VL-7B", False, "its own bench has not this model"),
+        ("Qwen3-VL-8B", True, "its own bench has not this case"),
+        ("Qwen3-VL-8B", False, "no figures were given (--vllm)"),
+    ],
+)
+def test_why_there_is_no_figure_of_vllm(model, given, why):
+    assert e2e_jobs.without_vllm(model, given) == why
+
+
 def test_a_section():
     text = e2e_report.section(result_of(row_of(), row_of("672²"), cold=COLD, graphs=GRAPHS, gate="34 of 34 pass"))
     assert "| 448² | 784 | **2.00** (1.80–2.20) | 3.00 (vLLM compile + graph) | 1.50× | 12.00 | 6.00× |" in text
     assert "- 7 of 7 bars met.\n- Parity: 34 of 34 pass.\n" in text
-    assert "| 448² | 2.00 | 350 | 50% | 32 (32) | 12.00 | 9.00 | 8.00 | 3.00 | 1.00 | 1.00 | 2.00 ms (≤ 2.6) " in text
+    assert "| 448² | 2.00 | 350 | 50% | 32 (32) | 12.00 | 9.00 | 8.00 | 3.00 | 1.00 | 1.00 | 2.000 ms (≤ 2.6) " in text
     assert "- Cold process, nothing compiled: 11.0 s from load to first embedding (≤ 30) ✓: loading 2.0 s" in text
     assert "Nothing is subtracted: the file's 1.00 GiB lay in the system's cache" in text
     assert "a capture takes 80 ms at 1344², then 50 ms at 448²; the first keeps 256 MiB, the second adds 1 MiB" in text
@@ -68,7 +91,7 @@ def test_bars_that_are_missed_are_named():
     lines = e2e_report.notes(result_of(row_of(), slow, cold=COLD | {"load": 22.0}))
     assert lines[0] == "3 of 7 bars met"
     assert lines[1] == (
-        "Not met: 672²: 5.00 ms (≤ 4.7), 2.40× transformers sdpa (≥ 2.8), 0.60× the best rival (≥ 1.2); "
+        "Not met: 672²: 5.000 ms (≤ 4.7), 2.40× transformers sdpa (≥ 2.8), 0.60× the best rival (≥ 1.2); "
         "cold process: 31.0 s from load to first embedding (≤ 30)"
     )
 
