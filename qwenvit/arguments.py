@@ -49,4 +49,7 @@ def check_pixel_values(pixel_values: Tensor, grid: Tensor, patches: int, config:
             f"got {shape}{hint}"
         )
     if shape[0] != patches:
-        raise ValueError(f"pixel_values: grid_thw {grid.tolist()} stands for {patches} patches, got {shape[0]}")
+        more = f" and {len(grid) - 8} more" if len(grid) > 8 else ""
+        raise ValueError(
+            f"pixel_values: grid_thw {grid[:8].tolist()}{more} stands for {patches} patches, got {shape[0]}"
+        )

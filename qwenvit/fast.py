@@ -205,7 +205,8 @@ def refuse_gradients(tensors: Iterable[Tensor]) -> None:
 class FastTower(nn.Module):
     """Vision tower of any family, for inference.
 
-    Blocks work in place, each in the memory of its input: hooks have to copy what they keep.
+    Blocks work in place, each in the memory of its input: hooks have to copy what they keep. (An encoder runs the tower
+    in CUDA graphs, and refuses hooks.)
 
     Args:
         config: the tower's config. Parameters are not initialised: load a checkpoint, or a reference tower's.
@@ -234,7 +235,11 @@ class FastTower(nn.Module):
         """Move or convert, as any module; graphs that hold on to memory that is to be freed go, others stay."""
         if self.graphs is not None:
             self.graphs.let_go()
-        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        try:
+            super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        except BaseException:
+            self.graphs = None  # some weights may have moved, and nobody holds the memory of any
+            raise
         if self.graphs is not None and not self.graphs.take_hold():
             self.graphs = None
         return self

@@ -1,9 +1,9 @@
 """The fast tower in CUDA graphs: one for each capacity, which any grids that fit may use.
 
 A graph holds everything from the table of grids and the pixel values, copied to where it reads them, to the output: no
-two layouts can be confused, for the layout is computed inside. Capacities grow in steps of a thirty-second, so at most
-3 % of the patches are room to spare; windows and frames are rounded up further, and empty ones cost next to nothing.
-Results are copied out, so later calls leave them alone, and all graphs may use the same memory by turns.
+two layouts can be confused, for the layout is computed inside. Capacities grow in steps of a thirty-second, or of 16
+patches; windows and frames are rounded up further, and empty ones cost next to nothing. Results are copied out, so all
+graphs may use the same memory by turns.
 """
 
 import threading
@@ -38,8 +38,7 @@ class GraphedTower:
     """A fast tower on a GPU that captures a graph for each capacity it meets, and replays it from then on.
 
     Any thread and any stream may call it: calls take turns, on the host by a lock and on the GPU by an event. Weights
-    may be loaded or replaced between calls; hooks on blocks run at capture alone, the tower's own never. It lives as
-    long as its tower holds it (`FastTower.graphs`), and does not keep the tower alive.
+    may be loaded or replaced between calls. It lives as long as its tower holds it, and does not keep the tower alive.
 
     Args:
         tower: on a CUDA device.
@@ -80,7 +79,7 @@ class GraphedTower:
             grid: `[items, 3]` int64 on the CPU, checked.
 
         Raises:
-            ValueError: gradients are asked for, or the current stream is being captured.
+            ValueError: gradients are asked for, the tower has hooks, or the current stream is being captured.
         """
         if torch.compiler.is_compiling():
             return _untraced()(self, pixel_values, grid)
@@ -104,7 +103,7 @@ class GraphedTower:
 
     def let_go(self) -> None:
         """Keep no memory of weights, which are about to be moved."""
-        with self._lock:
+        with self._lock, CAPTURING:  # as nobody may wait for a GPU during a capture
             torch.cuda.synchronize(self.device)  # graphs may be reading it
             self._weights.release()
 
@@ -115,12 +114,13 @@ class GraphedTower:
             return self._weights.unchanged()
 
     def _renew(self) -> bool:
-        """Begin anew if weights lie elsewhere than graphs think; whether that was so."""
-        if self._weights.unchanged():
-            return False
-        torch.cuda.synchronize(self.device)
-        self._begin()
-        return True
+        """Begin anew if weights lie elsewhere than graphs think; whether that was so. Hooks are refused."""
+        if changed := not self._weights.unchanged():
+            with CAPTURING:
+                torch.cuda.synchronize(self.device)
+            self._begin()
+        self._weights.refuse_hooks()
+        return changed
 
     def _run(self, pixel_values: Tensor, grids: Grids) -> TowerOutput:
         with self._turn():
@@ -203,8 +203,8 @@ class GraphedTower:
     def _reach_out(self, patches: int) -> None:
         """Begin with a graph of so many patches or some more, whose memory is enough for all smaller ones.
 
-        In rising order each would add memory: what a smaller one left is no place for its largest tensors. The price is
-        that smaller ones are captured again.
+        In rising order each would add memory: what a smaller one left is no place for its largest tensors. Smaller ones
+        are captured again for it.
         """
         torch.cuda.synchronize(self.device)  # the graphs that go may still be running
         self._graphs.clear()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class Watch:
-    """The parameters of a module, and where they lay when this was made.
+    """The parameters of a module, where they lay when this was made, and whether anybody hooks on to it.
 
     Walking the modules of a tower takes half a millisecond, a fifth of a small image's time on the GPU. So the places
     are listed once, and looking them through takes a fifth of that. Memory that is watched stays allocated, so that no
@@ -24,6 +24,7 @@ class Watch:
         places = ((part._parameters, name) for part in modules for name, x in part._parameters.items() if x is not None)
         self._parameters = _Entries(places)
         self.parameters = self._parameters.found
+        self._hooks = [hooks for part in modules for hooks in (part._forward_pre_hooks, part._forward_hooks)]
         self._lying = self._lie()
         self.hold()
 
@@ -38,6 +39,14 @@ class Watch:
     def unchanged(self) -> bool:
         """Whether it has the same submodules and parameters still, at the same addresses and of the same dtypes."""
         return self._modules.unchanged() and self._parameters.unchanged() and self._lie() == self._lying
+
+    def refuse_hooks(self) -> None:
+        """ValueError where the module or a part of it has forward hooks: graphs run them at their capture alone."""
+        if any(self._hooks):
+            raise ValueError(
+                "tower: expected no forward hooks, which CUDA graphs leave out; use impl='reference', or "
+                "call enc.tower(pixel_values, GridPlan.build(grid_thw, enc.config, enc.device))"
+            )
 
     def _lie(self) -> tuple[list[int], list[object]]:
         return list(map(Tensor.data_ptr, self.parameters)), list(map(attrgetter("dtype"), self.parameters))

@@ -28,7 +28,7 @@ Prepare = Callable[[Case, Tensor], Call]
 FLAGS = (
     "transformers: its tower in eager mode, `tower(pixel_values, grid_thw)`; FA2 is "
     "`torch.nn.attention.varlen.varlen_attn`, FA3 is `_vllm_fa3_C.fwd`, either as an attention function named "
-    "`flash_…`. compiled: `torch.compile(tower, fullgraph=True, dynamic=True)` with the best of the two, positions, "
+    "`flash_…`. compiled: `torch.compile(tower, fullgraph=True, dynamic=True)` with FA3 (FA2 without it), positions, "
     "`cu_seqlens` and `max_seqlen` computed before; + graph: the same in a CUDA graph of exactly this input. timm: "
     "`qwen3_vit_*_enc` (no DeepStack, one image), each block compiled for this size, in a CUDA graph. vLLM: what its "
     "own tower took in another process of the same machine; graph is the faster of a CUDA graph of exactly this input "

@@ -189,6 +189,8 @@ def test_bad_pixel_values():
         enc(torch.rand(16, 1176), grid)
     with pytest.raises(ValueError, match="stands for 16 patches, got 12"):
         enc(torch.rand(12, 1536), grid)
+    with pytest.raises(ValueError, match=r"\[1, 4, 4\]\] and 1992 more stands for 32000 patches, got 12"):
+        enc(torch.rand(12, 1536), grid.repeat(2000, 1))
     with pytest.raises(TypeError, match=r"expected a floating tensor.*torch.uint8"):
         enc(torch.zeros(16, 1536, dtype=torch.uint8), grid)
     with pytest.raises(TypeError, match="ndarray"):

@@ -19,7 +19,7 @@ from towers import FULL
 from qwenvit.capacity import capacity_for, reach_for
 from qwenvit.device_plan import Capacity
 from qwenvit.fast import FastTower
-from qwenvit.graphs import GraphedTower, graphs_of
+from qwenvit.graphs import CAPTURING, GraphedTower, graphs_of
 
 
 @given(st.integers(1, 2**15), st.integers(1, 900), st.integers(0, 9000), st.integers(1, 900), st.integers(1, 3000))
@@ -79,6 +79,51 @@ def test_moved_weights_are_found_before_a_capture_and_after_a_replay(no_cuda, mo
     assert runs == ([True, False, True] if captured else [True, True])
     assert not graphs._graphs
     no_cuda.synchronize.assert_called_once_with(graphs.device)
+
+
+@pytest.mark.parametrize("captured", [True, False])
+def test_hooks_are_refused_and_not_captured(no_cuda, monkeypatch, captured):
+    tower = cpu_tower()
+    graphs, grid, runs = GraphedTower(tower), torch.tensor([[1, 4, 4]]), []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda table: table)
+    monkeypatch.setattr(graphs, "_run", lambda *_: runs.append(1))
+    if captured:
+        graphs._graphs[graphs._key(graphs._prepare(grid)[1])] = Mock()
+    handle = tower.blocks[0].register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="no forward hooks"):
+        graphs._encode(torch.zeros(16, 1), grid)
+    assert len(runs) == captured  # a replay in vain, but no capture
+    handle.remove()
+    graphs._encode(torch.zeros(16, 1), grid)
+    assert len(runs) == captured + 1
+
+
+def test_a_move_that_fails_halfway_leaves_no_graphs(no_cuda):
+    """They would read memory that nobody holds any more."""
+    tower = cpu_tower()
+    tower.graphs = GraphedTower(tower)
+
+    def convert(x):
+        if x is tower.merger.fc2.weight:
+            raise MemoryError("no memory")
+        return x.double()
+
+    with pytest.raises(MemoryError):
+        tower._apply(convert)
+    assert tower.graphs is None
+
+
+def test_nobody_waits_for_the_gpu_during_a_capture(no_cuda):
+    tower = cpu_tower()
+    tower.graphs = GraphedTower(tower)
+    no_cuda.synchronize.side_effect = lambda _: asked.append(CAPTURING.locked())
+    asked = []
+    tower.double()  # lets go
+    graphs = GraphedTower(tower)
+    tower.merger.fc1.weight.data = tower.merger.fc1.weight.data.clone()
+    assert graphs._renew()
+    assert asked == [True, True]
+    assert not CAPTURING.locked()
 
 
 def test_a_shallow_copy_has_graphs_of_its_own(no_cuda, monkeypatch):

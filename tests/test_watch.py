@@ -39,6 +39,20 @@ def test_changes_are_noticed(change):
     assert Watch(parts).unchanged()
 
 
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+@pytest.mark.parametrize("part", [lambda parts: parts, lambda parts: parts[1][0]])
+def test_hooks_are_refused_as_long_as_they_are_there(register, part):
+    parts = module()
+    watch = Watch(parts)
+    watch.refuse_hooks()
+    handle = getattr(part(parts), register)(lambda *_: None)
+    with pytest.raises(ValueError, match=r"no forward hooks, which CUDA graphs leave out; use impl='reference'"):
+        watch.refuse_hooks()
+    assert watch.unchanged()
+    handle.remove()
+    watch.refuse_hooks()
+
+
 def test_new_values_in_their_places_are_none():
     parts = module()
     watch = Watch(parts)
