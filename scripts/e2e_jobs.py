@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from e2e_cases import MODELS, VLLM_MODELS, all_cases, read_vllm
 from e2e_towers import Bench, first_line
-from e2e_verdicts import Result
+from e2e_verdicts import LEFT_OUT, Result
 from kernel_jobs import progress
 from kernel_timing import Ceilings, machine
 
@@ -105,7 +105,7 @@ def without_vllm(model: str, given: bool) -> str:
     """Why there is no figure of vLLM's."""
     if model not in VLLM_MODELS.values():
         return "its own bench has not this model"
-    return "its own bench has not this case" if given else "no figures were given (--vllm)"
+    return "its own bench has not this case" if given else f"no figures were given {LEFT_OUT}vllm)"
 
 
 def run_apart(model: str, options: argparse.Namespace, script: Path) -> Result:

@@ -16,7 +16,7 @@ from e2e_cold import cold_start
 from e2e_graphs import afresh, exact, graph_costs, rounding_by
 from e2e_rivals import NAMES, SDPA, TIMM, Call, Outputs, Prepare, eager, timm_tower, transformers_rivals
 from e2e_timing import kernel_times, memory_of, replay_time, take_turns
-from e2e_verdicts import NO_DEEPSTACK, OURS, Row
+from e2e_verdicts import LEFT_OUT, NO_DEEPSTACK, OURS, Row
 from hf_towers import build_tower, save_tower
 from torch import Tensor
 
@@ -49,8 +49,11 @@ class Bench:
         self.padding = weights - cost.parameters(self.config) * DTYPE.itemsize
         self.rivals = transformers_rivals(self.hf, self.config, options.rivals, options.fa3 is not None)
         given = {"fa3": options.fa3, "timm": options.timm}
-        self.absent = {NAMES[kind]: f"not given (--{kind})" for kind in options.rivals if not given.get(kind, True)}
-        self.absent |= {name: "not asked for (--rivals)" for kind, name in NAMES.items() if kind not in options.rivals}
+        self.absent = {
+            NAMES[kind]: f"not given {LEFT_OUT}{kind})" for kind in options.rivals if not given.get(kind, True)
+        }
+        unasked = f"not asked for {LEFT_OUT}rivals)"
+        self.absent |= {name: unasked for kind, name in NAMES.items() if kind not in options.rivals}
         if options.timm and "timm" in options.rivals:
             try:
                 self.rivals[TIMM] = timm_tower(options.timm, self.hf, self.config)

@@ -18,7 +18,7 @@ NO_DEEPSTACK = "qwenvit without DeepStack"
 APART = (OURS, NO_DEEPSTACK, TIMM)
 """Not rivals of the whole tower: ours, and the two that leave DeepStack out."""
 LEFT_OUT = "(--"
-"""In the reason why a contender did not run: it names the option by which somebody left it out."""
+"""In the reason why a contender did not run: what follows is the option by which somebody left it out."""
 KINDS = {
     "ms": ("{:.3f} ms", True),
     "over sdpa": ("{:.2f}× transformers sdpa", False),
