@@ -28,7 +28,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 # Modules added later must be linked too, so the install follows the sources.
-$(VENV)/qwenvit: $(VENV)/bin/python pyproject.toml constraints.txt $(wildcard qwenvit/*.py qwenvit/*/*.py kernels/*.py weights/*.py)
+$(VENV)/qwenvit: $(VENV)/bin/python pyproject.toml constraints.txt $(shell find qwenvit kernels weights -name '*.py')
 	$(PIP) $(EDITABLE) .
 	touch $@
 

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qwenvit.kernels.registration import register
+
 
 @triton.jit
 def load_row(
@@ -167,23 +169,20 @@ def add_norm_inplace(
     return y
 
 
-LIBRARY = torch.library.Library("qwenvit", "FRAGMENT")
-LIBRARY.define("norm(Tensor x, Tensor weight, Tensor? bias, str kind, float eps) -> Tensor")
-LIBRARY.define(
+norm_op = register(
+    "norm(Tensor x, Tensor weight, Tensor? bias, str kind, float eps) -> Tensor",
+    norm,
+    lambda x, *_: torch.empty_like(x),
+)
+add_norm_op = register(
     "add_norm(Tensor x, Tensor residual, Tensor weight, Tensor? bias, Tensor? shift, str kind, float eps) "
-    "-> (Tensor, Tensor)"
+    "-> (Tensor, Tensor)",
+    add_norm,
+    lambda x, *_: (torch.empty_like(x), torch.empty_like(x)),
 )
-LIBRARY.define(
+add_norm_inplace_op = register(
     "add_norm_(Tensor x, Tensor(a!) residual, Tensor weight, Tensor? bias, Tensor? shift, str kind, float eps) "
-    "-> Tensor"
+    "-> Tensor",
+    add_norm_inplace,
+    lambda x, *_: torch.empty_like(x),
 )
-for _device in ("CUDA", "CPU"):  # on a CPU, Triton's interpreter
-    LIBRARY.impl("norm", norm, _device)
-    LIBRARY.impl("add_norm", add_norm, _device)
-    LIBRARY.impl("add_norm_", add_norm_inplace, _device)
-torch.library.register_fake("qwenvit::norm", lambda x, *_: torch.empty_like(x), lib=LIBRARY)
-torch.library.register_fake("qwenvit::add_norm", lambda x, *_: (torch.empty_like(x), torch.empty_like(x)), lib=LIBRARY)
-torch.library.register_fake("qwenvit::add_norm_", lambda x, *_: torch.empty_like(x), lib=LIBRARY)
-norm_op = torch.ops.qwenvit.norm.default
-add_norm_op = torch.ops.qwenvit.add_norm.default
-add_norm_inplace_op = torch.ops.qwenvit.add_norm_.default

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qwenvit.kernels.norm import launch_rows
+from qwenvit.kernels.registration import register
 
 CONCAT_BLOCK = 2048
 AVERAGE_BLOCK = 512
@@ -118,16 +119,10 @@ def spatial_merge(x: Tensor, mode: str, merge_size: int) -> Tensor:
     return y
 
 
-LIBRARY = torch.library.Library("qwenvit", "FRAGMENT")
-LIBRARY.define(
+merge_norm_op = register(
     "merge_norm(Tensor x, Tensor weight, Tensor? bias, Tensor? restore_index, str kind, float eps, bool norm_merged, "
-    "int merge_unit) -> Tensor"
+    "int merge_unit) -> Tensor",
+    merge_norm,
+    lambda x, *arguments: _merged_rows(x, arguments[-1]),
 )
-LIBRARY.define("spatial_merge(Tensor x, str mode, int merge_size) -> Tensor")
-for _device in ("CUDA", "CPU"):  # on a CPU, Triton's interpreter
-    LIBRARY.impl("merge_norm", merge_norm, _device)
-    LIBRARY.impl("spatial_merge", spatial_merge, _device)
-torch.library.register_fake("qwenvit::merge_norm", lambda x, *args: _merged_rows(x, args[-1]), lib=LIBRARY)
-torch.library.register_fake("qwenvit::spatial_merge", _merged_map, lib=LIBRARY)
-merge_norm_op = torch.ops.qwenvit.merge_norm.default
-spatial_merge_op = torch.ops.qwenvit.spatial_merge.default
+spatial_merge_op = register("spatial_merge(Tensor x, str mode, int merge_size) -> Tensor", spatial_merge, _merged_map)

@@ -2,6 +2,6 @@
 
 import sys
 
-from qwenvit.cli import main
+from qwenvit.cli.parser import main
 
 sys.exit(main())

@@ -3,9 +3,6 @@
 from typing import Literal
 
 import torch
-from torch import Tensor
-
-from qwenvit.config import VisionConfig
 
 Impl = Literal["auto", "triton", "reference"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -34,22 +31,3 @@ def check_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.
     if found not in DTYPES.values():
         raise ValueError(f"dtype: expected one of {[*DTYPES, 'auto']} or the torch dtype, got {dtype!r}")
     return found
-
-
-def check_pixel_values(pixel_values: Tensor, grid: Tensor, patches: int, config: VisionConfig) -> None:
-    """Refuse anything but `[patches, C·T·P·P]` floats, as many as the grids stand for."""
-    if not isinstance(pixel_values, Tensor) or not pixel_values.is_floating_point():
-        got = pixel_values.dtype if isinstance(pixel_values, Tensor) else type(pixel_values).__name__
-        raise TypeError(f"pixel_values: expected a floating tensor [patches, {config.patch_dim}], got {got}")
-    shape = list(pixel_values.shape)
-    if len(shape) != 2 or shape[1] != config.patch_dim:
-        hint = "; for whole images use encode(), which cuts them into patches" if len(shape) in (3, 4, 5) else ""
-        raise ValueError(
-            f"pixel_values: expected [patches, {config.patch_dim}] (channels x frames x height x width of a patch), "
-            f"got {shape}{hint}"
-        )
-    if shape[0] != patches:
-        more = f" and {len(grid) - 8} more" if len(grid) > 8 else ""
-        raise ValueError(
-            f"pixel_values: grid_thw {grid[:8].tolist()}{more} stands for {patches} patches, got {shape[0]}"
-        )

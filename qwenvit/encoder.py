@@ -7,18 +7,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qwenvit import demo
-from qwenvit.arguments import Impl, check_device, check_dtype, check_pixel_values
-from qwenvit.batching import PATCHES_PER_BATCH, batches
-from qwenvit.checkpoint import directory_of, load_tower, locate, save_tower
-from qwenvit.fast import FastTower
-from qwenvit.graphs import graphs_of
-from qwenvit.grid import GridPlan, check_grid
-from qwenvit.images import Backend, Channels, ImageInput
+from qwenvit.arguments import Impl, check_device, check_dtype
+from qwenvit.graphs.graphed_tower import graphs_of
 from qwenvit.outputs import Embeddings, TowerOutput
-from qwenvit.processing import ImageProcessor, read_processors
-from qwenvit.towers import Tower
-from qwenvit.video import VideoProcessor
+from qwenvit.plan.grid_plan import GridPlan
+from qwenvit.plan.inputs import check_grid, check_pixel_values
+from qwenvit.preprocess.batching import PATCHES_PER_BATCH, batches
+from qwenvit.preprocess.decode import Backend, Channels, ImageInput
+from qwenvit.preprocess.from_checkpoint import read_processors
+from qwenvit.preprocess.image_processor import ImageProcessor
+from qwenvit.preprocess.video_processor import VideoProcessor
+from qwenvit.towers import demo
+from qwenvit.towers.checkpoint import directory_of, load_tower, locate, save_tower
+from qwenvit.towers.choose import Tower
+from qwenvit.towers.fast import FastTower
 
 
 class Encoder:

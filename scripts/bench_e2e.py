@@ -13,14 +13,15 @@ import json
 from pathlib import Path
 
 import torch
-from e2e_cases import MODELS
-from e2e_chart import draw
-from e2e_jobs import case_names, run_apart, run_model
-from e2e_report import block, profile_tables, rewrite
-from e2e_rivals import NAMES
-from e2e_verdicts import Result
-from kernel_baselines import load_fa3
-from kernel_timing import ceilings
+
+from common.machine import ceilings
+from e2e.cases import MODELS
+from e2e.chart import draw
+from e2e.jobs import case_names, run_apart, run_model
+from e2e.report import block, profile_tables, rewrite
+from e2e.verdicts import Result
+from peers.attention import load_fa3
+from peers.towers import NAMES
 
 
 def measure(options: argparse.Namespace) -> list[Result]:

@@ -22,18 +22,20 @@ from pathlib import Path
 
 import torch
 import torch._dynamo
-from attention_cases import attention_cases
-from compile_time import MODELS
-from kernel_baselines import FLAGS, load_fa3, set_up_compile
-from kernel_cases import Case, Figures, relative_error
-from kernel_jobs import compile_times, parallel, progress
-from kernel_report import SECTIONS, Row, compile_table, draw, table_head, table_row
-from kernel_timing import Ceilings, ceilings, header, kernels_of, medians, peak_bytes, set_count
-from pass_cases import pass_cases
-from patch_cases import patch_cases
-from projection_cases import projection_cases
 
-DTYPE = torch.bfloat16
+from common.jobs import parallel, progress
+from common.machine import Ceilings, ceilings
+from kernel_bench.attention_cases import attention_cases
+from kernel_bench.cases import DTYPE, Case, Figures, relative_error
+from kernel_bench.compile_time import MODELS, compile_times
+from kernel_bench.pass_cases import pass_cases
+from kernel_bench.patch_cases import patch_cases
+from kernel_bench.projection_cases import projection_cases
+from kernel_bench.report import SECTIONS, Row, compile_table, draw, table_head, table_row
+from kernel_bench.timing import header, kernels_of, medians, peak_bytes, set_count
+from peers.attention import FLAGS, load_fa3
+from peers.torch_compile import set_up_compile
+
 OURS = 1.05
 """Most that our error may be of plain torch's."""
 RIVALS = 3.0

@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy
 import torch
 import transformers
-from rope_index_baselines import SETUPS, numpy_rope_index, setup, transformers_rope_index
 
 import qwenvit
+from peers.mrope import SETUPS, numpy_rope_index, setup, transformers_rope_index
 
 CALLS = 12
 """Calls of a contender in a turn; the first two of them, and the first two turns, are not counted."""

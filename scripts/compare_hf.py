@@ -17,27 +17,21 @@ import time
 from pathlib import Path
 
 import torch
-from compare_inputs import KINDS, load_inputs, synthetic
-from compare_report import show_differences, verdict
-from hf_towers import build_tower, forward, load_weights, save_tower
 from torch import Tensor, nn
 
 import qwenvit
+from common.hf_towers import build_tower, forward, load_weights, save_tower
+from compare.inputs import KINDS, load_inputs, synthetic
+from compare.report import show_differences, verdict
+from compare.runs import DisagreementError, check_ends, run_ours, run_theirs
 from qwenvit import parity
-from qwenvit.checkpoint import locate, read_config
-from qwenvit.grid import GridPlan
-from qwenvit.outputs import TowerOutput
-from qwenvit.parity import BlockCall, Check, Difference, record
-from qwenvit.registry import PUBLISHED, published_config
+from qwenvit.config.published import PUBLISHED, published_config
+from qwenvit.parity import Check
+from qwenvit.towers.checkpoint import locate, read_config
 
 PINNED = "5.23."  # the transformers whose towers the reference tower equals to the last bit on a CPU
 
-Outputs = list[tuple[str, Tensor]]
 Pair = tuple[qwenvit.Encoder, nn.Module]
-
-
-class DisagreementError(Exception):
-    """Of our two ways to run one tower."""
 
 
 def main() -> int:
@@ -125,37 +119,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--impl", choices=("auto", "triton", "reference"), default="auto")
     parser.add_argument("--rounds", type=int, choices=range(1000), metavar="N", default=3, help="timed runs; 0: none")
     return parser.parse_args()
-
-
-def run_theirs(tower: nn.Module, pixel_values: Tensor, grid: Tensor) -> tuple[Outputs, list[BlockCall]]:
-    outputs, calls = record(tower.blocks, lambda: forward(tower, pixel_values, grid))
-    return named(TowerOutput(*outputs)), calls
-
-
-@torch.no_grad()
-def run_ours(encoder: qwenvit.Encoder, pixel_values: Tensor, grid: Tensor) -> tuple[Outputs, list[BlockCall]]:
-    plan = GridPlan.build(grid, encoder.config, encoder.device)
-    output, calls = record(encoder.tower.blocks, lambda: encoder.tower(pixel_values, plan))
-    whole = encoder(pixel_values, grid)  # with CUDA graphs where the fast tower uses them
-    for (name, ours), (_, theirs) in zip(named(whole), named(output), strict=True):
-        if not Difference.of(ours, theirs).relative_l2 <= parity.MEANINGFUL_ERROR:  # NaN is no agreement
-            raise DisagreementError(f"the encoder and its tower differ in {name}")
-    return named(whole), calls
-
-
-def named(output: TowerOutput) -> Outputs:
-    return [("tokens", output.pooler_output), *((f"DeepStack {i}", x) for i, x in enumerate(output.deepstack_features))]
-
-
-def check_ends(ours: Outputs, theirs: Outputs, truths: Outputs) -> list[Check]:
-    checks = []
-    for (name, our), (_, their), (_, truth) in zip(ours, theirs, truths, strict=True):
-        error = Difference.of(their, truth).relative_l2
-        if error <= parity.MEANINGFUL_ERROR:
-            checks.append(parity.no_worse(name, our, their, truth))
-        else:
-            print(f"{name}: transformers' own error of {error:.1%} is above {parity.MEANINGFUL_ERROR:.0%}: not judged")
-    return checks
 
 
 def show_times(encoder: qwenvit.Encoder, tower: nn.Module, rounds: int) -> None:

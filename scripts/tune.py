@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_kernels import DTYPE
-from kernel_cases import relative_error
-from kernel_jobs import parallel, progress
-from kernel_timing import ceilings, header, medians, set_count
-from launch_configs import Knob, Shape, configured, full, rewritten, spelled
-from tune_cases import knobs
+
+from common.jobs import parallel, progress
+from common.machine import ceilings
+from kernel_bench.cases import DTYPE, relative_error
+from kernel_bench.launch_configs import Knob, Shape, configured, full, rewritten, spelled
+from kernel_bench.timing import header, medians, set_count
+from kernel_bench.tune_cases import knobs
 
 WORTH = 1.02
 """Gain from which a change is proposed: medians of one run repeat within 1 %."""
@@ -53,6 +54,11 @@ def try_candidate(only: list[str], number: int) -> list[str]:
                 f"{type(error).__name__}: {str(error).splitlines()[0][:100]}" if str(error) else repr(error)
             )
     return failures
+
+
+def source_of(knob: Knob) -> Path:
+    """The file that sets the knob's launch config."""
+    return FOLDER.joinpath(*knob.module.split(".")).with_suffix(".py")
 
 
 def chosen(only: list[str]) -> list[Knob]:
@@ -145,7 +151,7 @@ def main() -> None:
     print("\n".join(["\nCandidates that did not run, or not right:", *failed]) if failed else "\nEvery candidate ran.")
     print("\nConstants to change:" if changes else "\nNo constant to change.")
     for knob, better in changes:
-        path = FOLDER / f"{knob.module}.py"
+        path = source_of(knob)
         print(f"{path.parent.name}/{path.name}: {knob.name} = {spelled(better)}  # now {spelled(knob.current)}")
         if options.write:
             path.write_text(rewritten(path.read_text(), knob.name, better))

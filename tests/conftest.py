@@ -4,7 +4,8 @@ import os
 
 import pytest
 import torch
-from torchvision_cpu import define_torchvision_schemas
+
+from common.torchvision_cpu import define_torchvision_schemas
 
 define_torchvision_schemas()  # before transformers imports torchvision
 

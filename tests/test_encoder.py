@@ -7,15 +7,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hf_towers import build_tower, forward, tower_class
 from PIL import Image
 from safetensors.torch import save_file
-from towers import SMALL
 
 import qwenvit
-from qwenvit import default
+from common.hf_towers import build_tower, forward, tower_class
+from qwenvit import default_encoder
 from qwenvit import encoder as encoder_module
 from qwenvit.encoder import Encoder
+from support.towers import SMALL
 
 FAMILIES = list(SMALL)
 
@@ -138,7 +138,7 @@ def test_module_level_encode_keeps_its_encoder(monkeypatch):
     monkeypatch.setattr(
         Encoder, "from_pretrained", classmethod(lambda cls, *a, **k: loads.append(a) or load(cls, *a, **k))
     )
-    monkeypatch.setattr(default, "_current", {"key": None, "encoder": None})
+    monkeypatch.setattr(default_encoder, "_current", {"key": None, "encoder": None})
     with ThreadPoolExecutor(4) as pool:
         outs = list(pool.map(lambda _: qwenvit.encode(picture(64, 64), model="demo", device="cpu"), range(4)))
     assert len(loads) == 1

@@ -7,16 +7,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hf_towers import build_tower, save_tower
 from PIL import Image
-from towers import SMALL, ours_from
 
 import qwenvit
-from qwenvit import default
+from common.hf_towers import build_tower, save_tower
+from qwenvit import default_encoder
 from qwenvit import encoder as encoder_module
-from qwenvit.cli import main
+from qwenvit.cli.parser import main
 from qwenvit.encoder import Encoder
 from qwenvit.outputs import TowerOutput
+from support.towers import SMALL, ours_from
 
 CONFIG = replace(SMALL["qwen3_vl"], depth=2, deepstack_visual_indexes=(0,))
 GREY = Image.linear_gradient("L").resize((320, 256)).convert("RGB")
@@ -108,7 +108,7 @@ def test_float16_overflow_is_told():
 
 
 def test_a_relative_path_means_another_tower_in_another_directory(tmp_path, monkeypatch):
-    monkeypatch.setattr(default, "_current", {"key": None, "encoder": None})
+    monkeypatch.setattr(default_encoder, "_current", {"key": None, "encoder": None})
     for seed in (0, 1):
         small_encoder(seed).save_pretrained(tmp_path / str(seed) / "tower")
     outs = []
@@ -116,9 +116,9 @@ def test_a_relative_path_means_another_tower_in_another_directory(tmp_path, monk
         monkeypatch.chdir(tmp_path / str(seed))
         outs.append(qwenvit.encode(GREY, model="tower", device="cpu").packed)
         assert torch.equal(outs[-1], small_encoder(seed).encode(GREY).packed)
-    kept = default._current["encoder"]
+    kept = default_encoder._current["encoder"]
     qwenvit.encode(GREY, model=os.path.join(tmp_path, "1", "tower"), device=torch.device("cpu"), dtype=torch.float32)
-    assert default._current["encoder"] is kept
+    assert default_encoder._current["encoder"] is kept
 
 
 @pytest.mark.parametrize("frames", [2, 3])

@@ -56,7 +56,7 @@ def test_the_wheel_encodes_from_another_directory(wheel, tmp_path):
 
 def define_schemas():
     """What lets transformers be imported beside a CPU build of torch."""
-    return f"import sys; sys.path.append({str(ROOT / 'scripts')!r}); import torchvision_cpu; " \
+    return f"import sys; sys.path.append({str(ROOT / 'scripts')!r}); from common import torchvision_cpu; " \
         "torchvision_cpu.define_torchvision_schemas(); sys.path.pop()\n"  # fmt: skip
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qwenvit.mrope import rope_index, rules_of
+from qwenvit.mrope.positions import rope_index
+from qwenvit.mrope.rules import rules_of
 
 
 class RopeIndexHandle:

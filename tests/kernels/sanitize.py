@@ -7,9 +7,9 @@ Without torch's caching allocator every tensor is an allocation of its own, so t
 """
 
 import torch
-from compile_ahead import call_everything
 
 from qwenvit import ops
+from support.compile_ahead import call_everything
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ SPILLED = {"sm_80": 380, "sm_90": 0, "sm_100": 0}
 @pytest.mark.parametrize("arch", SHARED_MEMORY)
 def test_every_kernel_compiles(arch, tmp_path):
     # In a process of its own, since this one may have chosen the interpreter for good.
-    script = Path(__file__).with_name("compile_ahead.py")
+    script = Path(__file__).parents[1] / "support/compile_ahead.py"
     paths = os.pathsep.join([str(script.parents[2]), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": paths, "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, script, arch], env=environment, capture_output=True, text=True, check=False)

@@ -14,14 +14,14 @@ from unittest import mock
 
 import pytest
 import torch
-from rope_attention_cases import HEAD_DIMS, error, packed, poisoned, truth
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from qwenvit import op_references
-from qwenvit.kernels import hopper_attention as kernel
-from qwenvit.kernels.hopper_attention import hopper_attention
-from qwenvit.kernels.hopper_tiles import saves_a_round, tile_heights, used_heights
+from qwenvit.kernels.attention import hopper as kernel
+from qwenvit.kernels.attention.hopper import hopper_attention
+from qwenvit.kernels.attention.hopper_producer import saves_a_round, tile_heights, used_heights
+from qwenvit.ops import reference as plain_torch
+from support.rope_attention_cases import HEAD_DIMS, error, packed, poisoned, truth
 
 DTYPES = (torch.bfloat16, torch.float16)
 ACROSS_HEADS = 3136
@@ -73,7 +73,7 @@ def compile_all():
 def test_compiles_without_spills_and_serialised_products(tmp_path):
     # In a process of its own, since this one may have chosen the interpreter for good.
     root = Path(__file__).parents[2]
-    paths = os.pathsep.join([str(root), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    paths = os.pathsep.join([str(root), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": paths, "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -128,7 +128,7 @@ def attend(q, k, v, bounds):
 
 def reference(q, k, v, bounds):
     cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device="cuda")
-    return op_references.rope_attention(q, k, v, None, None, cu_seqlens, q.shape[2] ** -0.5, False)
+    return plain_torch.rope_attention(q, k, v, None, None, cu_seqlens, q.shape[2] ** -0.5, False)
 
 
 def contract(q, k, v, bounds):
@@ -264,8 +264,9 @@ def test_heights_on_the_device(heads, empty):
 
 
 if __name__ == "__main__":
-    from compile_ahead import PTXAS, AbsentGPU
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
+
+    from support.compile_ahead import PTXAS, AbsentGPU
 
     compile_all()

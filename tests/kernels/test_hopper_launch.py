@@ -4,13 +4,13 @@ from unittest import mock
 
 import torch
 import triton
-from rope_attention_cases import packed
 from test_hopper_attention import attend, cumulated, needs_hopper
 from triton import knobs
 
-from qwenvit.kernels import hopper_attention as kernel
-from qwenvit.kernels import hopper_launch
-from qwenvit.kernels.hopper_attention import hopper_attention
+from qwenvit.kernels.attention import hopper as kernel
+from qwenvit.kernels.attention import hopper_launch
+from qwenvit.kernels.attention.hopper import hopper_attention
+from support.rope_attention_cases import packed
 
 pytestmark = needs_hopper
 

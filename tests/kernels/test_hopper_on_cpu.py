@@ -2,10 +2,11 @@
 
 import random
 
-import gluon_on_cpu
 import pytest
 import torch
-from rope_attention_cases import HEAD_DIMS, error, packed, truth
+
+from support import gluon_on_cpu
+from support.rope_attention_cases import HEAD_DIMS, error, packed, truth
 
 LAYOUTS = {
     "one": [450],

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwenvit import ops
-from qwenvit.kernels import mlp as kernel
-from qwenvit.kernels.gemm import Tile
-from qwenvit.packing import pack_gate_up, pad_columns
+from qwenvit.kernels.gemm import mlp as kernel
+from qwenvit.kernels.gemm.tiles import Tile
+from qwenvit.ops.packing import pack_gate_up, pad_columns
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"

@@ -5,9 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwenvit import op_references, ops
+from qwenvit import ops
+from qwenvit.ops import reference
 from qwenvit.parity import ERROR_FACTOR, Difference
-from qwenvit.reference import RMSNorm
+from qwenvit.towers.reference import RMSNorm
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -138,8 +139,8 @@ def test_the_reference_is_the_towers_own():
     rms, layer = RMSNorm(96).half(), torch.nn.LayerNorm(96, eps=EPS).half()
     with torch.no_grad():
         rms.weight.normal_(), layer.weight.normal_(), layer.bias.normal_()
-        assert torch.equal(op_references.norm(x, rms.weight, None, "rms", EPS), rms(x))
-        assert torch.equal(op_references.norm(x, layer.weight, layer.bias, "layer", EPS), layer(x))
+        assert torch.equal(reference.norm(x, rms.weight, None, "rms", EPS), rms(x))
+        assert torch.equal(reference.norm(x, layer.weight, layer.bias, "layer", EPS), layer(x))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwenvit import VisionConfig, ops
-from qwenvit.grid import GridPlan
 from qwenvit.parity import ERROR_FACTOR, Difference
-from qwenvit.reference import ReferenceTower
+from qwenvit.plan.grid_plan import GridPlan
+from qwenvit.towers.reference import ReferenceTower
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -90,7 +90,7 @@ def test_error_is_no_larger_than_torchs(reorder, learned, dtype, pixel_dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, *([torch.bfloat16] if GPU else [torch.float32])], ids=str)
 def test_the_product_to_order_when_it_is_not_the_fastest(dtype, monkeypatch):
-    from qwenvit.kernels import patch_embed
+    from qwenvit.kernels.gemm import patch_embed
 
     if GPU and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("needs a GPU with TMA")

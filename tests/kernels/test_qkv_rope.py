@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from qwenvit import op_references, ops
-from qwenvit.kernels import qkv_rope as kernel
-from qwenvit.kernels.gemm import Tile
-from qwenvit.packing import adjacent_pairs, pack_qkv
-from qwenvit.rope import apply_rope, rope_cos_sin
+from qwenvit import ops
+from qwenvit.kernels.gemm import qkv_rope as kernel
+from qwenvit.kernels.gemm.tiles import Tile
+from qwenvit.ops import reference
+from qwenvit.ops.packing import adjacent_pairs, pack_qkv
+from qwenvit.plan.rope import apply_rope, rope_cos_sin
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -83,7 +84,7 @@ def test_op_agrees_with_fp64(dtype, impl, interleaved):
         expected = truth(x, weight, bias, cos, sin, H, interleaved)
         poison(M, 3 * H * D, dtype=dtype)
         got = ops.qkv_rope(x, weight, bias, cos, sin, H, interleaved, impl=impl)
-        sequence = op_references.qkv_rope(x, weight, bias, cos, sin, H, interleaved)
+        sequence = reference.qkv_rope(x, weight, bias, cos, sin, H, interleaved)
         assert got.dtype == dtype
         assert error(got, expected) <= 1.05 * error(sequence, expected)
 
@@ -126,7 +127,7 @@ def test_rotation_in_place_leaves_v_alone(impl, interleaved):
     before = qkv.clone()
     assert ops.rotate_qk_(qkv, cos, sin, H, interleaved, impl=impl) is qkv
     assert torch.equal(qkv[:, 2 * H * D :], before[:, 2 * H * D :])
-    expected = op_references.rotated(before.nan_to_num(), cos.double(), sin.double(), H, interleaved)
+    expected = reference.rotated(before.nan_to_num(), cos.double(), sin.double(), H, interleaved)
     torch.testing.assert_close(qkv[:, : 2 * H * D], expected[:, : 2 * H * D])
     assert not torch.equal(qkv[:, : 2 * H * D], before[:, : 2 * H * D])
 
@@ -162,7 +163,7 @@ def test_models_own_shapes(D, K, H, dtype):
     for M in (1, 784, 1024, 4099):
         x, weight, bias, cos, sin = problem(M, H, D, K, dtype)
         expected = truth(x, weight, bias, cos, sin, H)
-        limit = 1.05 * error(op_references.qkv_rope(x, weight, bias, cos, sin, H, True), expected)
+        limit = 1.05 * error(reference.qkv_rope(x, weight, bias, cos, sin, H, True), expected)
         got = [ops.qkv_rope(x, weight, bias, cos, sin, H)]
         if dtype != torch.float32:
             poison(M, 3 * H * D, dtype=dtype)

@@ -4,7 +4,9 @@ import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
-from rope_attention_cases import (
+
+from qwenvit import ops
+from support.rope_attention_cases import (
     DEVICE,
     DTYPES,
     HEAD_DIMS,
@@ -16,8 +18,6 @@ from rope_attention_cases import (
     poisoned,
     truth,
 )
-
-from qwenvit import ops
 
 torch.manual_seed(0)
 WINDOWS = [0, 64, 128, 132, 136, 164]  # whole windows, partial ones down to one merge unit

@@ -2,9 +2,19 @@
 
 import pytest
 import torch
-from rope_attention_cases import DTYPES, HEAD_DIMS, angles, boundaries, contract, error, packed, poisoned, rotate
 
 from qwenvit import ops
+from support.rope_attention_cases import (
+    DTYPES,
+    HEAD_DIMS,
+    angles,
+    boundaries,
+    contract,
+    error,
+    packed,
+    poisoned,
+    rotate,
+)
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from rope_index_baselines import FRAMES_APART, vision_ids
-from rope_index_truth import FAMILIES, TEXT_IDS, brute_force, random_rows, same, sequence
 
+from peers.mrope import FRAMES_APART, vision_ids
 from qwenvit import ops
+from support.rope_index_truth import FAMILIES, TEXT_IDS, brute_force, random_rows, same, sequence
 
 pytest.importorskip("triton", reason="needs Triton, which is there on Linux alone")
 kernels = importlib.import_module("qwenvit.kernels.rope_index")

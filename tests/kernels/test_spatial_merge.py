@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwenvit import VisionConfig, ops
-from qwenvit.grid import GridPlan
 from qwenvit.parity import ERROR_FACTOR, Difference
-from qwenvit.reference import Merger
+from qwenvit.plan.grid_plan import GridPlan
+from qwenvit.towers.reference import Merger
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"

@@ -3,13 +3,13 @@ import socket
 
 import pytest
 import torch
-from hub_server import Hub
 from huggingface_hub import constants
 from safetensors.torch import save_file
-from tiny_towers import FAMILIES, Tower, build
 
 from qwenvit.weights import ranges
 from qwenvit.weights.hub import fetch_tower
+from support.hub_server import Hub
+from support.tiny_towers import FAMILIES, Tower, build
 
 
 @pytest.fixture(params=FAMILIES, scope="session")

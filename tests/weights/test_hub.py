@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_server import Hub
 from safetensors.torch import load_file, save_file
-from tiny_towers import Tower, save_sharded
 
 from qwenvit.weights import ranges
 from qwenvit.weights.hub import HEADER_GUESS_BYTES, fetch_tower
 from qwenvit.weights.local import find_tensors, load_tensors
+from support.hub_server import Hub
+from support.tiny_towers import Tower, save_sharded
 
 SLACK = 64 << 10  # config files, and what is in flight when a connection breaks
 ROOT = Path(__file__).parents[2]

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_towers import build_tower, forward, save_tower
-from hub_server import Hub
 from PIL import Image
 from safetensors.torch import load_file
-from towers import SMALL
 
+from common.hf_towers import build_tower, forward, save_tower
 from qwenvit.encoder import Encoder
-from qwenvit.processing import ImageProcessor
+from qwenvit.preprocess.image_processor import ImageProcessor
+from support.hub_server import Hub
+from support.towers import SMALL
 
 ROOT = Path(__file__).parents[2]
 CONFIG = replace(SMALL["qwen3_vl"], depth=2, deepstack_visual_indexes=(0,))

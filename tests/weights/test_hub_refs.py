@@ -1,10 +1,10 @@
 """Which commit a branch stands for: where it was fetched, until the Hub is asked anew and answers."""
 
 import pytest
-from hub_server import Hub
 from huggingface_hub import constants, hf_hub_download
 
 from qwenvit.weights.hub import HEADER_GUESS_BYTES, fetch_config, fetch_tower
+from support.hub_server import Hub
 
 A, B = "a" * 40, "b" * 40
 

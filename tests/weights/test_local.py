@@ -7,7 +7,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tiny_towers import Tower, build, save_sharded
 
 from qwenvit.weights.local import (
     CheckpointError,
@@ -17,6 +16,7 @@ from qwenvit.weights.local import (
     save_tensors,
 )
 from qwenvit.weights.names import PREFIXES
+from support.tiny_towers import Tower, build, save_sharded
 
 SINGLE = "model.safetensors"
 

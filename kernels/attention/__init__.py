@@ -1,0 +1,1 @@
+"""RoPE and attention within segments."""

@@ -1,0 +1,254 @@
+"""Patch embedding: pixel values times weights, plus bias and learned positions, written in the tower's order.
+
+Learned positions come first (`_position_rows`), and a cuBLAS product adds to them. The order comes with the rows that
+are converted (`_stage`), or where nothing is to be converted from the epilogue of a product of our own (`_embed`).
+Reordering moves whole tokens: `place_ptr` names the place of each, `UNIT` is the patches in one.
+
+Interpolating in the epilogue was tried: at 7056 x 1536 x 1152 its best tile took 50.6 µs, these two steps take 49.9,
+and at 4096 41.7 against 30.2 (H200, bf16; the bare product: 38.9 and 23.5). Converting rows on their way to a product
+would take them through registers: 67 µs and more, 64 for `_stage` and cuBLAS (9216 x 1176 x 1280).
+"""
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qwenvit.kernels.device import multiprocessors
+from qwenvit.kernels.gemm.tiles import TensorDescriptor, Tile, accumulate, add_bias, fill, halves, tile_at, uses_tma
+from qwenvit.kernels.norm import load_row, row_config, store_row
+from qwenvit.kernels.registration import register
+
+PASS_WARPS = 1
+"""Adding positions takes 7.6 µs in one warp a row and 8.5 in two at 4096 x 1152, 15.8 and 16.5 at 9216 (H200, bf16;
+of a run of its own)."""
+
+
+@triton.jit
+def _place(i_in, place_ptr, UNIT: tl.constexpr):
+    """Where a patch (or a block of them) goes; `place_ptr` is int64, shape (S / UNIT,), or None for their own order."""
+    i_out = i_in.to(tl.int64)
+    if place_ptr is not None:
+        i_out = tl.load(place_ptr + i_out // UNIT) * UNIT + i_out % UNIT
+    return i_out
+
+
+@triton.jit
+def _position_rows(
+    x_ptr,  # shape (S, C); None for the positions alone
+    table_ptr,  # shape (entries, C)
+    taps_ptr,  # int64, entries of the table around each patch, shape (S, 4)
+    tap_weights_ptr,  # fp32, shape (S, 4)
+    bias_ptr,  # shape (C,); None where there is none
+    place_ptr,  # int64, shape (S / UNIT,); None for the rows' own order
+    y_ptr,  # shape (S, C)
+    UNIT: tl.constexpr,
+    C: tl.constexpr,
+    MAIN: tl.constexpr,
+    TAIL: tl.constexpr,
+):
+    i_in = tl.program_id(0).to(tl.int64)
+    if x_ptr is not None:
+        b_x_main, b_x_tail = load_row(x_ptr + i_in * C, C, MAIN, TAIL)
+    b_main = tl.zeros([MAIN], tl.float32)
+    b_tail = tl.zeros([TAIL], tl.float32)
+    for i_tap in tl.static_range(4):
+        i_entry = tl.load(taps_ptr + i_in * 4 + i_tap)
+        tap_weight = tl.load(tap_weights_ptr + i_in * 4 + i_tap)
+        b_tap_main, b_tap_tail = load_row(table_ptr + i_entry * C, C, MAIN, TAIL)
+        b_main += tap_weight * b_tap_main
+        b_tail += tap_weight * b_tap_tail
+    if bias_ptr is not None:
+        b_bias_main, b_bias_tail = load_row(bias_ptr, C, MAIN, TAIL)
+        b_main += b_bias_main
+        b_tail += b_bias_tail
+    if x_ptr is not None:
+        b_main += b_x_main
+        b_tail += b_x_tail
+    store_row(y_ptr + _place(i_in, place_ptr, UNIT) * C, b_main, b_tail, C, MAIN, TAIL)
+
+
+@triton.jit
+def _stage(
+    pixel_ptr,  # shape (S, K)
+    place_ptr,  # int64, shape (S / UNIT,); None for the rows' own order
+    y_ptr,  # shape (S, K), rows `stride_y` apart
+    stride_y,
+    UNIT: tl.constexpr,
+    K: tl.constexpr,
+    MAIN: tl.constexpr,
+    TAIL: tl.constexpr,
+):
+    i_in = tl.program_id(0).to(tl.int64)
+    b_main, b_tail = load_row(pixel_ptr + i_in * K, K, MAIN, TAIL)
+    store_row(y_ptr + _place(i_in, place_ptr, UNIT) * stride_y, b_main, b_tail, K, MAIN, TAIL)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _embed(
+    pixels,  # shape (M, K): TMA descriptor
+    weight,  # shape (N, K): TMA descriptor seen as (1, 1, N, K)
+    bias_ptr,  # shape (N,); None where there is none
+    place_ptr,  # int64, shape (M / UNIT,)
+    out_ptr,  # shape (M, N)
+    M,
+    UNIT: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BAND: tl.constexpr,
+):
+    N_COL_TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    n_row_tiles = tl.cdiv(M, BLOCK_M)
+    for i_tile in tl.range(tl.program_id(0), n_row_tiles * N_COL_TILES, tl.num_programs(0), flatten=True):
+        i_row, i_col = tile_at(i_tile, n_row_tiles, N_COL_TILES, BAND)
+        i_row *= BLOCK_M
+        i_col *= BLOCK_N
+        b_sum = accumulate(pixels, weight, i_row, 0, 0, i_col, None, M, K, BLOCK_M, BLOCK_N, BLOCK_K, True)
+        o_row = i_row + tl.arange(0, BLOCK_M)
+        p_row = out_ptr + _place(tl.minimum(o_row, M - 1), place_ptr, UNIT)[:, None] * N
+        b_left, b_right = halves(b_sum)
+        for i_half in tl.static_range(2):
+            o_col = i_col + i_half * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+            b_half = add_bias(b_left if i_half == 0 else b_right, bias_ptr, o_col, N)
+            m_out = (o_row < M)[:, None] & (o_col < N)[None, :]
+            tl.store(p_row + o_col[None, :], b_half.to(out_ptr.dtype.element_ty), mask=m_out)
+
+
+TILE = Tile(block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=4, programs=1)
+"""47.2 µs at S = 9216, K = 1176, N = 1280 (H200, bf16); with 3 stages 49.2, 128 x 128 by two programs of 4 warps 55.4,
+six others 56 to 76. cuBLAS takes 47.9 for the product alone."""
+
+
+def fused_wins(pixel_values: Tensor, weight: Tensor) -> bool:
+    """Whether `_embed` beats a pass that reorders and cuBLAS, given an order alone.
+
+    Tiles are large, so the last round of them decides: 47.2 µs against 60.0 at S = 9216 (rounds 91 % full), 16.5
+    against 17.4 at 2304 (68 %), but 30.8 against 26.8 at 4096 (61 %) and 15.8 against 9.2 at 1024 (30 %).
+    """
+    n_tiles = triton.cdiv(len(pixel_values), TILE.block_m) * triton.cdiv(len(weight), TILE.block_n)
+    readable = pixel_values.dtype == weight.dtype and uses_tma(pixel_values, weight)
+    return readable and fill(n_tiles, weight, TILE.programs) >= 0.65
+
+
+def embed_to_order(
+    pixel_values: Tensor, weight: Tensor, bias: Tensor | None, restore_index: Tensor, merge_unit: int, tile: Tile = TILE
+) -> Tensor:
+    """The product of rows and weights, each row written to its place, for what TMA can read."""
+    (M, K), N = pixel_values.shape, weight.shape[0]
+    out = weight.new_empty((M, N))
+    if M == 0:
+        return out
+    pixels = TensorDescriptor.from_tensor(pixel_values, [tile.block_m, tile.block_k])
+    weights = TensorDescriptor.from_tensor(weight[None, None], [1, 1, tile.block_n, tile.block_k])
+    n_tiles = triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n)
+    with torch.cuda.device_of(out):  # Triton launches on the current device, which need not be the tensor's
+        _embed[(min(n_tiles, tile.programs * multiprocessors(out.device)),)](
+            pixels, weights, bias, restore_index, out, M,
+            UNIT=merge_unit, N=N, K=K, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
+            BAND=tile.band, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
+    return out
+
+
+def _stage_rows(pixel_values: Tensor, restore_index: Tensor | None, merge_unit: int, dtype: torch.dtype) -> Tensor:
+    """Rows in the dtype and order wanted, each starting a 128-byte line; what lies between them is never read."""
+    S, K = pixel_values.shape
+    line = 128 // dtype.itemsize
+    rows = pixel_values.new_empty((S, triton.cdiv(K, line) * line), dtype=dtype)
+    config = row_config(K, adds=False)
+    if S:
+        with torch.cuda.device_of(rows):
+            _stage[(S,)](
+                pixel_values, restore_index, rows, rows.stride(0), UNIT=merge_unit, K=K, MAIN=config.main,
+                TAIL=config.tail, num_warps=PASS_WARPS,
+            )  # fmt: skip
+    return rows[:, :K]
+
+
+def _write_positions(
+    y: Tensor,
+    x: Tensor | None,
+    table: Tensor,
+    taps: Tensor,
+    tap_weights: Tensor,
+    bias: Tensor | None,
+    restore_index: Tensor | None,
+    merge_unit: int,
+) -> Tensor:
+    S, C = y.shape
+    config = row_config(C, adds=x is not None)
+    if S:
+        with torch.cuda.device_of(y):
+            _position_rows[(S,)](
+                x, table, taps, tap_weights, bias, restore_index, y, UNIT=merge_unit, C=C, MAIN=config.main,
+                TAIL=config.tail, num_warps=PASS_WARPS,
+            )  # fmt: skip
+    return y
+
+
+def interpolate_positions(table: Tensor, taps: Tensor, tap_weights: Tensor) -> Tensor:
+    """Learned positions of patches; see `qwenvit.ops.interpolate_positions`.
+
+    I/O: reads table, taps and tap_weights, writes y. 8 FLOPs an element.
+    """
+    y = table.new_empty((taps.shape[0], table.shape[1]))
+    return _write_positions(y, None, table, taps, tap_weights, None, None, 1)
+
+
+def add_positions(
+    x: Tensor, table: Tensor, taps: Tensor, tap_weights: Tensor, restore_index: Tensor | None, merge_unit: int
+) -> Tensor:
+    """Patches and their learned positions; see `qwenvit.ops.add_positions`.
+
+    I/O: reads x, table, taps and tap_weights, writes y. 9 FLOPs an element.
+    """
+    return _write_positions(torch.empty_like(x), x, table, taps, tap_weights, None, restore_index, merge_unit)
+
+
+def patch_embed(
+    pixel_values: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    table: Tensor | None,
+    taps: Tensor | None,
+    tap_weights: Tensor | None,
+    restore_index: Tensor | None,
+    merge_unit: int,
+) -> Tensor:
+    """Patches embedded; see `qwenvit.ops.patch_embed`.
+
+    I/O: reads pixel_values, weight and table, writes y; rows to be converted are written and read once more, and so are
+    positions, and rows to be reordered where `fused_wins` says no. 2·S·K·N FLOPs.
+    """
+    rows = pixel_values
+    if table is None and restore_index is not None and fused_wins(rows, weight):
+        return embed_to_order(rows, weight, bias, restore_index, merge_unit)
+    if rows.dtype != weight.dtype or restore_index is not None:
+        rows = _stage_rows(rows, restore_index, merge_unit, weight.dtype)
+    if table is None or taps is None or tap_weights is None:
+        return F.linear(rows, weight, bias)
+    y = weight.new_empty((len(rows), len(weight)))
+    return _write_positions(y, None, table, taps, tap_weights, bias, restore_index, merge_unit).addmm_(rows, weight.T)
+
+
+interpolate_positions_op = register(
+    "interpolate_positions(Tensor table, Tensor taps, Tensor tap_weights) -> Tensor",
+    interpolate_positions,
+    lambda table, taps, *_: table.new_empty((taps.shape[0], table.shape[1])),
+)
+add_positions_op = register(
+    "add_positions(Tensor x, Tensor table, Tensor taps, Tensor tap_weights, Tensor? restore_index, int merge_unit) "
+    "-> Tensor",
+    add_positions,
+    lambda x, *_: torch.empty_like(x),
+)
+patch_embed_op = register(
+    "patch_embed(Tensor pixel_values, Tensor weight, Tensor? bias, Tensor? table, Tensor? taps, Tensor? tap_weights, "
+    "Tensor? restore_index, int merge_unit) -> Tensor",
+    patch_embed,
+    lambda pixel_values, weight, *_: weight.new_empty((pixel_values.shape[0], weight.shape[0])),
+)

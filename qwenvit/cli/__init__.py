@@ -1,0 +1,5 @@
+"""The `qwenvit` command."""
+
+from qwenvit.cli.parser import main
+
+__all__ = ["main"]

@@ -1,0 +1,217 @@
+"""What the subcommands of `qwenvit` do: each takes the parsed arguments and returns the exit code."""
+
+import argparse
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.utils import tqdm
+from PIL import Image
+from torch import Tensor
+
+from qwenvit.cli.feature_map import patch_features, pca_picture, side_by_side
+from qwenvit.config.published import PUBLISHED, published_config
+from qwenvit.config.vision_config import VisionConfig
+from qwenvit.encoder import Encoder
+from qwenvit.outputs import ItemEmbeddings
+from qwenvit.plan.grid_plan import GridPlan
+from qwenvit.preprocess.decode import open_image
+from qwenvit.preprocess.from_checkpoint import read_processors
+from qwenvit.preprocess.image_processor import ImageProcessor
+from qwenvit.towers import demo
+from qwenvit.towers.checkpoint import directory_of, locate, read_config
+from qwenvit.towers.cost import flops, parameters
+from qwenvit.weights.local import write_safetensors
+
+IMAGE_SUFFIXES = {
+    ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg",
+    ".pgm", ".png", ".ppm", ".tga", ".tif", ".tiff", ".webp",
+}  # fmt: skip
+
+
+class CommandError(Exception):
+    """A failure already told in one line; carries nothing but that line."""
+
+
+def encode(arguments: argparse.Namespace) -> int:
+    """Embed files and folders; broken files are named and left out, and make the exit code 1."""
+    files = _image_files(arguments.inputs)
+    into_folder = _prepare_output(arguments.output)
+    encoder = _load(arguments)
+    encoder.image_processor.with_bounds(**_bounds(arguments))  # impossible bounds are told once, not for every file
+    whole: dict[str, Tensor] = {}
+    grids: dict[str, tuple[int, ...]] = {}
+    done = 0
+    print(f"{'image':<32} {'grid':>9} {'tokens':>7} {'ms':>9} {'norm':>9}")
+    try:
+        for path, name in tqdm(files, unit="image", disable=None):
+            try:
+                start = time.perf_counter()
+                item = encoder.encode(path, **_bounds(arguments))[0]
+                norm = float(item.tokens.float().norm(dim=1).mean())  # waits for the device
+                milliseconds = (time.perf_counter() - start) * 1e3
+            except (ArithmeticError, MemoryError, OSError, TypeError, ValueError, torch.OutOfMemoryError) as error:
+                tqdm.write(f"qwenvit: error: {path}: {one_line(error)}", file=sys.stderr)
+                continue
+            grid = f"{item.grid[1]}x{item.grid[2]}"
+            tqdm.write(f"{name[-32:]:<32} {grid:>9} {len(item.tokens):>7} {milliseconds:>9.1f} {norm:>9.2f}")
+            if into_folder:
+                _save(_tensors(item, ""), {name: item.grid}, arguments, arguments.output / f"{name}.safetensors")
+            else:
+                whole |= _tensors(item, f"{name}/")
+                grids[name] = item.grid
+            done += 1
+    finally:  # what is done is kept, also when the rest is interrupted
+        if whole:
+            _save(whole, grids, arguments, arguments.output)
+        print(f"{done} of {len(files)} images -> {arguments.output if done else 'nothing written'}")
+    return 0 if done == len(files) else 1
+
+
+def info(arguments: argparse.Namespace) -> int:
+    """Describe a tower, or list the published ones."""
+    if arguments.model is None:
+        if arguments.load:
+            raise CommandError("--load needs a MODEL")
+        print(f"{'name':<20} {'repository':<34} {'depth':>5} {'width':>6} {'heads':>6} {'out':>6} {'parameters':>11}")
+        for name, published in PUBLISHED.items():
+            c = published.config
+            size = f"{parameters(c) / 1e6:.1f} M"
+            print(
+                f"{name:<20} {published.repo_id:<34} {c.depth:>5} {c.hidden_size:>6} {c.num_heads:>6} "
+                f"{c.out_hidden_size:>6} {size:>11}"
+            )
+        return 0
+    config, processor = _described(arguments)
+    for key, value in config.to_hf().items():
+        print(f"{key:<26} {value}")
+    print(f"{'parameters':<26} {parameters(config) / 1e6:.1f} M")
+    for size in arguments.size:
+        grid = processor.grid_for(*size)
+        plan = GridPlan.build([grid], config)
+        tokens = plan.num_patches // config.merge_unit
+        print(
+            f"{f'{size[0]}x{size[1]} image':<26} {plan.num_patches} patches, {tokens} tokens, "
+            f"{flops(config, plan) / 1e9:.1f} GFLOP"
+        )
+    if arguments.load:
+        start = time.perf_counter()
+        encoder = _load(arguments)
+        if encoder.device.type == "cuda":
+            torch.cuda.synchronize()
+        print(f"{'loaded':<26} {time.perf_counter() - start:.2f} s, {encoder.dtype}, {encoder.device}")
+    return 0
+
+
+def fetch(arguments: argparse.Namespace) -> int:
+    """Write a model's tower alone to a folder."""
+    encoder = Encoder.from_pretrained(arguments.model, device="cpu", dtype="auto", **_hub(arguments))
+    encoder.save_pretrained(arguments.output)
+    print(f"{arguments.model}: {parameters(encoder.config) / 1e6:.1f} M parameters -> {arguments.output}")
+    return 0
+
+
+def picture(arguments: argparse.Namespace) -> int:
+    """Draw the principal components of an image's patch features."""
+    encoder = _load(arguments)
+    features = patch_features(encoder, arguments.image, **_bounds(arguments))
+    image = Image.fromarray(open_image(arguments.image).permute(1, 2, 0).contiguous().numpy())
+    drawn = pca_picture(features, image.size)
+    sheet = drawn if arguments.map_only else side_by_side(image, drawn)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(arguments.output)
+    print(f"{features.shape[0]}x{features.shape[1]} patches -> {arguments.output}")
+    return 0
+
+
+def _load(arguments: argparse.Namespace) -> Encoder:
+    return Encoder.from_pretrained(
+        arguments.model, device=arguments.device, dtype=arguments.dtype, impl=arguments.impl, **_hub(arguments)
+    )
+
+
+def _hub(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {key: getattr(arguments, key) for key in ("revision", "local_files_only", "force_download")}
+
+
+def _bounds(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {"min_pixels": arguments.min_pixels, "max_pixels": arguments.max_pixels}
+
+
+def _described(arguments: argparse.Namespace) -> tuple[VisionConfig, ImageProcessor]:
+    """Config and preprocessing of a model, without its weights."""
+    if arguments.model == demo.NAME:
+        return demo.CONFIG, demo.image_processor()
+    if not Path(arguments.model).expanduser().exists():
+        with suppress(ValueError):
+            config = published_config(arguments.model)
+            return config, ImageProcessor.for_family(config.family)
+    source = locate(arguments.model, config_only=True, **_hub(arguments))
+    config = read_config(source)
+    return config, read_processors(directory_of(source), config.family)[0]
+
+
+def _image_files(inputs: Sequence[Path]) -> list[tuple[Path, str]]:
+    """Each image file with a name for it: its own, or its path below the folder it was found in."""
+    files: list[tuple[Path, str]] = []
+    for path in inputs:
+        if path.is_dir():
+            # macOS leaves a `._photo.jpg` of its own beside each photo on foreign disks; it is no image.
+            inside = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("._"))
+            found = [p for p in inside if p.suffix.lower() in IMAGE_SUFFIXES]
+            if not found:
+                raise CommandError(f"{path}: no images in this folder ({', '.join(sorted(IMAGE_SUFFIXES))})")
+            if others := len(inside) - len(found):
+                print(f"qwenvit: {path}: {others} other files passed over", file=sys.stderr)
+            files += [(p, p.relative_to(path).as_posix()) for p in found]
+        elif path.is_file():
+            files.append((path, path.name))
+        else:
+            raise CommandError(f"{path}: no such file or folder")
+    if repeated := sorted(name for name, count in Counter(name for _, name in files).items() if count > 1):
+        raise CommandError(f"inputs of the same name would overwrite each other: {', '.join(repeated)}")
+    if unwritable := [name for _, name in files if not _is_unicode(name)]:
+        raise CommandError(f"a file name that is not valid Unicode cannot name a tensor: {unwritable[0]!a}")
+    return files
+
+
+def _is_unicode(name: str) -> bool:
+    try:
+        return bool(name.encode())
+    except UnicodeEncodeError:
+        return False
+
+
+def _prepare_output(target: Path) -> bool:
+    """Make the folder that is needed, before any work is done; tells whether the output is a folder."""
+    if target.is_dir() or not target.suffix:
+        target.mkdir(parents=True, exist_ok=True)
+        return True
+    if target.suffix != ".safetensors":
+        raise CommandError(f"--output: expected a folder or a file called *.safetensors, got {target}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return False
+
+
+def _tensors(item: ItemEmbeddings, prefix: str) -> dict[str, Tensor]:
+    tensors = {f"{prefix}tokens": item.tokens}
+    tensors |= {f"{prefix}deepstack.{level}": layer for level, layer in enumerate(item.deepstack)}
+    return {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
+
+
+def _save(
+    tensors: dict[str, Tensor], grids: Mapping[str, tuple[int, ...]], arguments: argparse.Namespace, target: Path
+) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_safetensors(target, tensors, {"grids": json.dumps(grids), "model": json.dumps(arguments.model)})
+
+
+def one_line(error: Exception) -> str:
+    """An error as the one line the command prints."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,5 @@
+"""What a tower is: its config, its family, the published checkpoints."""
+
+from qwenvit.config.vision_config import VisionConfig
+
+__all__ = ["VisionConfig"]

@@ -1,0 +1,163 @@
+"""What a Qwen vision tower is made of: one frozen description for every family."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from qwenvit.config.families import FAMILIES, Family
+from qwenvit.config.hf_config import fields_from_hf, positive_integer
+
+ACTIVATIONS = ("quick_gelu", "silu", "gelu_pytorch_tanh", "gelu")
+NORM_EPS = 1e-6  # fixed in every published tower; no config.json carries it
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The shape of one vision tower. Widths are in channels, `window_size` in pixels.
+
+    `hidden_size` is always the tower's own width and `out_hidden_size` the language model's, also for Qwen2-VL,
+    whose config.json calls them `embed_dim` and `hidden_size`.
+
+    Raises:
+        ValueError: a value that no tower of the family could have, named with what was expected.
+    """
+
+    family: str
+    depth: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    out_hidden_size: int
+    hidden_act: str
+    patch_size: int
+    temporal_patch_size: int = 2
+    spatial_merge_size: int = 2
+    in_channels: int = 3
+    rope_theta: float = 10000.0
+    window_size: int | None = None
+    """Side of an attention window in pixels; None where every block attends to the whole frame."""
+    fullatt_block_indexes: tuple[int, ...] = ()
+    """Blocks that attend to the whole frame in a windowed tower; empty where all do."""
+    num_position_embeddings: int | None = None
+    """Entries of the square learned position table; None where there is none."""
+    deepstack_visual_indexes: tuple[int, ...] = ()
+    """Blocks after which DeepStack features are taken."""
+    tokens_per_second: int | None = None
+    """Temporal M-RoPE positions per second of video; None where the family has none."""
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @property
+    def traits(self) -> Family:
+        """The family's structure: kinds of norm and MLP, windows, learned positions, DeepStack."""
+        return FAMILIES[self.family]
+
+    @property
+    def head_dim(self) -> int:
+        """Channels per attention head."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def merge_unit(self) -> int:
+        """Patches merged into one output token."""
+        return self.spatial_merge_size**2
+
+    @property
+    def patch_dim(self) -> int:
+        """Values in one row of `pixel_values`: channels x frames x height x width of a patch."""
+        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+    @property
+    def position_grid(self) -> int:
+        """Side of the learned position table (0 where there is none)."""
+        return math.isqrt(self.num_position_embeddings or 0)
+
+    def is_full_attention(self, block: int) -> bool:
+        """Whether block number `block` attends to whole frames rather than windows."""
+        return self.window_size is None or block in self.fullatt_block_indexes
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> "VisionConfig":
+        """Read a Hugging Face `config.json`: composite (`vision_config`, `thinker_config`) or the tower's own.
+
+        Raises:
+            TypeError: `config` is not a mapping.
+            ValueError: unknown family, missing key, unsupported activation or values that contradict each other.
+        """
+        if not isinstance(config, Mapping):
+            raise TypeError(f"config: expected a mapping as read from config.json, got {type(config).__name__}")
+        return cls(**fields_from_hf(config))
+
+    def to_hf(self) -> dict[str, Any]:
+        """The tower's own config as transformers' vision config classes read it (inverse of `from_hf`)."""
+        hf: dict[str, Any] = {
+            "model_type": self.traits.model_types[0],
+            "depth": self.depth,
+            "num_heads": self.num_heads,
+            "hidden_act": self.hidden_act,
+            "in_channels": self.in_channels,
+            "patch_size": self.patch_size,
+            "temporal_patch_size": self.temporal_patch_size,
+            "spatial_merge_size": self.spatial_merge_size,
+            "rope_parameters": {"rope_type": "axial", "rope_theta": self.rope_theta},
+        }
+        if self.family == "qwen2_vl":
+            hf |= {"embed_dim": self.hidden_size, "hidden_size": self.out_hidden_size}
+            hf |= {"mlp_ratio": self.intermediate_size // self.hidden_size}
+        else:
+            hf |= {"hidden_size": self.hidden_size, "out_hidden_size": self.out_hidden_size}
+            hf |= {"intermediate_size": self.intermediate_size}
+        if self.traits.windowed:
+            hf |= {"window_size": self.window_size, "fullatt_block_indexes": list(self.fullatt_block_indexes)}
+        if self.traits.learned_positions:
+            hf |= {"num_position_embeddings": self.num_position_embeddings}
+        if self.traits.deepstack:
+            hf |= {"deepstack_visual_indexes": list(self.deepstack_visual_indexes)}
+        if self.tokens_per_second is not None:
+            hf |= {"tokens_per_second": self.tokens_per_second}
+        return hf
+
+
+def _check(c: VisionConfig) -> None:
+    if c.family not in FAMILIES:
+        raise ValueError(f"family: expected one of {sorted(FAMILIES)}, got {c.family!r}")
+    for name in ("depth", "hidden_size", "intermediate_size", "num_heads", "out_hidden_size", "patch_size"):
+        positive_integer(name, getattr(c, name))
+    for name in ("temporal_patch_size", "spatial_merge_size", "in_channels"):
+        positive_integer(name, getattr(c, name))
+    if not isinstance(c.rope_theta, int | float) or not 0 < c.rope_theta < math.inf:
+        raise ValueError(f"rope_theta: expected a positive number, got {c.rope_theta!r}")
+    if c.hidden_act not in ACTIVATIONS:
+        raise ValueError(f"hidden_act: expected one of {ACTIVATIONS}, got {c.hidden_act!r}")
+    if c.hidden_size % c.num_heads or c.head_dim % 4:
+        raise ValueError(
+            f"num_heads: {c.hidden_size} channels do not split into {c.num_heads} heads of a multiple of 4 channels "
+            "(2-D RoPE rotates pairs of two coordinates)"
+        )
+    if c.family == "qwen2_vl" and c.intermediate_size % c.hidden_size:
+        raise ValueError(
+            f"intermediate_size: qwen2_vl's is a whole mlp_ratio times hidden_size={c.hidden_size}, "
+            f"got {c.intermediate_size}"
+        )
+    if c.traits.windowed != (c.window_size is not None):
+        raise ValueError(f"window_size: {c.family} towers have {'' if c.traits.windowed else 'no '}windows")
+    if c.window_size is not None and positive_integer("window_size", c.window_size) % (
+        c.patch_size * c.spatial_merge_size
+    ):
+        raise ValueError(
+            f"window_size: expected a multiple of patch_size x spatial_merge_size = "
+            f"{c.patch_size * c.spatial_merge_size} pixels, got {c.window_size}"
+        )
+    if c.traits.learned_positions != (c.num_position_embeddings is not None):
+        with_or_without = "learned positions" if c.traits.learned_positions else "no learned positions"
+        raise ValueError(f"num_position_embeddings: {c.family} towers have {with_or_without}")
+    if c.num_position_embeddings is not None and c.position_grid**2 != c.num_position_embeddings:
+        raise ValueError(f"num_position_embeddings: expected a square number, got {c.num_position_embeddings}")
+    if c.deepstack_visual_indexes and not c.traits.deepstack:
+        raise ValueError(f"deepstack_visual_indexes: {c.family} towers have none, got {c.deepstack_visual_indexes}")
+    for name in ("fullatt_block_indexes", "deepstack_visual_indexes"):
+        indexes = getattr(c, name)
+        if list(indexes) != sorted({i for i in indexes if isinstance(i, int) and 0 <= i < c.depth}):
+            raise ValueError(f"{name}: expected increasing block numbers below depth={c.depth}, got {indexes}")

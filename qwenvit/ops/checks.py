@@ -1,0 +1,69 @@
+"""What the operations of `qwenvit.ops` accept, and what they say of anything else."""
+
+import torch
+from torch import Tensor
+
+from qwenvit.arguments import DTYPES
+from qwenvit.ops.reference import ACTIVATIONS
+
+
+def check(fits: bool, name: str, expected: str, got: object) -> None:
+    """Raise ValueError unless the named argument fits."""
+    if not fits:
+        raise ValueError(f"{name}: expected {expected}, got {got}")
+
+
+def check_matrix(name: str, tensor: Tensor) -> None:
+    """Refuse anything but a contiguous matrix of a dtype that the kernels know."""
+    check_floating(name, tensor, "[rows, columns]")
+    check_tensor(name, tensor, (None, None), None, tensor)
+
+
+def check_projection(name: str, x: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "") -> None:
+    """Refuse what `F.linear` would, and strides it would not."""
+    check_matrix(name, x)
+    check_tensor(f"{prefix}weight", weight, (None, x.shape[1]), x.dtype, x)
+    if bias is not None:
+        check_tensor(f"{prefix}bias", bias, (weight.shape[0],), x.dtype, x)
+
+
+def check_rotation(name: str, width: int, cos: Tensor, sin: Tensor, num_heads: int, like: Tensor) -> None:
+    """Refuse heads that do not divide packed Q, K and V, and angles that do not fit them."""
+    check(
+        num_heads > 0 and width > 0 and width % (12 * num_heads) == 0,
+        name,
+        f"columns of Q, K and V in {num_heads} heads of a multiple of 4 channels",
+        width,
+    )
+    for angles_name, angles in (("cos", cos), ("sin", sin)):
+        check_tensor(angles_name, angles, (like.shape[0], width // (3 * num_heads)), torch.float32, like)
+
+
+def check_act(act: str) -> None:
+    """Refuse an activation that is not known."""
+    check(act in ACTIVATIONS, "act", f"one of {ACTIVATIONS}", repr(act))
+
+
+def check_tensor(
+    name: str, tensor: Tensor, shape: tuple[int | None, ...], dtype: torch.dtype | None, like: Tensor
+) -> None:
+    """Refuse what a kernel would misread: shape (None: any size, `...` sizes in front), dtype, device, layout."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+    got = tuple(tensor.shape)
+    if len(got) != len(shape) or any(want not in (None, size) for want, size in zip(shape, got, strict=True)):
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name}: expected shape [{wanted}], got {list(got)}")
+    if dtype is not None and tensor.dtype != dtype:
+        raise TypeError(f"{name}: expected {dtype}, got {tensor.dtype}")
+    if tensor.device != like.device:
+        raise ValueError(f"{name}: expected on {like.device}, got {tensor.device}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name}: expected contiguous, got strides {tensor.stride()} for shape {list(got)}")
+
+
+def check_floating(name: str, tensor: Tensor, dims: str) -> None:
+    """Refuse anything but a tensor of a dtype that the kernels know."""
+    if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPES.values():
+        got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise TypeError(f"{name}: expected a float32, bfloat16 or float16 tensor {dims}, got {got}")

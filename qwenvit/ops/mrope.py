@@ -1,0 +1,52 @@
+"""M-RoPE positions of text-and-vision sequences."""
+
+from torch import Tensor
+
+from qwenvit.arguments import Impl
+from qwenvit.ops import mrope_host
+from qwenvit.ops.dispatch import use_triton
+
+
+def rope_index(
+    tokens: Tensor,
+    image_token: int,
+    video_token: int,
+    mask: Tensor | None,
+    image_grid_thw: Tensor | None,
+    video_grid_thw: Tensor | None,
+    seconds: Tensor | None,
+    scale: int,
+    merge: int,
+    frames_apart: bool,
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor]:
+    """M-RoPE positions of each token; `qwenvit.rope_index` is the same with the families' rules.
+
+    Shapes, dtypes and devices are checked there, by the names its callers know, and not again here. `torch.compile`
+    breaks its graph around the call.
+
+    Args:
+        tokens: `[B, S]` integers, token ids or token types.
+        image_token: the value of `tokens` that marks image tokens.
+        video_token: the value that marks video tokens.
+        mask: `[B, S]`, nonzero where a token counts; None for all.
+        image_grid_thw: `[images, 3]` integers in patches, in order of appearance; None for none.
+        video_grid_thw: `[videos, 3]`, likewise.
+        seconds: `[videos]` between a video's frame groups, of any real dtype; None for 1 each.
+        scale: temporal positions a second.
+        merge: patches merged into one token, along each side.
+        frames_apart: whether text stands between a video's frame groups, so that each is placed like an image.
+        impl: `"triton"` trusts its inputs; `"reference"` looks at them and raises ValueError where they disagree.
+
+    Returns:
+        Positions `[3, B, S]` (temporal, height, width) and deltas `[B, 1]`, int64, on the device of `tokens`.
+    """
+    if not tokens.numel():
+        raise ValueError(f"tokens: expected at least one, got shape {list(tokens.shape)}")
+    grids = (image_grid_thw, video_grid_thw)
+    arguments = (tokens, image_token, video_token, mask, *grids, seconds, scale, merge, frames_apart)
+    if not use_triton(impl, tokens):
+        return mrope_host.rope_index(*arguments)
+    from qwenvit.kernels.rope_index import rope_index as launch
+
+    return launch(*arguments)

@@ -1,0 +1,174 @@
+"""Everything a tower needs that depends on the grids alone, computed once per call and passed down as data."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qwenvit.config.vision_config import VisionConfig
+from qwenvit.plan.inputs import check_grid
+from qwenvit.plan.rope import rope_cos_sin
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Runs of patches that attend to one another: whole frames, or windows."""
+
+    cu_seqlens: Tensor
+    """`[segments + 1]` int32: where each segment starts, and where the last ends."""
+    max_seqlen: int
+    """Patches in the longest segment."""
+    groups: tuple[tuple[int, Tensor], ...]
+    """Segments of equal length together: `(length, [segments of it, length] int64 patch indices)`."""
+
+
+@dataclass(frozen=True)
+class GridPlan:
+    """Positions, order and attention segments of a batch of images and videos, packed one after another.
+
+    Patches of one frame lie in merge-block order: the `spatial_merge_size`² patches of a merged token are
+    neighbours, tokens follow in reading order. Windowed towers reorder tokens so that windows are contiguous; all
+    per-patch tensors here are in that tower order already.
+    """
+
+    grid_thw: Tensor
+    """`[items, 3]` int64 on the CPU: frame groups, rows and columns of patches of each item."""
+    position_ids: Tensor
+    """`[patches, 2]` int64: row and column of each patch in its frame."""
+    cos: Tensor
+    """`[patches, head_dim]` fp32."""
+    sin: Tensor
+    """`[patches, head_dim]` fp32."""
+    frames: Segments
+    """Segments of full attention: one a frame group."""
+    windows: Segments | None
+    """Segments of window attention; None in towers without windows."""
+    window_index: Tensor | None
+    """`[tokens]` int64: the token (in reading order) at each place of the tower's order."""
+    restore_index: Tensor | None
+    """`[tokens]` int64: the place in the tower's order of each token in reading order."""
+    position_taps: Tensor | None
+    """`[patches, 4]` int64: entries of the learned position table around each patch."""
+    position_weights: Tensor | None
+    """`[patches, 4]` fp32: their bilinear weights."""
+
+    @property
+    def num_patches(self) -> int:
+        """Rows of `pixel_values` the plan is for."""
+        return self.position_ids.shape[0]
+
+    def tokens_per_item(self, config: VisionConfig) -> list[int]:
+        """Merged tokens of each image or video, in input order."""
+        return (self.grid_thw.prod(dim=1) // config.merge_unit).tolist()
+
+    @classmethod
+    def build(
+        cls, grid_thw: Tensor | Sequence[Sequence[int]], config: VisionConfig, device: torch.device | str = "cpu"
+    ) -> "GridPlan":
+        """Plan for the grids of a batch.
+
+        Args:
+            grid_thw: `[items, 3]` integers, frame groups x rows x columns of patches. Read on the host: pass it as a
+                CPU tensor to spare a synchronisation.
+            config: the tower's config.
+            device: where the plan's tensors go (`grid_thw` stays on the CPU).
+
+        Raises:
+            ValueError: wrong shape or dtype, sizes below 1, or rows and columns that do not split into merge blocks.
+        """
+        grid, _ = check_grid(grid_thw, config.spatial_merge_size)
+        frame, row, column = _patch_coordinates(grid, config.spatial_merge_size)
+        heights, widths = grid[:, 1].repeat_interleave(grid[:, 0]), grid[:, 2].repeat_interleave(grid[:, 0])
+        position_ids = torch.stack((row, column), dim=1)
+        frames = _segments(heights * widths, device)
+        windows = window_index = restore_index = taps = weights = None
+        if config.window_size is not None:
+            side = config.window_size // config.patch_size // config.spatial_merge_size
+            window_index, lengths = _window_order(heights, widths, frame, position_ids, config, side)
+            windows = _segments(lengths, device)
+            restore_index = window_index.argsort()
+            position_ids = position_ids.unflatten(0, (-1, config.merge_unit))[window_index].flatten(0, 1)
+            window_index, restore_index = window_index.to(device), restore_index.to(device)
+        if config.num_position_embeddings is not None:
+            taps, weights = _position_taps(row, column, heights[frame], widths[frame], config.position_grid)
+            taps, weights = taps.to(device), weights.to(device)
+        position_ids = position_ids.to(device)
+        cos, sin = rope_cos_sin(position_ids, config.head_dim, config.rope_theta)
+        return cls(grid, position_ids, cos, sin, frames, windows, window_index, restore_index, taps, weights)
+
+
+@dataclass(frozen=True)
+class DevicePlan:
+    """The tensors of a `GridPlan` that a tower reads, with room to spare.
+
+    Patches past the last item have position 0, no segment, and a place of their own at the end of the order.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    frames: Segments
+    windows: Segments | None
+    restore_index: Tensor | None
+    position_taps: Tensor | None
+    position_weights: Tensor | None
+
+
+def _patch_coordinates(grid: Tensor, merge: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Frame number, row and column of every patch in merge-block order; `[patches]` int64 each."""
+    sizes = (grid[:, 1] * grid[:, 2]).repeat_interleave(grid[:, 0])  # patches of each frame
+    widths = grid[:, 2].repeat_interleave(grid[:, 0])
+    frame = torch.arange(len(sizes), device="cpu").repeat_interleave(sizes)
+    within = torch.arange(len(frame), device="cpu") - (sizes.cumsum(0) - sizes)[frame]
+    block, inner = within // merge**2, within % merge**2
+    blocks_per_row = (widths // merge)[frame]
+    row = block // blocks_per_row * merge + inner // merge
+    column = block % blocks_per_row * merge + inner % merge
+    return frame, row, column
+
+
+def _segments(lengths: Tensor, device: torch.device | str) -> Segments:
+    ends = lengths.cumsum(0)
+    cu_seqlens = torch.cat((ends.new_zeros(1), ends))
+    groups = []
+    for length in lengths.unique().tolist():
+        starts = cu_seqlens[:-1][lengths == length]
+        groups.append((length, (starts[:, None] + torch.arange(length, device="cpu")).to(device)))
+    return Segments(cu_seqlens.to(device, torch.int32), int(lengths.max()), tuple(groups))
+
+
+def _window_order(
+    heights: Tensor, widths: Tensor, frame: Tensor, position_ids: Tensor, config: VisionConfig, side: int
+) -> tuple[Tensor, Tensor]:
+    """Tokens by window: the order of tokens `[tokens]`, and each window's length in patches `[windows]`.
+
+    Windows are `side` x `side` tokens, cut at the frame's right and lower edge, in reading order; so are the tokens
+    inside each.
+    """
+    merge, unit = config.spatial_merge_size, config.merge_unit
+    window_rows = (heights // merge + side - 1) // side
+    window_columns = (widths // merge + side - 1) // side
+    windows_before = (window_rows * window_columns).cumsum(0) - window_rows * window_columns
+    token_frame, token_position = frame[::unit], position_ids[::unit] // (merge * side)
+    window = windows_before[token_frame] + token_position[:, 0] * window_columns[token_frame] + token_position[:, 1]
+    return window.argsort(stable=True), window.bincount() * unit
+
+
+def _position_taps(row: Tensor, column: Tensor, height: Tensor, width: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """Bilinear resampling (corners aligned) of a `side` x `side` table to each patch: entries and weights.
+
+    Returns:
+        `[patches, 4]` int64 and fp32, in the order (upper left, upper right, lower left, lower right).
+    """
+
+    def axis(index: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+        at = index.float() * (side - 1) / (size - 1).clamp(min=1)
+        low = at.floor()
+        low_weight = 1 - (at - low)
+        taps = torch.stack((low.long(), (low.long() + 1).clamp(max=side - 1)), dim=1)
+        return taps, torch.stack((low_weight, 1 - low_weight), dim=1)  # rounded as transformers rounds them
+
+    row_taps, row_weights = axis(row, height)
+    column_taps, column_weights = axis(column, width)
+    taps = row_taps[:, :, None] * side + column_taps[:, None, :]
+    return taps.flatten(1), (row_weights[:, :, None] * column_weights[:, None, :]).flatten(1)

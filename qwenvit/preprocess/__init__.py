@@ -1,0 +1,1 @@
+"""Whatever a user holds to `pixel_values` and `grid_thw`."""

@@ -1,0 +1,1 @@
+"""The towers as `nn.Module`s, and how weights get into them."""

@@ -1,0 +1,30 @@
+"""What a tower and an input cost: parameters and floating-point operations, counted from the config."""
+
+import torch
+
+from qwenvit.config.vision_config import VisionConfig
+from qwenvit.plan.grid_plan import GridPlan
+from qwenvit.towers.reference import ReferenceTower
+
+
+def parameters(config: VisionConfig) -> int:
+    """Parameters of the tower."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in ReferenceTower(config).parameters())
+
+
+def flops(config: VisionConfig, plan: GridPlan) -> int:
+    """Floating-point operations of one forward pass: its matrix products, two per multiply-add."""
+    width, patches = config.hidden_size, plan.num_patches
+    tokens = patches // config.merge_unit
+    mlp_matrices = 3 if config.traits.gated_mlp else 2
+    block = patches * (4 * width * width + mlp_matrices * width * config.intermediate_size)
+    merged_width = width * config.merge_unit
+    merger = tokens * merged_width * (merged_width + config.out_hidden_size)
+    products = patches * config.patch_dim * width + config.depth * block
+    products += merger * (1 + len(config.deepstack_visual_indexes))
+    for index in range(config.depth):
+        segments = plan.frames if plan.windows is None or config.is_full_attention(index) else plan.windows
+        lengths = segments.cu_seqlens.diff().double()
+        products += int(2 * width * lengths.square().sum())  # scores, then weighted values
+    return 2 * products

@@ -1,0 +1,170 @@
+"""VisionConfig against the config.json spellings in the wild and transformers' own config classes."""
+
+import dataclasses
+import json
+
+import pytest
+
+from common.hf_towers import build_tower, tower_class
+from qwenvit.config.families import FAMILIES
+from qwenvit.config.published import PUBLISHED, published_config
+from qwenvit.config.vision_config import VisionConfig
+from qwenvit.weights.names import FAMILIES as NAME_TABLES
+from support.towers import SMALL
+
+QWEN2_VL_7B = {  # as published: no hidden_act, `in_chans`, `hidden_size` is the output width
+    "model_type": "qwen2_vl",
+    "hidden_size": 3584,
+    "num_hidden_layers": 28,
+    "vision_config": {
+        "depth": 32,
+        "embed_dim": 1280,
+        "mlp_ratio": 4,
+        "num_heads": 16,
+        "in_chans": 3,
+        "hidden_size": 3584,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "spatial_patch_size": 14,
+        "temporal_patch_size": 2,
+    },
+}
+QWEN2_5_VL_7B = {
+    "model_type": "qwen2_5_vl",
+    "vision_config": {
+        "depth": 32,
+        "hidden_act": "silu",
+        "hidden_size": 1280,
+        "intermediate_size": 3420,
+        "num_heads": 16,
+        "in_chans": 3,
+        "out_hidden_size": 3584,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "spatial_patch_size": 14,
+        "window_size": 112,
+        "fullatt_block_indexes": [7, 15, 23, 31],
+        "tokens_per_second": 2,
+        "temporal_patch_size": 2,
+    },
+}
+QWEN3_OMNI = {  # nested below thinker_config, with both spellings and null windows
+    "model_type": "qwen3_omni_moe",
+    "thinker_config": {
+        "model_type": "qwen3_omni_moe_thinker",
+        "vision_config": {
+            "model_type": "qwen3_omni_moe_vision_encoder",
+            "apply_vit_abs_pos_embed": True,
+            "deepstack_visual_indexes": [8, 16, 24],
+            "depth": 27,
+            "fullatt_block_indexes": None,
+            "hidden_act": "gelu_pytorch_tanh",
+            "hidden_size": 1152,
+            "in_channels": 3,
+            "in_chans": 3,
+            "intermediate_size": 4304,
+            "num_heads": 16,
+            "num_position_embeddings": 2304,
+            "out_hidden_size": 2048,
+            "patch_size": 16,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "tokens_per_second": 2,
+            "window_size": None,
+        },
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [(QWEN2_VL_7B, "qwen2_vl-7b"), (QWEN2_5_VL_7B, "qwen2_5_vl-7b"), (QWEN3_OMNI, "qwen3_omni-30b-a3b")],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_published_config_json_is_read(config, name):
+    assert VisionConfig.from_hf(config) == PUBLISHED[name].config
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_to_hf_and_back(name):
+    config = PUBLISHED[name].config
+    assert VisionConfig.from_hf(config.to_hf()) == config
+    assert VisionConfig.from_hf({"model_type": config.to_hf()["model_type"], "vision_config": config.to_hf()}) == config
+    assert published_config(PUBLISHED[name].repo_id) == config
+
+
+@pytest.mark.parametrize("variant", [*SMALL, "qwen3_vl_moe", "qwen3_5_moe"])
+def test_configs_written_by_transformers_are_read(variant, tmp_path):
+    config = SMALL[variant.removesuffix("_moe")]
+    build_tower(dataclasses.replace(config, depth=1, fullatt_block_indexes=(), deepstack_visual_indexes=()),
+                variant=variant).config.save_pretrained(tmp_path)  # fmt: skip
+    saved = json.loads((tmp_path / "config.json").read_text())
+    read = VisionConfig.from_hf(saved)
+    assert read == dataclasses.replace(
+        config, depth=1, fullatt_block_indexes=(), deepstack_visual_indexes=(), tokens_per_second=read.tokens_per_second
+    )
+    again = tower_class(variant).config_class.from_pretrained(tmp_path)
+    assert again.to_dict() == tower_class(variant).config_class(**saved).to_dict()
+
+
+@pytest.mark.parametrize("where", ["beside", "inside"])
+def test_rope_theta_is_read_where_transformers_reads_it(where):
+    given = {"rope_theta": 1000.0} if where == "beside" else {"rope_parameters": {"rope_theta": 1000.0}}
+    config = edited(QWEN2_5_VL_7B, **given)
+    theirs = tower_class("qwen2_5_vl").config_class(**config["vision_config"] | {"in_channels": 3})
+    assert VisionConfig.from_hf(config).rope_theta == theirs.rope_parameters["rope_theta"] == 1000.0
+
+
+def edited(config, **changes):
+    return config | {"vision_config": config["vision_config"] | changes}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "llava"}, "unknown model_type 'llava'"),
+        ({"vision_config": {"depth": 1}}, "no model_type"),
+        (edited(QWEN2_5_VL_7B, model_type="siglip_vision_model"), "unknown model_type 'siglip_vision_model'"),
+        (edited(QWEN2_5_VL_7B, model_type="qwen2_vl"), "another family"),
+        (edited(QWEN2_5_VL_7B, hidden_act="relu"), "hidden_act: expected one of"),
+        (edited(QWEN2_5_VL_7B, in_channels=4), "two spellings of one value disagree"),
+        (edited(QWEN2_5_VL_7B, num_heads=7), "do not split into 7 heads"),
+        (edited(QWEN2_5_VL_7B, window_size=100), "multiple of patch_size x spatial_merge_size = 28"),
+        (edited(QWEN2_5_VL_7B, fullatt_block_indexes=[7, 32]), "below depth=32"),
+        (edited(QWEN2_5_VL_7B, fullatt_block_indexes=[15, 7]), "increasing"),
+        (edited(QWEN2_5_VL_7B, depth=None), "depth / num_hidden_layers is missing"),
+        (edited(QWEN2_5_VL_7B, depth=0), "depth: expected a positive integer, got 0"),
+        (
+            edited(QWEN2_5_VL_7B, patch_size=[14, 14], spatial_patch_size=None),
+            r"patch_size: expected a positive integer, got \[14, 14\]",
+        ),
+        (edited(QWEN2_5_VL_7B, rope_parameters={"rope_type": "yarn"}), "rope_type 'yarn'"),
+        (edited(QWEN2_5_VL_7B, rope_parameters=[1]), r"rope_parameters should be a mapping, got \[1\]"),
+        (edited(QWEN2_5_VL_7B, rope_parameters={"rope_theta": 1000.0}, rope_theta=500.0), "1000.0 in rope_parameters"),
+        (edited(QWEN2_5_VL_7B, rope_theta=-1), "rope_theta: expected a positive number, got -1"),
+        (edited(QWEN2_5_VL_7B, rope_theta=float("nan")), "rope_theta: expected a positive number, got nan"),
+        (edited(QWEN2_VL_7B, mlp_ratio="4"), "mlp_ratio should be a positive number, got '4'"),
+        (edited(QWEN2_VL_7B, embed_dim=None), "embed_dim is missing"),
+        ({"model_type": "qwen3_5", "vision_config": PUBLISHED["qwen3_vl-8b"].config.to_hf()}, "another family"),
+        (PUBLISHED["qwen3_5-9b"].config.to_hf() | {"deepstack_visual_indexes": [3]}, "deepstack_visual_indexes"),
+        (PUBLISHED["qwen3_vl-8b"].config.to_hf() | {"num_position_embeddings": 2300}, "square number"),
+        ({"model_type": "qwen2_vl", "vision_config": "none"}, "should be a mapping"),
+    ],
+)
+def test_bad_config_is_refused_by_name(config, message):
+    with pytest.raises(ValueError, match=message):
+        VisionConfig.from_hf(config)
+
+
+def test_not_a_mapping():
+    with pytest.raises(TypeError, match="config: expected a mapping"):
+        VisionConfig.from_hf("config.json")
+
+
+def test_unknown_published_name():
+    with pytest.raises(ValueError, match="expected one of qwen2_vl-2b"):
+        published_config("qwen9")
+
+
+def test_every_family_has_a_name_table_and_a_published_tower():
+    assert set(FAMILIES) == set(NAME_TABLES) == {c.config.family for c in PUBLISHED.values()}

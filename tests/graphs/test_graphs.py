@@ -1,0 +1,291 @@
+"""CUDA graphs of the fast tower: capacities, and any layout through any graph."""
+
+import copy
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+
+from qwenvit import Encoder
+from qwenvit.graphs import device_plan
+from qwenvit.graphs.capacity import MOST_PATCHES
+from qwenvit.plan.grid_plan import GridPlan
+from qwenvit.towers.fast import FastTower
+from qwenvit.towers.reference import ReferenceTower
+from support.towers import FULL, random_pixels
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+SAME_TOTAL = ([[1, 8, 32]], [[1, 32, 8]], [[1, 16, 16]], [[4, 8, 8]], [[1, 8, 8], [2, 12, 8]], [[1, 2, 2]] * 64)
+
+
+def encoder(family="qwen2_5_vl", dtype=torch.bfloat16):
+    config = FULL[family]
+    width = 2 * config.head_dim
+    middle = 512 if config.traits.gated_mlp else 4 * width
+    blocks = {"fullatt_block_indexes": (3,)} if config.traits.windowed else {}
+    blocks |= {"deepstack_visual_indexes": (0, 2)} if config.traits.deepstack else {}
+    shape = {"depth": 4, "hidden_size": width, "num_heads": 2, "intermediate_size": middle, "out_hidden_size": 64}
+    config = replace(config, **shape, **blocks)
+    torch.manual_seed(0)
+    tower = FastTower(config).to("cuda", dtype)
+    tower.load_state_dict(ReferenceTower(config).state_dict())
+    return Encoder(tower)
+
+
+def pixels_of(grid, enc, seed=0):
+    patches = int(torch.tensor(grid).prod(1).sum())
+    return random_pixels(patches, enc.config, seed).to("cuda", enc.dtype)
+
+
+def check(enc, grid, pixels, output):
+    expected = enc.tower(pixels, GridPlan.build(grid, enc.config, "cuda"))
+    assert torch.equal(output.pooler_output, expected.pooler_output), grid
+    assert torch.equal(output.last_hidden_state, expected.last_hidden_state), grid
+    for ours, theirs in zip(output.deepstack_features, expected.deepstack_features, strict=True):
+        assert torch.equal(ours, theirs), grid
+
+
+@needs_gpu
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_layouts_of_equal_size_are_not_confused(family):
+    """One capacity, one graph, and results that a later call leaves alone. 256 patches: no room is to spare."""
+    enc = encoder(family)
+    outputs = []
+    for seed, grid in enumerate(SAME_TOTAL * 2):
+        pixels = pixels_of(grid, enc, seed)
+        outputs.append((grid, pixels, enc(pixels, torch.tensor(grid))))
+    for grid, pixels, output in outputs:
+        check(enc, grid, pixels, output)
+
+
+@needs_gpu
+def test_room_to_spare_changes_nothing_that_counts():
+    """Matrix products of another height may sum in another order; in fp32 that is seen to be all."""
+    enc = encoder(dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    for seed in range(25):
+        count = int(torch.randint(1, 5, (), generator=generator))
+        grid = torch.randint(1, 12, (count, 3), generator=generator) * torch.tensor([0, 2, 2])
+        grid[:, 0] = torch.randint(1, 4, (count,), generator=generator)
+        pixels = pixels_of(grid.tolist(), enc, seed)
+        output, expected = enc(pixels, grid), enc.tower(pixels, GridPlan.build(grid, enc.config, "cuda"))
+        torch.testing.assert_close(output.pooler_output, expected.pooler_output, rtol=1e-4, atol=1e-5)
+
+
+@needs_gpu
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_what_lies_in_the_room_to_spare_counts_for_nothing(family):
+    """Pixel values lie where a graph's later tensors do, so rows past the last patch hold anything."""
+    enc = encoder(family)
+    for full, grid in (([[1, 34, 32]], [[1, 38, 28]]), ([[1, 32, 32], [2, 4, 4]], [[1, 34, 30], [2, 4, 4]])):
+        pixels, before, outputs = pixels_of(grid, enc), pixels_of(full, enc), []
+        assert len(pixels) < len(before)
+        for value in (0.0, torch.nan):
+            enc(torch.full_like(before, value), torch.tensor(full))
+            outputs.append(enc(pixels, torch.tensor(grid)))
+        assert outputs[0].last_hidden_state.isfinite().all()
+        assert torch.equal(outputs[0].last_hidden_state, outputs[1].last_hidden_state)
+        assert torch.equal(outputs[0].pooler_output, outputs[1].pooler_output)
+        for one, other in zip(outputs[0].deepstack_features, outputs[1].deepstack_features, strict=True):
+            assert torch.equal(one, other)
+    assert len(enc.tower.graphs._graphs) == 3  # one for each pair, and the largest
+
+
+@needs_gpu
+def test_threads_and_streams_take_turns():
+    enc = encoder()
+    grids = [[[1, 16, 16]], [[2, 8, 16]], [[1, 12, 20]], [[1, 4, 4]] * 9]
+    results, failures = {}, []
+
+    def work(number):
+        try:
+            stream = torch.cuda.Stream()
+            grid = grids[number % 4]
+            with torch.cuda.stream(stream), torch.inference_mode(number % 2 == 0):
+                for round_number in range(8):
+                    pixels = pixels_of(grid, enc, 100 * number + round_number)
+                    results[number, round_number] = (grid, pixels, enc(pixels, torch.tensor(grid)))
+                stream.synchronize()
+        except Exception as error:  # noqa: BLE001  (a thread's exception would go unseen)
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    torch.cuda.synchronize()
+    assert len(results) == 48
+    for grid, pixels, output in results.values():
+        expected = enc(pixels.clone(), torch.tensor(grid))
+        assert torch.equal(output.pooler_output, expected.pooler_output)
+
+
+@needs_gpu
+def test_a_tower_that_was_converted_gets_new_graphs():
+    enc = encoder()
+    pixels = pixels_of([[1, 8, 8]], enc)
+    assert enc(pixels, torch.tensor([[1, 8, 8]])).pooler_output.dtype == torch.bfloat16
+    enc.tower.float()
+    output = enc(pixels, torch.tensor([[1, 8, 8]]))
+    assert output.pooler_output.dtype == torch.float32
+    check(enc, [[1, 8, 8]], pixels.float(), output)
+
+
+@needs_gpu
+def test_a_tower_that_was_converted_part_by_part_gets_new_graphs():
+    """Of which the tower itself knows nothing."""
+    enc = encoder()
+    pixels = pixels_of([[1, 8, 8]], enc)
+    enc(pixels, torch.tensor([[1, 8, 8]]))
+    for part in enc.tower.children():
+        part.float()
+    for grid in ([[1, 8, 8]], [[1, 16, 16]]):
+        pixels = pixels_of(grid, enc)
+        check(enc, grid, pixels, enc(pixels, torch.tensor(grid)))
+
+
+@needs_gpu
+def test_a_weight_that_lies_elsewhere_is_read_there():
+    """Its old memory stays readable: graphs are launched before anything is looked at."""
+    enc, grid = encoder(), [[1, 8, 8]]
+    pixels = pixels_of(grid, enc)
+    enc(pixels, torch.tensor(grid))
+    weight = enc.tower.blocks[1].attn.qkv.weight
+    weight.data = weight.data * 2
+    torch.cuda.empty_cache()
+    check(enc, grid, pixels, enc(pixels, torch.tensor(grid)))
+    weight.mul_(0.5)
+    check(enc, grid, pixels, enc(pixels, torch.tensor(grid)))
+    enc.tower.blocks[1].attn.proj.weight.requires_grad_()
+    with pytest.raises(ValueError, match="parameters: expected none"):
+        enc(pixels, torch.tensor(grid))
+
+
+@needs_gpu
+def test_rising_sizes_take_no_more_memory_than_the_largest():
+    def held(sizes):
+        enc = encoder()
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved()
+        for side in sizes:
+            enc(pixels_of([[1, side, side]], enc), torch.tensor([[1, side, side]]))
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved() - before
+
+    assert held(range(8, 170, 2)) <= held([168]) + 40 * 2**20
+
+
+@needs_gpu
+def test_workspaces_of_cublas_may_be_cleared():
+    """As torch.compile does for graphs of its own."""
+    enc, grid = encoder(), [[1, 32, 32]]
+    pixels = pixels_of(grid, enc)
+    expected = enc(pixels, torch.tensor(grid)).pooler_output
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
+    poison = [torch.full((2**22,), torch.nan, device="cuda") for _ in range(16)]
+    assert torch.equal(enc(pixels, torch.tensor(grid)).pooler_output, expected)
+    assert all(part.isnan().all() for part in poison)
+
+
+@needs_gpu
+def test_garbage_waits_for_the_end_of_a_capture(monkeypatch):
+    """CUDA gives up a capture during which its thread frees another graph."""
+    enc, garbage = encoder(), [encoder()]
+    garbage[0](pixels_of([[1, 8, 8]], enc), torch.tensor([[1, 8, 8]]))
+
+    def litter(*arguments):
+        if torch.cuda.is_current_stream_capturing() and garbage:
+            cycle = [garbage.pop()]
+            cycle.append(cycle)
+            del cycle
+            assert len([[] for _ in range(100_000)]) > 0  # more than the collector lets pass
+        return compute(*arguments)
+
+    compute = device_plan.compute
+    monkeypatch.setattr(device_plan, "compute", litter)
+    pixels = pixels_of([[1, 16, 16]], enc)
+    output = enc(pixels, torch.tensor([[1, 16, 16]]))
+    assert not garbage
+    check(enc, [[1, 16, 16]], pixels, output)
+
+
+@needs_gpu
+def test_a_move_to_where_it_is_keeps_the_graphs():
+    enc, grid = encoder(), [[1, 8, 8]]
+    pixels = pixels_of(grid, enc)
+    enc(pixels, torch.tensor(grid))
+    graphs = enc.tower.graphs
+    enc.tower.to("cuda", torch.bfloat16)
+    assert enc.tower.graphs is graphs
+    check(enc, grid, pixels, enc(pixels, torch.tensor(grid)))
+
+
+@needs_gpu
+def test_graphs_are_the_towers():
+    """Encoders of one tower share them, and they hold no memory of a tower that has left the GPU."""
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    enc, grid = encoder(), [[1, 64, 64]]
+    pixels = pixels_of(grid, enc)
+    expected = enc(pixels, torch.tensor(grid)).pooler_output.clone()
+    graphs = enc.tower.graphs
+    assert torch.equal(Encoder(enc.tower)(pixels, torch.tensor(grid)).pooler_output, expected)
+    assert enc.tower.graphs is graphs
+    enc.tower.cpu()
+    del graphs, pixels, expected
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= before + 40 * 2**20  # cuBLAS keeps room to work in
+
+
+@needs_gpu
+def test_a_copy_has_graphs_of_its_own():
+    enc = encoder()
+    grid = [[1, 8, 8]]
+    pixels = pixels_of(grid, enc)
+    before = enc(pixels, torch.tensor(grid))
+    other = copy.deepcopy(enc)
+    for parameter in other.tower.parameters():
+        parameter.mul_(0.5)
+    check(other, grid, pixels, other(pixels, torch.tensor(grid)))
+    assert torch.equal(enc(pixels, torch.tensor(grid)).pooler_output, before.pooler_output)
+
+
+@needs_gpu
+def test_warmup_captures_what_later_calls_use():
+    enc = encoder()
+    count = enc.warmup(300)
+    captured = set(enc.tower.graphs._graphs)
+    assert len(captured) == count + 1  # and the largest, into whose memory all fit
+    for side in range(2, 36, 2):
+        enc(pixels_of([[1, side, side]], enc), torch.tensor([[1, side, side]]))
+    assert set(enc.tower.graphs._graphs) == captured
+    with pytest.raises(ValueError, match=f"max_tokens: expected at most {MOST_PATCHES // 4}"):
+        enc.warmup(10**6)
+    with pytest.raises(ValueError, match="max_tokens: expected a positive number of tokens, got 0"):
+        enc.warmup(0)
+
+
+@needs_gpu
+def test_batches_beyond_every_graph():
+    enc = encoder()
+    grid = [[1, 200, 200]]
+    pixels = pixels_of(grid, enc)
+    check(enc, grid, pixels, enc(pixels, torch.tensor(grid)))
+    assert not enc.tower.graphs._graphs
+
+
+@needs_gpu
+def test_gradients_are_refused():
+    enc = encoder()
+    with pytest.raises(ValueError, match="pixel_values, parameters: expected none"):
+        enc(pixels_of([[1, 4, 4]], enc).requires_grad_(), torch.tensor([[1, 4, 4]]))
+
+
+def test_the_reference_tower_has_nothing_to_warm_up():
+    config = replace(FULL["qwen2_vl"], depth=1, hidden_size=160, num_heads=2, intermediate_size=320, out_hidden_size=8)
+    assert Encoder(ReferenceTower(config)).warmup(1000) == 0

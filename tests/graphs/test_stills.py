@@ -1,0 +1,185 @@
+"""Still images in the fast tower: their one frame goes in once, and nothing else is ever taken for a still image."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from qwenvit import Encoder
+from qwenvit import encoder as encoder_module
+from qwenvit.parity import close
+from qwenvit.plan.grid_plan import GridPlan
+from qwenvit.towers.fast import FastTower
+from qwenvit.towers.reference import ReferenceTower
+from support.towers import FULL, random_pixels
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+NEEDS_GPU = pytest.mark.skipif(not GPU, reason="needs a CUDA GPU")
+IMPLS = ["reference", pytest.param("triton", marks=NEEDS_GPU)]  # the latter runs in CUDA graphs
+BOUNDS = {"min_pixels": 4096, "max_pixels": 40_000}
+
+
+@pytest.fixture(autouse=True)
+def _ieee_fp32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+def encoders(family, impl, dtype=torch.float32):
+    """The fast tower's, and the reference tower's of the same weights: two blocks, two heads of the family's width."""
+    config, width = FULL[family], 2 * FULL[family].head_dim
+    config = replace(
+        config,
+        depth=2,
+        hidden_size=width,
+        num_heads=2,
+        intermediate_size=200 if config.traits.gated_mlp else 4 * width,
+        out_hidden_size=24,
+        fullatt_block_indexes=(1,) if config.traits.windowed else (),
+        deepstack_visual_indexes=(0,) if config.traits.deepstack else (),
+    )
+    torch.manual_seed(0)
+    reference = ReferenceTower(config).requires_grad_(False)
+    for parameter in reference.parameters():
+        parameter += 0.02 * torch.randn(parameter.shape)
+    fast = FastTower(config, impl)
+    fast.load_state_dict(reference.state_dict())
+    return tuple(Encoder(tower.to(DEVICE, dtype)) for tower in (fast, reference))
+
+
+def picture(height, width, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+PICTURES = [picture(130, 200), picture(64, 64, 1), picture(90, 150, 2)]
+
+
+def assert_close(ours, theirs):
+    outputs = [("tokens", ours.packed, theirs.packed)]
+    for i, (our, their) in enumerate(zip(ours, theirs, strict=True)):
+        layers = zip(our.deepstack, their.deepstack, strict=True)
+        outputs += [(f"DeepStack {layer} of {i}", *pair) for layer, pair in enumerate(layers)]
+    for name, *pair in outputs:
+        check = close(name, *pair)
+        assert check.passed, check
+
+
+def watch_widths(monkeypatch):
+    """Columns of whatever pixel values an encoder runs on, as a list that grows."""
+    widths, run = [], Encoder._run
+
+    def watched(self, pixel_values, grid):
+        widths.append(pixel_values.shape[1])
+        return run(self, pixel_values, grid)
+
+    monkeypatch.setattr(Encoder, "_run", watched)
+    return widths
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("family", FULL)
+def test_images_are_what_the_reference_tower_makes_of_them(family, impl):
+    fast, reference = encoders(family, impl)
+    for images in (PICTURES, PICTURES[0]):
+        assert_close(fast.encode(images, **BOUNDS), reference.encode(images, **BOUNDS))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *([torch.bfloat16] if GPU else [torch.float16])], ids=str)
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_not_a_bit_differs_from_two_frames(family, impl, dtype):
+    """One frame that is repeated rounds as two do."""
+    fast, _ = encoders(family, impl, dtype)
+    once = fast.encode(PICTURES, **BOUNDS)
+    twice = fast(*fast.image_processor(PICTURES, **BOUNDS))
+    assert torch.equal(once.packed, twice.pooler_output)
+    for layer, expected in enumerate(twice.deepstack_features):
+        assert torch.equal(torch.cat([item.deepstack[layer] for item in once]), expected)
+
+
+def test_who_is_given_one_frame(monkeypatch):
+    widths = watch_widths(monkeypatch)
+    fast, reference = encoders("qwen2_5_vl", "reference")
+    pair, frames = fast.config.patch_dim, [PICTURES[0]] * 2
+    for enc, expected in ((fast, [pair // 2, pair, pair]), (reference, [pair] * 3)):
+        widths.clear()
+        enc.encode(PICTURES[0], **BOUNDS)
+        enc.encode_video(frames, **BOUNDS)
+        pixel_values, grid = enc.image_processor(PICTURES, **BOUNDS)
+        assert pixel_values.shape[1] == pair
+        enc(pixel_values, grid)
+        assert widths == expected
+        with pytest.raises(ValueError, match=rf"pixel_values: expected \[patches, {pair}\]"):
+            enc(pixel_values[:, : pair // 2], grid)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_a_video_of_two_frames_is_no_still_image(family, impl):
+    """Its grid is that of an image, t = 1; in turn with images, so that graphs are shared."""
+    fast, reference = encoders(family, impl)
+    first, second = picture(128, 96, 3), picture(128, 96, 4)
+    still = fast.encode(first, resize="torch", **BOUNDS)
+    for frames in ([first, second], [second, first]):
+        video, expected = (enc.encode_video(frames, **BOUNDS) for enc in (fast, reference))
+        assert video.grid_thw.tolist() == still.grid_thw.tolist()
+        assert_close(video, expected)
+        assert not close("a frame alone", video.packed, still.packed).passed
+        inputs = fast.video_processor(frames, **BOUNDS)
+        assert torch.equal(fast(*inputs).pooler_output, video.packed)
+        assert torch.equal(fast.encode(first, resize="torch", **BOUNDS).packed, still.packed)
+    assert torch.equal(fast.encode_video([first, first], **BOUNDS).packed, still.packed)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_images_in_several_batches(monkeypatch, impl):
+    fast, reference = encoders("qwen2_5_vl", impl)
+    expected = reference.encode(PICTURES, **BOUNDS)
+    for patches in (1, 200):
+        monkeypatch.setattr(encoder_module, "PATCHES_PER_BATCH", patches)
+        assert_close(fast.encode(iter(PICTURES), **BOUNDS), expected)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_weights_that_change_later(impl):
+    fast, reference = encoders("qwen2_5_vl", impl)
+    before = fast.encode(PICTURES, **BOUNDS)
+    with torch.no_grad():
+        reference.tower.patch_embed.proj.weight.mul_(1.5)
+    fast.tower.load_state_dict(reference.tower.state_dict())
+    after = fast.encode(PICTURES, **BOUNDS)
+    assert_close(after, reference.encode(PICTURES, **BOUNDS))
+    assert not close("the old weights", after.packed, before.packed).passed
+    for enc in (fast, reference):
+        enc.tower.half().float()
+    assert_close(fast.encode(PICTURES, **BOUNDS), reference.encode(PICTURES, **BOUNDS))
+    assert set(fast.tower.state_dict()) == set(reference.tower.state_dict())
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3])
+def test_every_channel_is_repeated_by_itself(frames):
+    """Patches hold their channels one after another, and each channel its frames."""
+    fast, _ = encoders("qwen2_vl", "reference")
+    tower = FastTower(replace(fast.config, temporal_patch_size=frames), "reference")
+    still = torch.arange(2 * 588.0).view(2, 3, 196)
+    expected = torch.stack([still] * frames, dim=2)
+    assert torch.equal(tower.patch_embed.frames(still.flatten(1)), expected)
+    assert torch.equal(tower.patch_embed.frames(expected.flatten(1)), expected)
+
+
+@pytest.mark.parametrize("shape", [(16, 587), (16, 392), (16, 1175), (16, 1764), (16, 3, 196), (588,)])
+def test_other_widths_are_refused(shape):
+    fast, _ = encoders("qwen2_5_vl", "reference")
+    plan = GridPlan.build([[1, 4, 4]], fast.config, DEVICE)
+    expected = r"pixel_values: expected \[patches, 1176\], or \[patches, 588\] of still images, got \["
+    with pytest.raises(ValueError, match=expected):
+        fast.tower(torch.zeros(shape, device=DEVICE), plan)
+
+
+def test_the_tower_alone_takes_either():
+    fast, _ = encoders("qwen3_vl", "reference")
+    plan = GridPlan.build([[1, 4, 6]], fast.config, DEVICE)
+    still = random_pixels(24, fast.config).to(DEVICE)[:, :768].double()
+    pair = torch.cat([still.view(24, 3, 1, 256)] * 2, dim=2).flatten(1)
+    assert torch.equal(fast.tower(still, plan).pooler_output, fast.tower(pair, plan).pooler_output)

@@ -1,0 +1,290 @@
+"""use_rope_index on tiny models of transformers: the same tokens and logits, with ours in place and taken off again."""
+
+import copy
+import importlib
+import pickle
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from qwenvit.integrations import transformers as integration
+from qwenvit.integrations.transformers import RopeIndexHandle, use_rope_index
+from support.rope_index_truth import sequence
+
+CLASSES = {
+    "qwen2_vl": ("Qwen2VLConfig", "Qwen2VLForConditionalGeneration"),
+    "qwen2_5_vl": ("Qwen2_5_VLConfig", "Qwen2_5_VLForConditionalGeneration"),
+    "qwen3_vl": ("Qwen3VLConfig", "Qwen3VLForConditionalGeneration"),
+    "qwen3_vl_moe": ("Qwen3VLMoeConfig", "Qwen3VLMoeForConditionalGeneration"),
+    "qwen3_5": ("Qwen3_5Config", "Qwen3_5ForConditionalGeneration"),
+}
+IMAGE, VIDEO, VOCABULARY = 300, 301, 320
+TEXT = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+    "initializer_range": 0.2,  # tokens of some variety
+}
+VISION = {"depth": 1, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}
+OF_FAMILY = {
+    "qwen2_vl": ({}, {"embed_dim": 32, "hidden_size": 64}),
+    "qwen2_5_vl": ({}, {"tokens_per_second": 3, "fullatt_block_indexes": [0], "window_size": 16}),
+    "qwen3_vl": ({"head_dim": 16}, {"deepstack_visual_indexes": [0], "num_position_embeddings": 64}),
+    "qwen3_vl_moe": (
+        {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+        {"deepstack_visual_indexes": [0], "num_position_embeddings": 64},
+    ),
+    "qwen3_5": (
+        {
+            "head_dim": 16,
+            "partial_rotary_factor": 1.0,
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 2,
+        },
+        {"num_position_embeddings": 64},
+    ),
+}
+BATCHES = {
+    "an image": [[("text", 3), ("image", (1, 6, 8)), ("text", 4)]],
+    "a video": [[("text", 3), ("video", (3, 4, 6)), ("text", 4)]],
+    "both, padded": [
+        [("text", 2), ("image", (1, 4, 4)), ("text", 3), ("video", (2, 4, 4)), ("text", 1), ("image", (1, 2, 2))],
+        [("text", 2), ("image", (1, 6, 4)), ("text", 3)],
+    ],
+    "a row of text": [[("video", (2, 4, 4)), ("text", 3)], [("text", 5)]],
+}
+
+
+def build(family):
+    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    configs = importlib.import_module(f"transformers.models.{family}.configuration_{family}")
+    config_class, model_class = CLASSES[family]
+    text, vision = OF_FAMILY[family]
+    vision = {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 48} | VISION | vision
+    if family == "qwen2_vl":
+        vision = {key: value for key, value in vision.items() if key not in ("out_hidden_size", "intermediate_size")}
+    config = getattr(configs, config_class)(
+        text_config=TEXT | text, vision_config=vision, image_token_id=IMAGE, video_token_id=VIDEO
+    )
+    torch.manual_seed(0)
+    return getattr(module, model_class)(config).eval()
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Threads of models this small only wait for each other: twenty times as long on busy cores."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {family: build(family) for family in CLASSES}
+
+
+@pytest.fixture(params=CLASSES)
+def model(request, models):
+    return models[request.param]
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often ours was called."""
+    calls = []
+
+    def spy(**arguments):
+        calls.append(arguments)
+        return rope_index(**arguments)
+
+    rope_index = integration.rope_index
+    monkeypatch.setattr(integration, "rope_index", spy)
+    return calls
+
+
+def inputs_for(model, batch, padding="left"):
+    family = model.config.model_type
+    inputs = sequence(BATCHES[batch], family, padding=padding, junk=False)
+    inputs["input_ids"] %= IMAGE
+    inputs["input_ids"][inputs["mm_token_type_ids"] == 1] = IMAGE
+    inputs["input_ids"][inputs["mm_token_type_ids"] == 2] = VIDEO
+    generator = torch.Generator().manual_seed(1)
+    for grid, pixels in (("image_grid_thw", "pixel_values"), ("video_grid_thw", "pixel_values_videos")):
+        if inputs[grid] is not None:
+            inputs[pixels] = torch.randn(int(inputs[grid].prod(-1).sum()), 3 * 2 * 4 * 4, generator=generator)
+    if family == "qwen2_5_vl" and inputs["video_grid_thw"] is not None:
+        inputs["second_per_grid_ts"] = torch.full((len(inputs["video_grid_thw"]),), 0.7)
+    return {key: value for key, value in inputs.items() if value is not None}
+
+
+def generate(model, inputs, **options):
+    return model.generate(**inputs, max_new_tokens=8, do_sample=False, **options)
+
+
+def forward(model, inputs):
+    model.model.rope_deltas = None
+    return model(**inputs, labels=inputs["input_ids"])
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("batch", BATCHES)
+def test_generation_gives_the_same_tokens(model, batch, padding, calls, monkeypatch):
+    inputs = inputs_for(model, batch, padding)
+    expected = generate(model, inputs)
+    deltas = model.model.rope_deltas
+    with use_rope_index(model), monkeypatch.context() as patch:
+        patch.setattr(type(model.model), "get_rope_index", None)  # theirs cannot have been called
+        got = generate(model, inputs)
+    assert torch.equal(got, expected)
+    assert torch.equal(model.model.rope_deltas, deltas)
+    assert len(calls) == 1
+    assert torch.equal(generate(model, inputs), expected)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 2}, {"num_beams": 2, "num_return_sequences": 2}])
+def test_beams(model, options, calls):
+    inputs = inputs_for(model, "both, padded")
+    expected = generate(model, inputs, **options)
+    with use_rope_index(model):
+        assert torch.equal(generate(model, inputs, **options), expected)
+    assert calls
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_a_training_step_gives_the_same_logits_and_loss(model, batch, calls):
+    inputs = inputs_for(model, batch, "right")
+    expected = forward(model, inputs)
+    with use_rope_index(model):
+        got = forward(model, inputs)
+    assert torch.equal(got.logits, expected.logits)
+    assert torch.equal(got.loss, expected.loss)
+    assert len(calls) == 1
+
+
+def test_positions_matter_to_these_models(model, monkeypatch):
+    # Or equal tokens would say nothing: one position further in height alone, and other logits come out.
+    inputs = inputs_for(model, "both, padded")
+    expected = forward(model, inputs)
+    rope_index = integration.rope_index
+
+    def wrong(**arguments):
+        positions, deltas = rope_index(**arguments)
+        positions[1, :, -1] += 1
+        return positions, deltas
+
+    monkeypatch.setattr(integration, "rope_index", wrong)
+    with use_rope_index(model):
+        assert not torch.equal(forward(model, inputs).logits, expected.logits)
+
+
+class TestPuttingBack:
+    @staticmethod
+    def is_theirs(model):
+        inner = model.model
+        return "get_rope_index" not in vars(inner) and inner.get_rope_index.__func__ is type(inner).get_rope_index
+
+    def test_remove(self, model):
+        handle = use_rope_index(model)
+        assert isinstance(handle, RopeIndexHandle)
+        assert not self.is_theirs(model)
+        handle.remove()
+        assert self.is_theirs(model)
+        handle.remove()
+        assert self.is_theirs(model)
+
+    def test_an_old_handle_does_not_undo_a_new_replacement(self, model):
+        old = use_rope_index(model)
+        old.remove()
+        with use_rope_index(model):
+            old.remove()
+            assert not self.is_theirs(model)
+        assert self.is_theirs(model)
+
+    def test_leaving_the_block(self, model):
+        with use_rope_index(model) as handle:
+            assert isinstance(handle, RopeIndexHandle)
+            assert not self.is_theirs(model)
+        assert self.is_theirs(model)
+
+    def test_an_exception_in_the_block(self, model):
+        with pytest.raises(KeyError), use_rope_index(model):
+            raise KeyError
+        assert self.is_theirs(model)
+
+    def test_twice(self, model):
+        with use_rope_index(model):
+            with pytest.raises(ValueError, match=r"^model: its get_rope_index is replaced already; remove that first"):
+                use_rope_index(model)
+            assert not self.is_theirs(model)
+        assert self.is_theirs(model)
+
+
+@pytest.mark.parametrize(
+    "way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+def test_a_copy_keeps_the_replacement_and_its_own_config(model, way, calls):
+    inputs = inputs_for(model, "both, padded")
+    expected = forward(model, inputs)
+    with use_rope_index(model):
+        other = way(model)
+    assert torch.equal(forward(other, inputs).logits, expected.logits)
+    assert len(calls) == 1
+    assert calls[0]["family"] is other.config
+    assert torch.equal(forward(model, inputs).logits, expected.logits)
+    assert len(calls) == 1
+
+
+def test_wherever_the_model_lies(models, calls):
+    model = models["qwen3_vl"]
+    inputs = inputs_for(model, "an image")
+    expected = generate(model, inputs)
+    for holder in (model, model.model, nn.Sequential(model), nn.ModuleDict({"deep": nn.Sequential(model)})):
+        with use_rope_index(holder):
+            assert torch.equal(generate(model, inputs), expected)
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize("thing", [None, 3, "qwen2_vl", SimpleNamespace(get_rope_index=None)], ids=str)
+def test_no_module(thing):
+    with pytest.raises(TypeError, match=f"^model: expected a transformers model, got {type(thing).__name__}"):
+        use_rope_index(thing)
+
+
+def test_no_model_of_ours_or_more_than_one(models):
+    words = r"^model: expected one Qwen-VL model in it, found {} modules with get_rope_index in {}"
+    for thing, count in ((nn.Linear(2, 2), 0), (models["qwen2_vl"].model.visual, 0), (models["qwen2_vl"].lm_head, 0),
+                         (nn.ModuleList([models["qwen2_vl"], models["qwen3_vl"]]), 2)):  # fmt: skip
+        with pytest.raises(TypeError, match=words.format(count, type(thing).__name__)):
+            use_rope_index(thing)
+
+
+class Omni(nn.Module):
+    config = SimpleNamespace(model_type="qwen2_5_omni_thinker")
+
+    def get_rope_index(self, input_ids, mm_token_type_ids):
+        raise NotImplementedError
+
+
+class Old(nn.Module):
+    config = SimpleNamespace(model_type="qwen2_vl")
+
+    def get_rope_index(self, input_ids, image_grid_thw=None, video_grid_thw=None, attention_mask=None):
+        raise NotImplementedError
+
+
+def test_other_families_and_old_versions():
+    with pytest.raises(ValueError, match=r"^family: expected one of qwen2_vl, .*, got 'qwen2_5_omni'"):
+        use_rope_index(Omni())
+    with pytest.raises(ValueError, match=r"^model: expected a model of transformers 5"):
+        use_rope_index(Old())

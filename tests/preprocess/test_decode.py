@@ -1,0 +1,293 @@
+"""Opening images against transformers' processors and loader, and what is refused."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+from transformers import Qwen2VLImageProcessor, Qwen2VLImageProcessorPil
+from transformers.image_utils import load_image
+
+from qwenvit.preprocess.decode import MODES, each_image, open_image
+
+HF = {"pillow": Qwen2VLImageProcessorPil(), "torch": Qwen2VLImageProcessor()}
+BACKENDS = sorted(HF)
+
+
+def noise(*shape: int) -> np.ndarray:
+    return np.random.default_rng(shape).integers(0, 256, shape, dtype=np.uint8)
+
+
+def scaled(*shape: int) -> np.ndarray:
+    return np.random.default_rng(shape).random(shape, np.float32)
+
+
+def theirs(image: object, backend: str, layout: str | None = None) -> torch.Tensor:
+    return torch.as_tensor(HF[backend].process_image(image, do_convert_rgb=True, input_data_format=layout))
+
+
+def picture(mode: str) -> Image.Image:
+    if mode in ("P", "PA"):
+        image = Image.fromarray(noise(20, 30, 3)).quantize(64)
+        if mode == "P":
+            return image
+        alpha = Image.fromarray(noise(20, 30))
+        return Image.merge("LA", [Image.fromarray(np.asarray(image)), alpha]).convert("PA")
+    if mode == "1":
+        return Image.fromarray(noise(20, 30)).convert("1")
+    return Image.frombytes(mode, (30, 20), noise(20, 30, len(Image.new(mode, (1, 1)).getbands())).tobytes())
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("mode", MODES)
+def test_pil_images_are_transformers(mode: str, backend: str) -> None:
+    image = picture(mode)
+    opened = open_image(image, backend=backend)
+    assert (opened.dtype, opened.shape) == (torch.uint8, (3, 20, 30))
+    assert torch.equal(opened, theirs(image, backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("transparency", [3, bytes(range(0, 256, 4))])
+def test_palette_transparency_is_laid_over_white(transparency: int | bytes, backend: str) -> None:
+    image = picture("P")
+    image.info["transparency"] = transparency
+    opened = open_image(image, backend=backend)
+    assert torch.equal(opened, theirs(image, backend))
+    assert (opened[:, torch.from_numpy(np.array(image)) == (3 if transparency == 3 else 0)] == 255).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("channels", ["first", "last"])
+@pytest.mark.parametrize("count", [1, 3, 4])
+@pytest.mark.parametrize("wrap", [np.asarray, torch.from_numpy])
+def test_arrays_are_transformers(wrap, count: int, channels: str, backend: str) -> None:
+    array = wrap(noise(count, 64, 80) if channels == "first" else noise(64, 80, count))
+    expected = theirs(array, backend, f"channels_{channels}")
+    assert torch.equal(open_image(array, channels=channels, backend=backend), expected)
+    assert torch.equal(open_image(array, backend=backend), expected)  # found out by itself
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_alpha_over_white_is_transformers(backend: str) -> None:
+    value, alpha = np.meshgrid(np.arange(256, dtype=np.uint8), np.arange(256, dtype=np.uint8))
+    array = np.stack([value, value, value, alpha])
+    assert torch.equal(open_image(array, backend=backend), theirs(array, backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scaled_floats_with_alpha_are_transformers(backend: str) -> None:
+    array = scaled(64, 80, 4)
+    opened = open_image(array, do_rescale=False, backend=backend)
+    assert opened.dtype == torch.float32
+    assert torch.equal(opened, theirs(array, backend))
+
+
+def test_arrays_of_any_memory_layout() -> None:
+    array = noise(40, 50, 3)
+    upside_down = array[::-1, ::2]
+    upside_down.flags.writeable = False
+    assert torch.equal(open_image(upside_down), torch.tensor(upside_down.copy()).permute(2, 0, 1))
+    assert torch.equal(open_image(array[..., 0]), torch.from_numpy(array[..., 0]).expand(3, -1, -1))
+    assert torch.equal(open_image(np.asfortranarray(array)), torch.from_numpy(array).permute(2, 0, 1))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA"])
+@pytest.mark.parametrize("orientation", [None, 1, 3, 6, 8])
+def test_files_are_what_transformers_loads(mode: str, orientation: int | None, tmp_path: Path) -> None:
+    image, exif = picture(mode), Image.Exif()
+    if orientation is not None:
+        exif[0x0112] = orientation
+    path = tmp_path / "image.png"
+    path.write_bytes(encoded(image, exif=exif.tobytes()))
+    expected = torch.from_numpy(np.array(load_image(str(path)))).permute(2, 0, 1)
+    assert expected.shape == ((3, 30, 20) if orientation in (6, 8) else (3, 20, 30))
+    for source in (path, str(path), path.read_bytes()):
+        assert torch.equal(open_image(source), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("mode", "colour"), [("P", 0), ("P", bytes(range(0, 256, 8))), ("L", 40), ("RGB", (9, 8, 7))])
+def test_files_with_a_transparent_colour(mode: str, colour: object, backend: str, tmp_path: Path) -> None:
+    image = picture(mode)
+    if mode != "P":
+        image.putpixel((3, 4), colour)
+    path = tmp_path / "image.png"
+    path.write_bytes(encoded(image, transparency=colour))
+    assert torch.equal(open_image(path, backend=backend), theirs(load_image(str(path)), backend))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_formats(kind: str) -> None:
+    data = encoded(picture("RGB"), kind)
+    expected = np.array(Image.open(io.BytesIO(data)).convert("RGB"))
+    assert torch.equal(open_image(data), torch.from_numpy(expected).permute(2, 0, 1))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_pil_images_keep_their_exif_orientation_unapplied(backend: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = Image.open(io.BytesIO(encoded(picture("RGB"), "JPEG", exif=exif.tobytes())))
+    assert ImageOps.exif_transpose(image).size == (20, 30)
+    assert torch.equal(open_image(image, backend=backend), theirs(image, backend))
+    assert open_image(image).shape == (3, 20, 30)
+
+
+def with_mode(mode: str) -> Image.Image:
+    return Image.new(mode, (4, 4))
+
+
+def cut(data: bytes) -> bytes:
+    return data[: len(data) * 9 // 10]
+
+
+JPEG = encoded(picture("RGB"), "JPEG")
+REFUSED = {
+    "ambiguous": (
+        noise(3, 3, 3),
+        ValueError,
+        r"shape \[3, 3, 3\] could have its channels first or last; pass channels",
+    ),
+    "ambiguous-wide": (noise(3, 50, 3), ValueError, "pass channels="),
+    "channels": (noise(5, 6, 2), ValueError, r"expected \(1, 3, 4\) channels, got shape \[5, 6, 2\]"),
+    "batch": (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), ValueError, "pass a list"),
+    "ndim": (noise(7), ValueError, r"expected \[H, W\].* got \[7\]"),
+    "empty": (noise(0, 8, 3), ValueError, "expected at least one pixel"),
+    "empty-pil": (Image.new("RGB", (0, 8)), ValueError, "expected at least one pixel, got 0 x 8"),
+    "uint16": (noise(8, 8, 3).astype(np.uint16), TypeError, "expected uint8, got uint16"),
+    "float": (torch.rand(3, 8, 8), TypeError, "expected uint8, got float32; .* do_rescale=False"),
+    "float64": (scaled(8, 8, 3).astype(np.float64), TypeError, "expected uint8, got float64; .* convert it to float32"),
+    "bool": (noise(8, 8, 3) > 9, TypeError, "expected uint8, got bool"),
+    "16-bit": (with_mode("I;16"), ValueError, "8 bits a channel .* got mode 'I;16'"),
+    "32-bit": (with_mode("I"), ValueError, "got mode 'I'"),
+    "float-pil": (with_mode("F"), ValueError, "got mode 'F'"),
+    "16-bit-file": (encoded(with_mode("I;16")), ValueError, "got mode 'I(;16)?'"),  # Pillow 10 says I
+    "url": ("https://example.com/a.png", ValueError, "got the URL .* download it"),
+    "data-url": ("data:image/png;base64,AAAA", ValueError, "got the URL"),
+    "missing": ("no/such/file.png", FileNotFoundError, r"file\.png"),
+    "not-an-image": (b"hello", ValueError, "got 5 bytes of no format Pillow knows"),
+    "no-bytes": (b"", ValueError, "got 0 bytes"),
+    "cut-jpeg": (cut(JPEG), ValueError, "broken image file"),
+    "cut-png": (cut(encoded(picture("RGB"))), ValueError, "broken image file"),
+    "cut-pil": (Image.open(io.BytesIO(cut(JPEG))), ValueError, "broken image file"),
+    "none": (None, TypeError, "expected a PIL image.* got NoneType"),
+    "nested": ([noise(8, 8, 3)], TypeError, "got list"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(case: str) -> None:
+    image, kind, message = REFUSED[case]
+    with pytest.raises(kind, match=message):
+        open_image(image, name="images[7]")
+    if kind is not FileNotFoundError:
+        with pytest.raises(kind, match=r"^images\[7\]"):
+            open_image(image, name="images[7]")
+
+
+@pytest.mark.parametrize(
+    ("image", "kind", "message"),
+    [
+        (noise(8, 8, 3), TypeError, "expected float32, got uint8; do_rescale=False says"),
+        (picture("RGB"), TypeError, "float32 arrays scaled to .* got an 8-bit image"),
+        (JPEG, TypeError, "got an 8-bit image"),
+        (torch.full((3, 8, 8), 1.5), ValueError, "got 1.5 to 1.5"),
+        (torch.full((3, 8, 8), -0.1), ValueError, "got -0.1 to -0.1"),
+        (torch.full((3, 8, 8), torch.nan), ValueError, "got nan to nan"),
+        (torch.rand(3, 8, 8).double(), TypeError, "expected float32, got float64"),
+    ],
+)
+def test_refused_as_scaled(image: object, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        open_image(image, do_rescale=False)
+
+
+def test_stated_channels_must_fit() -> None:
+    with pytest.raises(ValueError, match="with channels first"):
+        open_image(noise(20, 30, 3), channels="first")
+    with pytest.raises(ValueError, match="channels: expected 'first', 'last' or None, got 'BGR'"):
+        open_image(noise(20, 30, 3), channels="BGR")
+
+
+@pytest.mark.parametrize("limit", [599, 150])  # of 600 pixels: where Pillow only warns, and where it raises
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_decompression_bombs_are_refused(limit: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "bomb.png"
+    path.write_bytes(encoded(picture("RGB")))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    with pytest.raises(ValueError, match=rf"bomb\.png.*at most {limit} pixels.*raise PIL.Image.MAX_IMAGE_PIXELS"):
+        open_image(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 600)
+    assert open_image(path).shape == (3, 20, 30)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"]), st.data())
+def test_broken_files_raise_only_value_errors(kind: str, data: st.DataObject) -> None:
+    broken = bytearray(encoded(picture("RGB"), kind))
+    for place in data.draw(st.lists(st.integers(0, len(broken) - 1), min_size=1, max_size=8)):
+        broken[place] = data.draw(st.integers(0, 255))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000_000)  # a broken header may ask for any size
+        _open_or_refuse(bytes(broken[: data.draw(st.integers(1, len(broken)))]))
+
+
+def _open_or_refuse(data: bytes) -> None:
+    try:
+        opened = open_image(data, name="this image")
+    except ValueError as error:
+        if not str(error).startswith("this image: "):
+            raise
+    else:
+        assert opened.dtype == torch.uint8
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 12))
+def test_a_layout_is_found_only_where_there_is_one(a: int, b: int, c: int) -> None:
+    array = noise(a, b, c)
+    first, last = a in (1, 3, 4), c in (1, 3, 4)
+    if first == last:
+        with pytest.raises(ValueError, match="channels"):
+            open_image(array)
+    else:
+        assert open_image(array).shape == ((3, b, c) if first else (3, a, b))
+
+
+def test_one_image_or_several() -> None:
+    one = noise(8, 8, 3)
+    for single in ("a.png", b"bytes", bytearray(b"bytes"), io.BytesIO(b"bytes"), Path("a.png"), one):
+        assert [image is single for image in each_image(single)] == [True]
+    assert list(each_image(("a.png", "b.png"))) == ["a.png", "b.png"]
+    for bad, error, message in (
+        ([], ValueError, "at least one image"),
+        (noise(2, 8, 8, 3), ValueError, r"got one array \[2, 8, 8, 3\]; pass list\(images\)"),
+        (3, TypeError, "got int"),
+        ({"image": one}, TypeError, "got dict"),
+    ):
+        with pytest.raises(error, match=message):
+            list(each_image(bad))
+
+
+def test_a_generator_is_drawn_one_image_at_a_time() -> None:
+    drawn = []
+    images = each_image(drawn.append(i) or noise(8, 8, 3) for i in range(5))
+    next(images)
+    assert drawn == [0]
+
+
+@pytest.mark.parametrize("wrap", [bytes, bytearray, memoryview, io.BytesIO])
+def test_encoded_images_in_any_buffer(wrap: type) -> None:
+    data = encoded(picture("RGB"))
+    assert torch.equal(open_image(wrap(data)), open_image(picture("RGB")))

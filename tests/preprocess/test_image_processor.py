@@ -1,0 +1,201 @@
+"""The image processor against transformers' two, with the same inputs and options."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from transformers import Qwen2VLImageProcessor, Qwen2VLImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize as hf_smart_resize
+
+from qwenvit.config.families import FAMILIES
+from qwenvit.preprocess.image_processor import ImageProcessor
+from qwenvit.preprocess.resize import smart_resize
+
+HF = {"pillow": Qwen2VLImageProcessorPil, "torch": Qwen2VLImageProcessor}
+BACKENDS = sorted(HF)
+SIDES = st.integers(1, 130)
+
+
+def pixels(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarray:
+    """Noise over a gradient: sharp edges make bicubic interpolation overshoot."""
+    random = np.random.default_rng(seed).integers(0, 256, (height, width, channels))
+    ramp = np.linspace(0, 255, width)[None, :, None]
+    return np.where(random > 128, random, ramp).astype(np.uint8)
+
+
+def theirs(processor: ImageProcessor, images: list, backend: str, **options) -> tuple[torch.Tensor, torch.Tensor]:
+    out = HF[backend].from_dict(processor.to_hf())(images, return_tensors="pt", **options)
+    return out["pixel_values"], out["image_grid_thw"]
+
+
+def assert_same(ours: tuple, expected: tuple) -> None:
+    for mine, hf in zip(ours, expected, strict=True):
+        assert mine.dtype == hf.dtype
+        assert torch.equal(mine, hf)
+
+
+@settings(max_examples=500)
+@given(
+    st.integers(1, 5000),
+    st.integers(1, 5000),
+    st.sampled_from([28, 32]),
+    st.integers(1, 10**6),
+    st.integers(1, 10**7),
+)
+@example(70, 98, 28, 1, 10**7)  # 2.5 and 3.5 tokens: halves go to even
+@example(1, 200, 28, 1, 10**7)
+@example(1, 201, 28, 1, 10**7)
+def test_smart_resize_is_transformers(height: int, width: int, factor: int, low: int, high: int) -> None:
+    low, high = min(low, high), max(low, high)
+    try:
+        expected = hf_smart_resize(height, width, factor, low, high)
+    except ValueError:
+        with pytest.raises(ValueError, match="aspect ratio of at most 200"):
+            smart_resize(height, width, factor, low, high)
+        return
+    assert smart_resize(height, width, factor, low, high) == expected
+
+
+def test_smart_resize_has_the_same_defaults() -> None:
+    for size in ((10, 20), (300, 500), (3000, 2000)):
+        assert smart_resize(*size) == hf_smart_resize(*size)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+@settings(max_examples=25, deadline=None)
+@given(height=SIDES, width=SIDES, seed=st.integers(0, 99))
+def test_one_image_is_transformers(backend: str, family: str, height: int, width: int, seed: int) -> None:
+    processor = ImageProcessor.for_family(family)
+    image = Image.fromarray(pixels(height, width, seed=seed))
+    assert_same(processor(image, resize=backend), theirs(processor, [image], backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_several_images_are_transformers(backend: str) -> None:
+    processor = ImageProcessor.for_family("qwen2_vl")
+    images = [Image.fromarray(pixels(*size, seed=seed)) for seed, size in enumerate([(60, 90), (84, 56), (60, 90)])]
+    assert_same(processor(images, resize=backend), theirs(processor, images, backend))
+    assert_same(processor(iter(images), resize=backend), theirs(processor, images, backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_each_byte_comes_out_as_in_transformers(backend: str) -> None:
+    processor = ImageProcessor.for_family("qwen2_vl")
+    image = np.arange(56 * 56, dtype=np.uint8).reshape(56, 56, 1).repeat(3, axis=2)  # of a size that is kept
+    ours, _ = processor(image, resize=backend)
+    assert ours.unique().numel() == 256 * 3
+    assert_same((ours,), theirs(processor, [image], backend)[:1])
+
+
+def brute_force_patches(frames: torch.Tensor, p: ImageProcessor) -> list[torch.Tensor]:
+    _, _, height, width = frames.shape
+    found = []
+    for block_row in range(height // p.factor):
+        for block_column in range(width // p.factor):
+            for row in range(p.merge_size):
+                for column in range(p.merge_size):
+                    top = block_row * p.factor + row * p.patch_size
+                    left = block_column * p.factor + column * p.patch_size
+                    patch = frames[:, :, top : top + p.patch_size, left : left + p.patch_size]
+                    found.append(patch.transpose(0, 1).reshape(3, -1))
+    return found
+
+
+@pytest.mark.parametrize(("patch", "merge", "group"), [(14, 2, 2), (3, 3, 1), (4, 1, 3)])
+def test_patchify_is_its_definition(patch: int, merge: int, group: int) -> None:
+    processor = ImageProcessor(patch_size=patch, merge_size=merge, temporal_patch_size=group)
+    frames = torch.rand(2 * group, 3, 2 * patch * merge, 3 * patch * merge)
+    expected = [row for part in frames.split(group) for row in brute_force_patches(part, processor)]
+    assert torch.equal(processor.patchify(frames), torch.stack(expected))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=25, deadline=None)
+@given(height=SIDES, width=SIDES, seed=st.integers(0, 99))
+def test_scaled_floats_are_transformers(backend: str, height: int, width: int, seed: int) -> None:
+    image = np.random.default_rng(seed).random((height, width, 3), np.float32)
+    processor = ImageProcessor.for_family("qwen2_vl")
+    ours = processor(image, do_rescale=False, resize=backend, channels="last")
+    assert_same(ours, theirs(processor, [image], backend, do_rescale=False, input_data_format="channels_last"))
+
+
+def test_the_users_array_is_left_alone() -> None:
+    image = torch.rand(3, 14, 14)
+    before = image.clone()
+    ImageProcessor(temporal_patch_size=1, merge_size=1, min_pixels=1)(image, do_rescale=False, resize="torch")
+    assert torch.equal(image, before)
+
+
+def test_black_and_white_floats_are_what_their_bytes_are() -> None:
+    """Not so in transformers' pillow processor, which takes floats that are all 0 or 1 for bytes 0 and 1."""
+    black_and_white = np.where(pixels(64, 64) > 128, 255, 0).astype(np.uint8)
+    processor = ImageProcessor.for_family("qwen2_vl")
+    scaled, _ = processor((black_and_white / 255).astype(np.float32), do_rescale=False, resize="pillow")
+    plain, _ = processor(black_and_white, resize="pillow")
+    assert torch.equal(scaled, plain)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("low", "high"), [(3136, 5000), (40_000, 50_000)])
+def test_bounds_are_transformers(backend: str, low: int, high: int) -> None:
+    image = Image.fromarray(pixels(90, 130))
+    processor = ImageProcessor.for_family("qwen2_vl")
+    size = {"shortest_edge": low, "longest_edge": high}
+    expected = theirs(processor, [image], backend, size=size)
+    assert_same(processor(image, min_pixels=low, max_pixels=high, resize=backend), expected)
+    assert_same(processor(image, size=size, resize=backend), expected)
+    assert_same(processor(image, size=size, max_pixels=high, resize=backend), expected)
+
+
+def test_one_bound_alone_leaves_the_other() -> None:
+    processor = ImageProcessor.for_family("qwen2_vl")
+    image = Image.fromarray(pixels(90, 130))
+    for given_ in ({"max_pixels": 5000}, {"size": {"longest_edge": 5000}}, {"size": {"max_pixels": 5000}}):
+        expected = theirs(processor, [image], "pillow", size={"shortest_edge": 3136, "longest_edge": 5000})
+        assert_same(processor(image, **given_), expected)
+    expected = theirs(processor, [image], "pillow", size={"shortest_edge": 40_000, "longest_edge": 12_845_056})
+    assert_same(processor(image, min_pixels=40_000), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_pixels": 100}, "min_pixels=3136 is above max_pixels=100; pass both"),
+        ({"max_pixels": 5000, "size": {"longest_edge": 6000}}, "max_pixels: expected what size says, 6000, got 5000"),
+        ({"size": {"height": 28}}, "size: expected keys among .* got 'height'"),
+        ({"size": {"longest_edge": 9000, "max_pixels": 8000}}, "two spellings"),
+        ({"size": 28}, "size: expected a mapping"),
+        ({"max_pixels": 1e6}, "max_pixels: expected a positive integer, got 1000000.0"),
+        ({"min_pixels": 0}, "min_pixels: expected a positive integer, got 0"),
+        ({"resize": "cubic"}, "resize: expected 'pillow' or 'torch', got 'cubic'"),
+    ],
+)
+def test_contradicting_options_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ImageProcessor.for_family("qwen2_vl")(pixels(30, 30), **options)
+
+
+def test_a_stripe_is_refused_by_its_number() -> None:
+    good, stripe = pixels(30, 30), pixels(2, 402)
+    with pytest.raises(ValueError, match=r"images\[1\]: expected an aspect ratio of at most 200, got 201"):
+        ImageProcessor.for_family("qwen2_vl")([good, stripe])
+
+
+@given(st.sampled_from(sorted(FAMILIES)), st.integers(1, 3000), st.integers(15, 3000))
+def test_grid_for_is_the_size_rule(family: str, height: int, width: int) -> None:
+    processor = ImageProcessor.for_family(family)
+    if max(height, width) / min(height, width) > 200:
+        return
+    time, rows, columns = processor.grid_for(height, width)
+    assert time * rows * columns == Qwen2VLImageProcessorPil.from_dict(processor.to_hf()).get_number_of_image_patches(
+        height, width
+    )
+
+
+def test_bounds_may_be_numpy_integers():
+    processor = ImageProcessor.for_family("qwen2_vl").with_bounds(max_pixels=np.int64(100_000))
+    assert processor == ImageProcessor.for_family("qwen2_vl").with_bounds(max_pixels=100_000)
+    assert type(processor.max_pixels) is int  # goes into JSON

@@ -1,0 +1,160 @@
+"""The fast tower against the reference tower: weights in and out, numbers, and which of the two is chosen."""
+
+import pickle
+from copy import deepcopy
+from dataclasses import replace
+
+import pytest
+import torch
+
+from qwenvit import Encoder
+from qwenvit.parity import close
+from qwenvit.plan.grid_plan import GridPlan
+from qwenvit.towers.choose import tower_class
+from qwenvit.towers.fast import FastTower
+from qwenvit.towers.reference import ReferenceTower
+from support.towers import FULL, random_pixels
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+GRIDS = [[1, 6, 10], [2, 4, 4], [1, 2, 2]]  # partial windows, a video, one token
+
+
+def narrow(family):
+    """Two heads of the family's own width, four blocks."""
+    config = FULL[family]
+    width = 2 * config.head_dim
+    return replace(
+        config,
+        depth=4,
+        hidden_size=width,
+        num_heads=2,
+        intermediate_size=200 if config.traits.gated_mlp else 4 * width,  # 200 is padded
+        out_hidden_size=40,
+        fullatt_block_indexes=(3,) if config.traits.windowed else (),
+        deepstack_visual_indexes=(0, 2) if config.traits.deepstack else (),
+    )
+
+
+def both(family, impl):
+    torch.manual_seed(0)
+    config = narrow(family)
+    reference = ReferenceTower(config).requires_grad_(False)
+    for parameter in reference.parameters():
+        parameter += 0.02 * torch.randn(parameter.shape)  # norms and biases, too, are not what they start as
+    fast = FastTower(config, impl)
+    fast.load_state_dict(reference.state_dict())
+    return reference.to(DEVICE), fast.to(DEVICE), config
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("family", FULL)
+def test_it_is_the_reference_tower(family, impl, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    reference, fast, config = both(family, impl)
+    plan = GridPlan.build(GRIDS, config, DEVICE)
+    pixels = random_pixels(plan.num_patches, config).to(DEVICE)
+    ours, theirs = fast(pixels, plan), reference(pixels, plan)
+    outputs = {"last_hidden_state": (ours.last_hidden_state, theirs.last_hidden_state)}
+    outputs |= {"tokens": (ours.pooler_output, theirs.pooler_output)}
+    layers = zip(ours.deepstack_features, theirs.deepstack_features, strict=True)
+    outputs |= {f"DeepStack {i}": pair for i, pair in enumerate(layers)}
+    for name, pair in outputs.items():
+        check = close(name, *pair)
+        assert check.passed, check
+
+
+@pytest.mark.parametrize("family", FULL)
+def test_weights_go_in_and_come_out_as_the_reference_towers(family):
+    reference, fast, config = both(family, "reference")
+    before, after = reference.state_dict(), fast.state_dict()
+    assert list(after) == list(before)
+    for name, tensor in before.items():
+        assert torch.equal(after[name], tensor), name
+        assert after[name].is_contiguous(), name
+    with torch.device("meta"):
+        again = FastTower(config)
+        assert {n: t.shape for n, t in again.state_dict().items()} == {n: t.shape for n, t in before.items()}
+    again.load_state_dict(after, assign=True)
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), fast.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("copy", [deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+def test_a_copy_is_a_tower_of_its_own(copy):
+    reference, fast, _ = both("qwen2_5_omni", "reference")
+    other = copy(fast)
+    for parameter in other.parameters():
+        parameter.zero_()
+    assert all(torch.equal(tensor, reference.state_dict()[name]) for name, tensor in fast.state_dict().items())
+    other.load_state_dict(reference.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(other.parameters(), fast.parameters(), strict=True))
+
+
+def test_what_is_missing_is_named():
+    reference, fast, _ = both("qwen2_5_vl", "reference")
+    tensors = reference.state_dict()
+    del tensors["blocks.2.mlp.up_proj.bias"], tensors["patch_embed.proj.weight"]
+    with pytest.raises(RuntimeError, match=r"Missing key.*patch_embed\.weight.*blocks\.2\.mlp\.gate_up\.weight"):
+        fast.load_state_dict(tensors)
+
+
+def test_padding_changes_nothing():
+    """Whatever stands in a gate's padded rows, it is multiplied by zero."""
+    _, fast, config = both("qwen2_5_vl", "reference")
+    assert fast.blocks[0].mlp.down.weight.shape[1] == 256
+    assert not fast.blocks[0].mlp.down.weight[:, config.intermediate_size :].any()
+    assert not fast.patch_embed.weight[:, config.patch_dim :].any()
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_blocks_work_in_place_and_the_tower_does_not(family):
+    _, fast, config = both(family, "reference")
+    plan = GridPlan.build(GRIDS, config, DEVICE)
+    x = torch.randn(plan.num_patches, config.hidden_size, device=DEVICE)
+    assert fast.blocks[0](x, plan.cos, plan.sin, plan.frames) is x
+    pixels = random_pixels(plan.num_patches, config).to(DEVICE)
+    before = pixels.clone()
+    first, again = fast(pixels, plan), fast(pixels, plan)
+    assert torch.equal(pixels, before)
+    assert torch.equal(first.pooler_output, again.pooler_output)
+
+
+def test_which_tower_runs(monkeypatch):
+    config, cpu = FULL["qwen2_5_vl"], torch.device("cpu")
+    assert tower_class("reference", config, cpu) is ReferenceTower
+    assert tower_class("auto", config, cpu) is ReferenceTower
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="impl: 'triton' cannot run here: cpu is no CUDA device; use 'reference'"):
+        tower_class("triton", config, cpu)
+    with pytest.raises(ValueError, match="impl: expected 'auto', 'triton' or 'reference', got 'cuda'"):
+        tower_class("cuda", config, cpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    assert tower_class("auto", config, torch.device("cuda")) is FastTower
+    odd = replace(config, num_heads=40)
+    assert tower_class("auto", odd, torch.device("cuda")) is ReferenceTower
+    with pytest.raises(ValueError, match=r"head_dim 32 is none of \(64, 72, 80\)"):
+        tower_class("triton", odd, torch.device("cuda"))
+    with monkeypatch.context() as older:
+        older.setattr("triton.__version__", "3.3.1")
+        assert tower_class("auto", config, torch.device("cuda")) is ReferenceTower
+        with pytest.raises(ValueError, match=r"triton 3\.3\.1 is older than 3\.4"):
+            tower_class("triton", config, torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    with pytest.raises(ValueError, match=r"compute capability \(7, 5\), below \(8, 0\)"):
+        tower_class("triton", config, torch.device("cuda"))
+
+
+@pytest.mark.filterwarnings("ignore:model='demo'")
+def test_an_encoder_with_it_loads_encodes_and_saves(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    image = torch.randint(0, 256, (48, 80, 3), dtype=torch.uint8).numpy()
+    options, small = {"device": DEVICE, "dtype": "float32"}, {"min_pixels": 4096, "max_pixels": 4096}
+    fast = Encoder.from_pretrained("demo", impl="triton", **options)
+    assert isinstance(fast.tower, FastTower)
+    expected = Encoder.from_pretrained("demo", impl="reference", **options).encode(image, **small)
+    out = fast.encode(image, **small)
+    assert close("tokens", out.packed, expected.packed).passed
+    fast.save_pretrained(tmp_path)
+    again = Encoder.from_pretrained(tmp_path, impl="triton", **options).encode(image, **small)
+    assert torch.equal(again.packed, out.packed)
+    assert len(again[0].deepstack) == len(expected[0].deepstack)

@@ -1,0 +1,96 @@
+"""VisionAttention: the checkpoints' rows in and out, and transformers' attention layer's results."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionAttention
+
+from qwenvit import VisionAttention, VisionConfig
+from qwenvit.parity import ERROR_FACTOR, Difference
+from qwenvit.plan.grid_plan import GridPlan
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+CASES = [(64, 2, torch.float32), (72, 1, torch.float16), (80, 2, torch.float32)]
+CASES = [(80, 16, torch.bfloat16), (72, 16, torch.float16), (64, 16, torch.float32)] if GPU else CASES
+
+
+def transformers_layer(head_dim, heads, dtype):
+    config = SimpleNamespace(hidden_size=heads * head_dim, num_heads=heads, _attn_implementation="sdpa")
+    layer = Qwen2_5_VLVisionAttention(config).to(DEVICE, dtype).requires_grad_(False)
+    torch.manual_seed(0)
+    for parameter in layer.parameters():
+        parameter.copy_(torch.randn(parameter.shape, device=DEVICE) * parameter.shape[-1] ** -0.5)
+    return layer
+
+
+def inputs(head_dim, heads, dtype):
+    """Hidden states and the plan of two images, with windows and without."""
+    width = heads * head_dim
+    config = VisionConfig(
+        "qwen2_5_vl", 1, width, width, heads, width, "silu", 14, window_size=112, fullatt_block_indexes=(0,)
+    )
+    plan = GridPlan.build([[1, 34, 32], [1, 6, 10]] if GPU else [[1, 10, 10], [1, 6, 4]], config, DEVICE)
+    hidden_states = torch.randn(plan.num_patches, width, device=DEVICE, dtype=dtype)
+    hidden_states[:, 3] *= 100
+    return hidden_states, plan
+
+
+@pytest.mark.parametrize("windows", [True, False], ids=["windows", "frames"])
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+@pytest.mark.parametrize(("head_dim", "heads", "dtype"), CASES, ids=str)
+def test_it_is_transformers_layer(head_dim, heads, dtype, impl, windows):
+    theirs = transformers_layer(head_dim, heads, dtype)
+    ours = VisionAttention(heads * head_dim, heads, impl=impl, device=DEVICE, dtype=dtype)
+    ours.load_state_dict(theirs.state_dict())
+    hidden_states, plan = inputs(head_dim, heads, dtype)
+    segments = plan.windows if windows else plan.frames
+    angles = (plan.cos, plan.sin)
+    out = ours(hidden_states, *angles, segments.cu_seqlens, 64 if windows else None)
+    reference = theirs(hidden_states, segments.cu_seqlens, position_embeddings=angles)
+    exact = theirs.double()(
+        hidden_states.double(), segments.cu_seqlens, position_embeddings=tuple(x.double() for x in angles)
+    )
+    floor = 1e-6 if dtype == torch.float32 else 0.0  # sums of another order, either way
+    error, limit = (Difference.of(x, exact).relative_l2 for x in (out, reference))
+    assert error <= max(ERROR_FACTOR * limit, floor), (error, limit)
+
+
+def test_rows_go_in_and_come_out_in_the_checkpoints_order():
+    theirs = transformers_layer(64, 2, torch.float32)
+    ours = VisionAttention(128, 2, device=DEVICE)
+    before = {name: tensor.clone() for name, tensor in theirs.state_dict().items()}
+    ours.load_state_dict(theirs.state_dict())
+    assert not torch.equal(ours.qkv.weight, before["qkv.weight"])
+    outer = torch.nn.ModuleDict({"attn": ours})
+    for state_dict, prefix in ((ours.state_dict(), ""), (outer.state_dict(), "attn.")):
+        assert sorted(state_dict) == sorted(prefix + name for name in before)
+        for name, tensor in before.items():
+            assert torch.equal(state_dict[prefix + name], tensor)
+            assert torch.equal(theirs.state_dict()[name], tensor), "the caller's tensors were changed"
+    again = torch.nn.ModuleDict({"attn": VisionAttention(128, 2, device="meta")})
+    again.load_state_dict(outer.state_dict(), assign=True)
+    assert torch.equal(again["attn"].qkv.weight, ours.qkv.weight)
+
+
+def test_wrong_shapes_are_refused_by_name():
+    layer = VisionAttention(128, 2)
+    with pytest.raises(RuntimeError, match=r"size mismatch for qkv\.weight"):
+        layer.load_state_dict(VisionAttention(64, 1).state_dict())
+    with pytest.raises(RuntimeError, match=r"Missing key.*qkv\.bias"):
+        layer.load_state_dict({"qkv.weight": layer.qkv.weight})
+    with pytest.raises(ValueError, match=r"hidden_size: expected num_heads times one of \(64, 72, 80\), got 100 with"):
+        VisionAttention(100, 2)
+
+
+def test_gradients_are_refused_where_there_are_none():
+    hidden_states, plan = inputs(64, 2, torch.float32)
+    arguments = (hidden_states.requires_grad_(), plan.cos, plan.sin, plan.frames.cu_seqlens)
+    with pytest.raises(ValueError, match="impl: 'triton' means Triton here, which gives no gradients"):
+        VisionAttention(128, 2, impl="triton", device=DEVICE)(*arguments)
+    layer = VisionAttention(128, 2, impl="reference", device=DEVICE)
+    layer(*arguments).sum().backward()
+    assert hidden_states.grad.isfinite().all()
+    with torch.no_grad():
+        VisionAttention(128, 2, impl="triton", device=DEVICE)(*arguments)
