@@ -44,7 +44,7 @@ def _window_start(b_window, b_height, b_width, SIDE: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["n_items", "n_patches"])
-def _place(
+def _place_patches(
     table_ptr,  # int64, shape (n_items + 1, 5), see COLUMNS; the last row holds the totals
     cos_table_ptr,  # fp32, shape (positions, D / 4)
     sin_table_ptr,  # same
@@ -126,7 +126,7 @@ def _resample(b_index, b_size, TABLE_SIDE: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["n_items", "n_segments"])
-def _bound(
+def _bound_segments(
     table_ptr,  # int64, shape (n_items + 1, 5)
     bounds_ptr,  # int32, shape (n_segments + 1,)
     n_items,
@@ -156,7 +156,7 @@ def _bound(
     tl.store(bounds_ptr + o_segment, b_start.to(tl.int32), mask=o_segment <= n_segments)
 
 
-def grid_plan(
+def launch_grid_plan(
     table: Tensor, cos_table: Tensor, sin_table: Tensor, patches: int, frames: int, windows: int, merge: int, side: int,
     table_side: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
@@ -172,12 +172,14 @@ def grid_plan(
     if table_side:
         taps, tap_weights = table.new_empty((patches, 4)), cos_table.new_empty((patches, 4))
     with torch.cuda.device_of(table):  # Triton launches on the current device, which need not be the tensor's
-        _place[(triton.cdiv(patches, BLOCK),)](
+        _place_patches[(triton.cdiv(patches, BLOCK),)](
             table, cos_table, sin_table, cos, sin, restore, taps, tap_weights, n_items, patches,
             D=head_dim, MERGE=merge, SIDE=side, TABLE_SIDE=table_side, BLOCK=BLOCK,
         )  # fmt: skip
-        _bound[(frames // BLOCK + 1,)](table, frame_bounds, n_items, frames, MERGE=merge, SIDE=None, BLOCK=BLOCK)
+        _bound_segments[(frames // BLOCK + 1,)](
+            table, frame_bounds, n_items, frames, MERGE=merge, SIDE=None, BLOCK=BLOCK
+        )
         if window_bounds is not None:
             grid = (windows // BLOCK + 1,)
-            _bound[grid](table, window_bounds, n_items, windows, MERGE=merge, SIDE=side, BLOCK=BLOCK)
+            _bound_segments[grid](table, window_bounds, n_items, windows, MERGE=merge, SIDE=side, BLOCK=BLOCK)
     return cos, sin, frame_bounds, window_bounds, restore, taps, tap_weights

@@ -6,8 +6,8 @@ token moves the sequence on by one position, an image or video by its longer sid
     start(token) = text tokens before it in its row + extents of the images and videos that ended before it in its row
 
 and the image a token belongs to is found by its rank among all image tokens, in a table of the grids' running sums.
-`_count` writes, for each chunk of a row, its three counts, and the two tables; `_place` sums the counts before its own
-chunk and writes positions. A grid that does not fit the tokens gives wrong positions, never an address outside.
+`_count_tokens` writes, for each chunk of a row, its three counts, and the two tables; `_place_tokens` sums the counts
+before its own chunk and writes positions. A grid that does not fit the tokens gives wrong positions, never an address outside.
 """
 
 import torch
@@ -73,7 +73,7 @@ def _kinds(
 
 
 @triton.jit(do_not_specialize=["S", "n_images", "n_videos", "image_token", "video_token"])
-def _count(
+def _count_tokens(
     tokens_ptr,  # token ids or token types, shape (n_rows, S)
     mask_ptr,  # shape (n_rows, S); None where every token is kept
     image_grid_ptr,  # shape (n_images, 3)
@@ -148,13 +148,13 @@ def _locate(
 
 
 @triton.jit(do_not_specialize=["scale", "S", "n_images", "n_videos", "image_token", "video_token"])
-def _place(
-    tokens_ptr,  # this and the next three as in `_count`
+def _place_tokens(
+    tokens_ptr,  # this and the next three as in `_count_tokens`
     mask_ptr,
     image_grid_ptr,
     video_grid_ptr,
     seconds_ptr,  # seconds between frame groups of each video, shape (n_videos,); None for 1 each
-    counts_ptr,  # as `_count` wrote it
+    counts_ptr,  # as `_count_tokens` wrote it
     positions_ptr,  # int64, shape (3, n_rows, S)
     deltas_ptr,  # int64, shape (n_rows,)
     scale,  # temporal positions a second
@@ -247,7 +247,7 @@ def _place(
 
 
 @torch.compiler.disable  # Inductor drops constexprs that have defaults (torch 2.11), and then cannot compile the launch
-def rope_index(
+def launch_rope_index(
     tokens: Tensor,
     image_token: int,
     video_token: int,
@@ -278,6 +278,8 @@ def rope_index(
     deltas = tokens.new_empty((n_rows, 1), dtype=torch.int64)
     sizes = (S, n_images, n_videos, image_token, video_token, merge, frames_apart)
     with torch.cuda.device_of(tokens):  # Triton launches on the current device, which need not be the tensors'
-        _count[(n_counts + 1,)](tokens, mask, image_grid, video_grid, counts, deltas, *sizes)
-        _place[(n_counts,)](tokens, mask, image_grid, video_grid, seconds, counts, positions, deltas, scale, *sizes)
+        _count_tokens[(n_counts + 1,)](tokens, mask, image_grid, video_grid, counts, deltas, *sizes)
+        _place_tokens[(n_counts,)](
+            tokens, mask, image_grid, video_grid, seconds, counts, positions, deltas, scale, *sizes
+        )
     return positions, deltas

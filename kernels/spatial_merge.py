@@ -20,7 +20,7 @@ AVERAGE_BLOCK = 512
 
 
 @triton.jit(do_not_specialize=["H_OUT", "W_OUT"])
-def _concat(
+def _merge_concat(
     x_ptr,  # shape (T, H, W, C), any strides but the last
     y_ptr,  # shape (T, H / SIZE, W / SIZE, SIZE * SIZE * C)
     H_OUT,
@@ -46,7 +46,7 @@ def _concat(
 
 
 @triton.jit(do_not_specialize=["H_OUT", "W_OUT"])
-def _average(
+def _merge_average(
     x_ptr,  # shape (T, H, W, C), any strides but the last
     y_ptr,  # shape (T, H / SIZE, W / SIZE, C)
     H_OUT,
@@ -108,9 +108,9 @@ def spatial_merge(x: Tensor, mode: str, merge_size: int) -> Tensor:
     y = _merged_map(x, mode, merge_size)
     _, H_out, W_out, _ = y.shape
     if mode == "concat":
-        kernel, rows, row_length, block = _concat, T * H, W * C, CONCAT_BLOCK
+        kernel, rows, row_length, block = _merge_concat, T * H, W * C, CONCAT_BLOCK
     else:
-        kernel, rows, row_length, block = _average, T * H_out, W_out * C, AVERAGE_BLOCK
+        kernel, rows, row_length, block = _merge_average, T * H_out, W_out * C, AVERAGE_BLOCK
     if y.numel():
         with torch.cuda.device_of(x):  # Triton launches on the current device, which need not be the tensor's
             kernel[(rows, triton.cdiv(row_length, block))](

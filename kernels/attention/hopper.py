@@ -1,4 +1,4 @@
-"""Attention within segments of any length on Hopper, in Gluon: the same operation as `long_attention`, faster there.
+"""Attention within segments of any length on Hopper, in Gluon: the same operation as `varlen_attention`, faster there.
 
 One program runs on each multiprocessor: three consumer warpgroups and a producer warp. A *unit* is 64 queries of one
 head. A tile is up to three units, one for each consumer; they share the segment's keys, 128 a step:
@@ -28,7 +28,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from qwenvit.kernels.attention.hopper_launch import Operand, copied, form, launch_of
+from qwenvit.kernels.attention.hopper_launch import Operand, cached_launch, contiguous_copy, layout_key
 from qwenvit.kernels.attention.hopper_producer import (
     CONSUMERS,
     STAGES,
@@ -38,7 +38,7 @@ from qwenvit.kernels.attention.hopper_producer import (
     produce,
     read_place,
     read_work,
-    saves_a_round,
+    saves_a_wave,
     tile_memory,
 )
 from qwenvit.kernels.attention.varlen import LOG2_E
@@ -277,11 +277,11 @@ def hopper_attention(q: Operand, k: Operand, v: Operand, cu_seqlens: Tensor, sca
     device, dtype = out.device, out.dtype
     n_segments = len(cu_seqlens) - 1
     programs = min((S // 64 + n_segments) * H, _multiprocessors(device))
-    across = n_segments == 1 and saves_a_round(S, H, programs)
+    across = n_segments == 1 and saves_a_wave(S, H, programs)
     scalars = n_segments, S, H, scale * LOG2_E, D, across
-    launch = launch_of(form(q), form(k), form(v), device, dtype, programs, scalars)
+    launch = cached_launch(layout_key(q), layout_key(k), layout_key(v), device, dtype, programs, scalars)
     if launch is None:
-        hopper_attention(copied(q), copied(k), copied(v), cu_seqlens, scale, out)
+        hopper_attention(contiguous_copy(q), contiguous_copy(k), contiguous_copy(v), cu_seqlens, scale, out)
         return
     if launch.kernel is None:
         kernel = _kernels.get((device, dtype, D, across))

@@ -25,7 +25,7 @@ COUNTERS = 2**14
 """Launches in CUDA graphs that have counters of their own; those captured later set theirs to zero themselves."""
 
 _LAYOUTS = {64: gl.NVMMASharedLayout(128, 16, 5), 16: gl.NVMMASharedLayout(32, 16, 5)}
-Form = tuple[int, torch.Size, tuple[int, ...]]
+Layout = tuple[int, torch.Size, tuple[int, ...]]
 
 
 class _Address:
@@ -49,7 +49,7 @@ class _Rows(TensorDescriptor):
         self.block_shape, self.layout = [1, 1, 1, rows, channels], _LAYOUTS[channels]
 
 
-def _descriptors(first: Form, rest: Form, rows: int, dtype: torch.dtype) -> tuple[_Rows, _Rows] | None:
+def _descriptors(first: Layout, rest: Layout, rows: int, dtype: torch.dtype) -> tuple[_Rows, _Rows] | None:
     """Boxes of `rows` rows: of 64 channels, and of the rest, which begins where 64 end if both are one tensor's.
 
     Of 64 channels there is no rest, but a kernel's arguments are what they are.
@@ -72,12 +72,12 @@ def _descriptors(first: Form, rest: Form, rows: int, dtype: torch.dtype) -> tupl
 Operand = Tensor | tuple[Tensor, Tensor]
 
 
-def form(x: Operand) -> tuple[Any, ...]:
+def layout_key(x: Operand) -> tuple[Any, ...]:
     """What a launch depends on: a tensor's address, shape and strides, or those of both parts."""
-    return (x.data_ptr(), x.shape, x.stride()) if isinstance(x, Tensor) else (form(x[0]), form(x[1]))
+    return (x.data_ptr(), x.shape, x.stride()) if isinstance(x, Tensor) else (layout_key(x[0]), layout_key(x[1]))
 
 
-def copied(x: Operand) -> Operand:
+def contiguous_copy(x: Operand) -> Operand:
     """The same in memory that TMA can address."""
     if isinstance(x, Tensor):
         return x.clone(memory_format=torch.contiguous_format)
@@ -174,7 +174,7 @@ class Launch:
 
 
 @lru_cache(1024)
-def launch_of(
+def cached_launch(
     q: tuple[Any, ...],
     k: tuple[Any, ...],
     v: tuple[Any, ...],

@@ -55,7 +55,7 @@ def tile_heights(n_tokens, n_segments, H, n_programs):
 
 
 @lru_cache(1024)
-def saves_a_round(n_tokens: int, H: int, n_programs: int) -> bool:
+def saves_a_wave(n_tokens: int, H: int, n_programs: int) -> bool:
     """Whether tiles of a single segment that run on from head to head take fewer rounds of all programs.
 
     They do at some lengths: with 16 heads on an H200 from 3073 to 3136 tokens (262 tiles in two rounds, not 344 in

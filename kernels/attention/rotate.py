@@ -61,7 +61,7 @@ def load_pairs(
 
 
 @triton.jit
-def turn(b_a, b_b, b_cos, b_sin):
+def rotate_pairs(b_a, b_b, b_cos, b_sin):
     """Both members of each pair, rotated in fp32 and rounded once."""
     b_x = b_a.to(tl.float32)
     b_y = b_b.to(tl.float32)
@@ -85,7 +85,7 @@ def load_rotated(
     Queries and keys come in the same order of channels, whichever it is, so their products do not notice.
     """
     b_a, b_b = load_pairs(x_ptr, o_first, m_row, D, INTERLEAVED, FIRST, PAIRS)
-    b_a, b_b = turn(b_a, b_b, b_cos, b_sin)
+    b_a, b_b = rotate_pairs(b_a, b_b, b_cos, b_sin)
     return tl.reshape(tl.join(b_a, b_b), [b_a.shape[0], 2 * PAIRS])
 
 
@@ -121,13 +121,13 @@ def _rotate_tile(
             tl.store(p_out + o_channel[None, :], b_x, mask=mask)
         else:
             b_a, b_b = load_pairs(x_ptr, o_x, m_row, D, False, FIRST // 2, CHANNELS // 2)
-            b_a, b_b = turn(b_a, b_b, b_cos, b_sin)
+            b_a, b_b = rotate_pairs(b_a, b_b, b_cos, b_sin)
             tl.store(p_out + o_pair[None, :], b_a, mask=mask)
             tl.store(p_out + CHANNELS // 2 + o_pair[None, :], b_b, mask=mask)
 
 
 @triton.jit(do_not_specialize=["S"])
-def _rotate(
+def _rotate_by_head(
     q_ptr,  # shape (S, H, D)
     k_ptr,  # same
     v_ptr,  # same; not read where the grid has programs for q and k alone
@@ -199,7 +199,7 @@ ROTATE = RotateConfig(rows=8, heads=16, num_warps=4)
 it is, 11.1 and 32.0 µs at S = 4096 and 9216 (16 heads of 80 in Q and K), and 18.0 and 40.4 µs with V (heads of 72)."""
 
 
-def unit(*tensors: Tensor) -> int:
+def stride_unit(*tensors: Tensor) -> int:
     """Elements in which strides are counted: 16 bytes' worth where every row starts aligned to that, else one.
 
     Triton sees by itself only that a stride is a multiple of 16 elements, which head_dim 72's are not.
@@ -210,17 +210,19 @@ def unit(*tensors: Tensor) -> int:
     return elements if aligned else 1
 
 
-def within_reach(x: Tensor) -> Tensor:
+def with_small_strides(x: Tensor) -> Tensor:
     """`x [S, H, D]`, copied if its strides are so large that offsets inside a tile would pass 2³¹."""
     return x if max(x.stride()) < 2**24 else x.contiguous()
 
 
-def tiles(x: Tensor) -> tuple[Tensor, Tensor]:
+def split_channels(x: Tensor) -> tuple[Tensor, Tensor]:
     """`x [S, H, D]` as its first 64 channels and the rest."""
     return x[..., :64], x[..., 64:]
 
 
-def rotate(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> list[tuple[Tensor, Tensor]]:
+def rotate_by_head(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, interleaved: bool
+) -> list[tuple[Tensor, Tensor]]:
     """Queries and keys `[S, H, D]` rotated, and the values, as `tiles`, in one launch.
 
     Tiles of rotated tensors lie by themselves, head by head, and the rest is always 16 channels, zero beyond D: so rows
@@ -230,14 +232,14 @@ def rotate(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, interleave
     """
     S, H, D = q.shape
     n = 2 if D * q.element_size() % 32 == 0 else 3
-    q, k, v = within_reach(q), within_reach(k), within_reach(v)
+    q, k, v = with_small_strides(q), with_small_strides(k), with_small_strides(v)
     out, out_rest = q.new_empty(n, H, S, 64), q.new_empty(n, H, S, 0 if D == 64 else 16)
-    size = unit(q, k, v)
+    size = stride_unit(q, k, v)
     strides = [stride // size for x in (q, k, v) for stride in x.stride()[:2]]
-    _rotate[(triton.cdiv(S, ROTATE.rows), n * triton.cdiv(H, ROTATE.heads))](
+    _rotate_by_head[(triton.cdiv(S, ROTATE.rows), n * triton.cdiv(H, ROTATE.heads))](
         q, k, v, out, out_rest, cos, sin, *strides, S, H,
         D=D, UNIT=size, ANGLE_STRIDE=cos.stride(0), INTERLEAVED=interleaved,
         ROWS=ROTATE.rows, HEADS=ROTATE.heads, num_warps=ROTATE.num_warps,
     )  # fmt: skip
     done = list(zip(out.transpose(1, 2), out_rest.transpose(1, 2), strict=True))
-    return done if n == 3 else [*done, tiles(v)]
+    return done if n == 3 else [*done, split_channels(v)]

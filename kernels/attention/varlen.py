@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwenvit.kernels.attention.rotate import rotate, tiles, unit, within_reach
+from qwenvit.kernels.attention.rotate import rotate_by_head, split_channels, stride_unit, with_small_strides
 
 LOG2_E = 1.4426950408889634
 
@@ -157,7 +157,7 @@ def empty_state(BLOCK_M: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["n_segments", "S"])
-def _long_attention(
+def _varlen_attention(
     q_ptr,  # shape (S, H, 64), rotated
     q_rest_ptr,  # shape (S, H, QK_REST), rotated
     k_ptr,  # shape (S, H, 64), rotated
@@ -232,7 +232,7 @@ def _long_attention(
 
 
 @dataclass(frozen=True)
-class LongConfig:
+class VarlenConfig:
     """Queries a program, keys a step, warps, stages of the loads, and most registers a thread."""
 
     block_m: int
@@ -246,26 +246,26 @@ SMALL = 264
 """Tiles of 64 queries that are few: two for each of an H200's 132 multiprocessors."""
 
 
-def long_config(dtype: torch.dtype, capability: int, head_dim: int, n_tokens: int, n_heads: int) -> LongConfig:
+def varlen_config(dtype: torch.dtype, capability: int, head_dim: int, n_tokens: int, n_heads: int) -> VarlenConfig:
     """Launch config. `block_n` orders the sums, so it knows nothing of the neighbours a segment may have.
 
     Times are of attention alone, 16 heads in bf16 on an H200.
     """
     if dtype == torch.float32:  # no tensor cores in IEEE fp32: a small tile, whose operands lie in registers
-        return LongConfig(block_m=32, block_n=32, num_warps=8, num_stages=2, maxnreg=None)
+        return VarlenConfig(block_m=32, block_n=32, num_warps=8, num_stages=2, maxnreg=None)
     n_tiles = triton.cdiv(n_tokens, 64) * n_heads
     if capability != 9 or n_tiles <= SMALL:
         # As many stages as let a multiprocessor hold two programs: it would take a third from another that has one
         # (1024 tokens, head_dim 72 and 80: 17.3 µs, with three programs 21.4).
-        return LongConfig(block_m=64, block_n=64, num_warps=4, num_stages=5 if head_dim == 64 else 4, maxnreg=None)
+        return VarlenConfig(block_m=64, block_n=64, num_warps=4, num_stages=5 if head_dim == 64 else 4, maxnreg=None)
     if head_dim == 64 or (head_dim == 80 and n_tiles >= 1000):
         # Two programs of 128 queries: 9216 tokens of head_dim 64 and 80 took 785 and 952 µs, with three programs of 64
         # queries 828 and 1005; 2304 tokens of 80, 91 and 78.
-        return LongConfig(block_m=128, block_n=64, num_warps=8, num_stages=4 if head_dim == 64 else 3, maxnreg=128)
-    return LongConfig(block_m=64, block_n=64, num_warps=4, num_stages=3, maxnreg=168)
+        return VarlenConfig(block_m=128, block_n=64, num_warps=8, num_stages=4 if head_dim == 64 else 3, maxnreg=128)
+    return VarlenConfig(block_m=64, block_n=64, num_warps=4, num_stages=3, maxnreg=168)
 
 
-def long_attention(
+def varlen_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -280,15 +280,15 @@ def long_attention(
     S, H, D = q.shape
     n_segments = len(cu_seqlens) - 1
     if cos is not None and sin is not None:
-        q, k, v = rotate(q, k, v, cos, sin, interleaved)
+        q, k, v = rotate_by_head(q, k, v, cos, sin, interleaved)
     else:
-        q, k, v = (tiles(within_reach(x)) for x in (q, k, v))
+        q, k, v = (split_channels(with_small_strides(x)) for x in (q, k, v))
     capability = torch.cuda.get_device_capability(out.device)[0] if out.is_cuda else 0
-    config = long_config(out.dtype, capability, D, S, H)
+    config = varlen_config(out.dtype, capability, D, S, H)
     views = (*q, *k, *v)
-    size = unit(*views)
+    size = stride_unit(*views)
     options = {} if config.maxnreg is None else {"maxnreg": config.maxnreg}
-    _long_attention[(S // config.block_m + n_segments, H)](
+    _varlen_attention[(S // config.block_m + n_segments, H)](
         *views, out, cu_seqlens, *(x.stride(i) // size for x in views for i in (0, 1)), out.stride(0),
         n_segments, S, scale * LOG2_E,
         D=D, UNIT=size, QK_REST=q[1].shape[2], V_REST=v[1].shape[2],

@@ -1,4 +1,4 @@
-"""RoPE and attention within segments in one pass: windows here, longer segments in `long_attention`.
+"""RoPE and attention within segments in one pass: windows here, longer segments in `varlen_attention`.
 
 A window of up to 64 tokens fits one tile: a program takes one window and a few heads, keeps the window's angles in
 registers, and for each head loads Q, K and V once, rotates Q and K in fp32, and writes the output. Nothing else moves.
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwenvit.kernels.attention.rotate import load_angles, load_rotated, unit, within_reach
+from qwenvit.kernels.attention.rotate import load_angles, load_rotated, stride_unit, with_small_strides
 from qwenvit.kernels.attention.varlen import (
     LOG2_E,
     attend,
@@ -198,11 +198,11 @@ def window_attention(
     """Attention within segments, fast where they are of at most `WINDOW` tokens, into `out`."""
     S, H, D = q.shape
     n_segments = len(cu_seqlens) - 1
-    q, k, v = within_reach(q), within_reach(k), within_reach(v)
+    q, k, v = with_small_strides(q), with_small_strides(k), with_small_strides(v)
     capability = torch.cuda.get_device_capability(q.device)[0] if q.is_cuda else 0
     # Of windows there may be room for more than there are tokens to fill them.
     config = window_config(q.dtype, capability, H, min(n_segments, triton.cdiv(S, WINDOW)))
-    size = unit(q, k, v)
+    size = stride_unit(q, k, v)
     n_groups = H // config.heads
     options = {} if config.maxnreg is None else {"maxnreg": config.maxnreg}
     _window_attention[(n_segments * n_groups,)](

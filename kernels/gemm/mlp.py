@@ -19,12 +19,12 @@ from qwenvit.kernels.gemm.tiles import (
     Tile,
     accumulate,
     add_bias,
-    describe,
-    fill,
-    halves,
+    descriptor_of,
+    split_halves,
     store_tile,
     tile_at,
     uses_tma,
+    wave_efficiency,
 )
 from qwenvit.kernels.registration import register
 
@@ -104,7 +104,7 @@ def _project_and_activate(
         o_w = tl.minimum(i_col + tl.arange(0, BLOCK_N), N - 1)
         b_sum = accumulate(x_ptr, w_ptr, i_row, 0, 0, i_col, o_w, M, K, BLOCK_M, BLOCK_N, BLOCK_K, TMA)
         o_row = i_row + tl.arange(0, BLOCK_M)
-        b_left, b_right = halves(b_sum)
+        b_left, b_right = split_halves(b_sum)
         for i_half in tl.static_range(2):
             i_half_col = i_col + i_half * (BLOCK_N // 2)
             o_col = i_half_col + tl.arange(0, BLOCK_N // 2)
@@ -133,7 +133,7 @@ def _activate(
 
 
 @triton.jit(do_not_specialize=["M"])
-def _gate(
+def _swiglu(
     gate_up_ptr,  # shape (M, N, 2)
     out_ptr,  # shape (M, N)
     M,
@@ -181,7 +181,7 @@ blocks of 2 rows x 2048 columns 3 %. Exact GELU by erf took 25.2 and 53.0. In fp
 and 93 %)."""
 
 
-def fused_wins(x: Tensor, weight: Tensor, act: str) -> bool:
+def fused_is_faster(x: Tensor, weight: Tensor, act: str) -> bool:
     """Whether the fused kernel beats cuBLAS and the pass.
 
     SwiGLU does where rounds are 80 % full (8 of 8 cases, M = 1024 to 16384: 1.12 to 1.22 times) and not below (M = 256
@@ -195,9 +195,9 @@ def fused_wins(x: Tensor, weight: Tensor, act: str) -> bool:
     M, K = x.shape
     n_tiles = triton.cdiv(M, TMA_TILE.block_m) * triton.cdiv(weight.shape[0], TMA_TILE.block_n)
     if act == "swiglu":
-        return fill(n_tiles, x) >= 0.8
+        return wave_efficiency(n_tiles, x) >= 0.8
     single = n_tiles <= TMA_TILE.programs * multiprocessors(x.device)
-    return fill(n_tiles, x) >= (0.95 if single else min(0.77, K / 1380))
+    return wave_efficiency(n_tiles, x) >= (0.95 if single else min(0.77, K / 1380))
 
 
 def project_and_activate(
@@ -213,8 +213,8 @@ def project_and_activate(
     tile = tile or (TMA_TILE if tma else POINTER_TILE)
     x_operand, w_operand = x, weight
     if tma:
-        x_operand = describe(x, [M, K], [tile.block_m, tile.block_k])
-        w_operand = describe(weight, [1, 1, N, K], [1, 1, tile.block_n, tile.block_k])
+        x_operand = descriptor_of(x, [M, K], [tile.block_m, tile.block_k])
+        w_operand = descriptor_of(weight, [1, 1, N, K], [1, 1, tile.block_n, tile.block_k])
     n_tiles = triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n)
     with torch.cuda.device_of(out):  # Triton launches on the current device, which need not be the tensor's
         _project_and_activate[(min(n_tiles, tile.programs * multiprocessors(out.device)),)](
@@ -245,7 +245,7 @@ def swiglu_pass(gate_up: Tensor) -> Tensor:
     p = GATE_PASS
     grid = (triton.cdiv(M, p.rows) * triton.cdiv(N, p.cols),)
     with torch.cuda.device_of(out):
-        _gate[grid](gate_up, out, M, N=N, ACT="silu", BLOCK_M=p.rows, BLOCK_N=p.cols, num_warps=p.num_warps)
+        _swiglu[grid](gate_up, out, M, N=N, ACT="silu", BLOCK_M=p.rows, BLOCK_N=p.cols, num_warps=p.num_warps)
     return out
 
 
@@ -259,7 +259,7 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> Tens
     aligned = weight.shape[0] % 8 == 0 and weight.shape[1] % 8 == 0  # in 16 bits; otherwise it takes other ways
     if act == "gelu_tanh" and bias is not None and x.is_cuda and x.dtype != torch.float32 and aligned:
         return torch._addmm_activation(bias, x, weight.T, use_gelu=True)
-    if fused_wins(x, weight, act):
+    if fused_is_faster(x, weight, act):
         return project_and_activate(x, weight, bias, act, False)
     out = F.linear(x, weight, bias)
     activation_(out, act)
@@ -268,7 +268,7 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> Tens
 
 def swiglu(x: Tensor, gate_up_weight: Tensor, gate_up_bias: Tensor | None) -> Tensor:
     """silu(gate) · up; see `qwenvit.ops.swiglu`."""
-    if fused_wins(x, gate_up_weight, "swiglu"):
+    if fused_is_faster(x, gate_up_weight, "swiglu"):
         return project_and_activate(x, gate_up_weight, gate_up_bias, "silu", True)
     return swiglu_pass(F.linear(x, gate_up_weight, gate_up_bias))
 

@@ -1,12 +1,12 @@
 """Patch embedding: pixel values times weights, plus bias and learned positions, written in the tower's order.
 
-Learned positions come first (`_position_rows`), and a cuBLAS product adds to them. The order comes with the rows that
-are converted (`_stage`), or where nothing is to be converted from the epilogue of a product of our own (`_embed`).
-Reordering moves whole tokens: `place_ptr` names the place of each, `UNIT` is the patches in one.
+Learned positions come first (`_add_position_rows`), and a cuBLAS product adds to them. The order comes with the rows
+that are converted (`_convert_rows`), or where nothing is to be converted from the epilogue of a product of our own
+(`_embed_patches`). Reordering moves whole tokens: `place_ptr` names the place of each, `UNIT` is the patches in one.
 
 Interpolating in the epilogue was tried: at 7056 x 1536 x 1152 its best tile took 50.6 µs, these two steps take 49.9,
 and at 4096 41.7 against 30.2 (H200, bf16; the bare product: 38.9 and 23.5). Converting rows on their way to a product
-would take them through registers: 67 µs and more, 64 for `_stage` and cuBLAS (9216 x 1176 x 1280).
+would take them through registers: 67 µs and more, 64 for `_convert_rows` and cuBLAS (9216 x 1176 x 1280).
 """
 
 import torch
@@ -16,7 +16,16 @@ import triton.language as tl
 from torch import Tensor
 
 from qwenvit.kernels.device import multiprocessors
-from qwenvit.kernels.gemm.tiles import TensorDescriptor, Tile, accumulate, add_bias, fill, halves, tile_at, uses_tma
+from qwenvit.kernels.gemm.tiles import (
+    TensorDescriptor,
+    Tile,
+    accumulate,
+    add_bias,
+    split_halves,
+    tile_at,
+    uses_tma,
+    wave_efficiency,
+)
 from qwenvit.kernels.norm import load_row, row_config, store_row
 from qwenvit.kernels.registration import register
 
@@ -26,7 +35,7 @@ of a run of its own)."""
 
 
 @triton.jit
-def _place(i_in, place_ptr, UNIT: tl.constexpr):
+def _destination(i_in, place_ptr, UNIT: tl.constexpr):
     """Where a patch (or a block of them) goes; `place_ptr` is int64, shape (S / UNIT,), or None for their own order."""
     i_out = i_in.to(tl.int64)
     if place_ptr is not None:
@@ -35,7 +44,7 @@ def _place(i_in, place_ptr, UNIT: tl.constexpr):
 
 
 @triton.jit
-def _position_rows(
+def _add_position_rows(
     x_ptr,  # shape (S, C); None for the positions alone
     table_ptr,  # shape (entries, C)
     taps_ptr,  # int64, entries of the table around each patch, shape (S, 4)
@@ -66,11 +75,11 @@ def _position_rows(
     if x_ptr is not None:
         b_main += b_x_main
         b_tail += b_x_tail
-    store_row(y_ptr + _place(i_in, place_ptr, UNIT) * C, b_main, b_tail, C, MAIN, TAIL)
+    store_row(y_ptr + _destination(i_in, place_ptr, UNIT) * C, b_main, b_tail, C, MAIN, TAIL)
 
 
 @triton.jit
-def _stage(
+def _convert_rows(
     pixel_ptr,  # shape (S, K)
     place_ptr,  # int64, shape (S / UNIT,); None for the rows' own order
     y_ptr,  # shape (S, K), rows `stride_y` apart
@@ -82,11 +91,11 @@ def _stage(
 ):
     i_in = tl.program_id(0).to(tl.int64)
     b_main, b_tail = load_row(pixel_ptr + i_in * K, K, MAIN, TAIL)
-    store_row(y_ptr + _place(i_in, place_ptr, UNIT) * stride_y, b_main, b_tail, K, MAIN, TAIL)
+    store_row(y_ptr + _destination(i_in, place_ptr, UNIT) * stride_y, b_main, b_tail, K, MAIN, TAIL)
 
 
 @triton.jit(do_not_specialize=["M"])
-def _embed(
+def _embed_patches(
     pixels,  # shape (M, K): TMA descriptor
     weight,  # shape (N, K): TMA descriptor seen as (1, 1, N, K)
     bias_ptr,  # shape (N,); None where there is none
@@ -109,8 +118,8 @@ def _embed(
         i_col *= BLOCK_N
         b_sum = accumulate(pixels, weight, i_row, 0, 0, i_col, None, M, K, BLOCK_M, BLOCK_N, BLOCK_K, True)
         o_row = i_row + tl.arange(0, BLOCK_M)
-        p_row = out_ptr + _place(tl.minimum(o_row, M - 1), place_ptr, UNIT)[:, None] * N
-        b_left, b_right = halves(b_sum)
+        p_row = out_ptr + _destination(tl.minimum(o_row, M - 1), place_ptr, UNIT)[:, None] * N
+        b_left, b_right = split_halves(b_sum)
         for i_half in tl.static_range(2):
             o_col = i_col + i_half * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
             b_half = add_bias(b_left if i_half == 0 else b_right, bias_ptr, o_col, N)
@@ -118,24 +127,29 @@ def _embed(
             tl.store(p_row + o_col[None, :], b_half.to(out_ptr.dtype.element_ty), mask=m_out)
 
 
-TILE = Tile(block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=4, programs=1)
+PATCH_TILE = Tile(block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=4, programs=1)
 """47.2 µs at S = 9216, K = 1176, N = 1280 (H200, bf16); with 3 stages 49.2, 128 x 128 by two programs of 4 warps 55.4,
 six others 56 to 76. cuBLAS takes 47.9 for the product alone."""
 
 
-def fused_wins(pixel_values: Tensor, weight: Tensor) -> bool:
-    """Whether `_embed` beats a pass that reorders and cuBLAS, given an order alone.
+def fused_is_faster(pixel_values: Tensor, weight: Tensor) -> bool:
+    """Whether `_embed_patches` beats a pass that reorders and cuBLAS, given an order alone.
 
     Tiles are large, so the last round of them decides: 47.2 µs against 60.0 at S = 9216 (rounds 91 % full), 16.5
     against 17.4 at 2304 (68 %), but 30.8 against 26.8 at 4096 (61 %) and 15.8 against 9.2 at 1024 (30 %).
     """
-    n_tiles = triton.cdiv(len(pixel_values), TILE.block_m) * triton.cdiv(len(weight), TILE.block_n)
+    n_tiles = triton.cdiv(len(pixel_values), PATCH_TILE.block_m) * triton.cdiv(len(weight), PATCH_TILE.block_n)
     readable = pixel_values.dtype == weight.dtype and uses_tma(pixel_values, weight)
-    return readable and fill(n_tiles, weight, TILE.programs) >= 0.65
+    return readable and wave_efficiency(n_tiles, weight, PATCH_TILE.programs) >= 0.65
 
 
 def embed_to_order(
-    pixel_values: Tensor, weight: Tensor, bias: Tensor | None, restore_index: Tensor, merge_unit: int, tile: Tile = TILE
+    pixel_values: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    restore_index: Tensor,
+    merge_unit: int,
+    tile: Tile = PATCH_TILE,
 ) -> Tensor:
     """The product of rows and weights, each row written to its place, for what TMA can read."""
     (M, K), N = pixel_values.shape, weight.shape[0]
@@ -146,7 +160,7 @@ def embed_to_order(
     weights = TensorDescriptor.from_tensor(weight[None, None], [1, 1, tile.block_n, tile.block_k])
     n_tiles = triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n)
     with torch.cuda.device_of(out):  # Triton launches on the current device, which need not be the tensor's
-        _embed[(min(n_tiles, tile.programs * multiprocessors(out.device)),)](
+        _embed_patches[(min(n_tiles, tile.programs * multiprocessors(out.device)),)](
             pixels, weights, bias, restore_index, out, M,
             UNIT=merge_unit, N=N, K=K, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
             BAND=tile.band, num_warps=tile.num_warps, num_stages=tile.num_stages,
@@ -162,7 +176,7 @@ def _stage_rows(pixel_values: Tensor, restore_index: Tensor | None, merge_unit: 
     config = row_config(K, adds=False)
     if S:
         with torch.cuda.device_of(rows):
-            _stage[(S,)](
+            _convert_rows[(S,)](
                 pixel_values, restore_index, rows, rows.stride(0), UNIT=merge_unit, K=K, MAIN=config.main,
                 TAIL=config.tail, num_warps=PASS_WARPS,
             )  # fmt: skip
@@ -183,7 +197,7 @@ def _write_positions(
     config = row_config(C, adds=x is not None)
     if S:
         with torch.cuda.device_of(y):
-            _position_rows[(S,)](
+            _add_position_rows[(S,)](
                 x, table, taps, tap_weights, bias, restore_index, y, UNIT=merge_unit, C=C, MAIN=config.main,
                 TAIL=config.tail, num_warps=PASS_WARPS,
             )  # fmt: skip
@@ -222,10 +236,10 @@ def patch_embed(
     """Patches embedded; see `qwenvit.ops.patch_embed`.
 
     I/O: reads pixel_values, weight and table, writes y; rows to be converted are written and read once more, and so are
-    positions, and rows to be reordered where `fused_wins` says no. 2·S·K·N FLOPs.
+    positions, and rows to be reordered where `fused_is_faster` says no. 2·S·K·N FLOPs.
     """
     rows = pixel_values
-    if table is None and restore_index is not None and fused_wins(rows, weight):
+    if table is None and restore_index is not None and fused_is_faster(rows, weight):
         return embed_to_order(rows, weight, bias, restore_index, merge_unit)
     if rows.dtype != weight.dtype or restore_index is not None:
         rows = _stage_rows(rows, restore_index, merge_unit, weight.dtype)

@@ -24,12 +24,12 @@ from qwenvit.kernels.gemm.tiles import (
     Tile,
     accumulate,
     add_bias,
-    describe,
-    fill,
-    halves,
+    descriptor_of,
+    split_halves,
     store_tile,
     tile_at,
     uses_tma,
+    wave_efficiency,
 )
 from qwenvit.kernels.registration import register
 
@@ -86,7 +86,7 @@ def _project_and_rotate(
             x_ptr, w_ptr, i_row, i_unit, i_group, 0, tl.minimum(o_w, N - 1), M, K, BLOCK_M, BLOCK_N, BLOCK_K, TMA
         )
         b_angles = _angles(cos_ptr, sin_ptr, i_row, i_group * (GROUP // 2), M, D, BLOCK_M, GROUP // 2)
-        b_left, b_right = halves(b_sum)
+        b_left, b_right = split_halves(b_sum)
         for i_half in tl.static_range(2):
             o_half = tl.arange(0, BLOCK_N // 2)
             o_col = (i_unit + i_half * (UNITS // 2) + o_half // GROUP) * UNIT + i_group * GROUP + o_half % GROUP
@@ -104,7 +104,7 @@ def _project_and_rotate(
 
 
 @triton.jit(do_not_specialize=["M"])
-def _rotate(
+def _rotate_in_place(
     qkv_ptr,  # shape (M, 3, H, D)
     cos_ptr,  # fp32, shape (M, D), of which the first half of each row is read
     sin_ptr,  # same
@@ -146,7 +146,7 @@ def _rotate(
 
 
 @dataclass(frozen=True)
-class Pass:
+class RotatePass:
     """Rows and pairs of one program of the pass in place."""
 
     rows: int
@@ -154,7 +154,7 @@ class Pass:
     num_warps: int
 
 
-PASS = Pass(rows=2, pairs=256, num_warps=4)
+ROTATE_PASS = RotatePass(rows=2, pairs=256, num_warps=4)
 """The fastest or within 1 % of it with adjacent pairs, head_dim 64, 72 and 80 and M = 4096 to 16384. With head_dim 80,
 12.6, 26.4 and 45.5 µs at M = 4096, 9216 and 16384: 81, 87 and 90 % of copy bandwidth, where a copy of as many bytes
 reaches 83, 91 and 95 %. The worst of 1 to 8 rows, 256 to 1024 pairs and 4 or 8 warps took 10 % longer, programs that
@@ -170,7 +170,7 @@ def group_of(N: int, D: int) -> int:
     return next(group for group in (32, 16, 8, 4) if N % math.lcm(D, group) == 0)
 
 
-def fused_wins(hidden_states: Tensor, weight: Tensor) -> bool:
+def fused_is_faster(hidden_states: Tensor, weight: Tensor) -> bool:
     """Whether the fused kernel beats cuBLAS and the pass, adjacent pairs given: where its rounds are full enough.
 
     The narrower the tower, the more the pass is of the whole, and the less full they need to be. Of 36 cases
@@ -179,7 +179,7 @@ def fused_wins(hidden_states: Tensor, weight: Tensor) -> bool:
     """
     M, K = hidden_states.shape
     n_tiles = triton.cdiv(M, TMA_TILE.block_m) * triton.cdiv(weight.shape[0], TMA_TILE.block_n)
-    return fill(n_tiles, hidden_states) >= min(0.8, K / 1380)
+    return wave_efficiency(n_tiles, hidden_states) >= min(0.8, K / 1380)
 
 
 def project_and_rotate(
@@ -206,8 +206,8 @@ def project_and_rotate(
     units = tile.block_n // group
     x, w = hidden_states, weight
     if tma:
-        x = describe(x, [M, K], [tile.block_m, tile.block_k])
-        w = describe(w, [N // unit, unit // group, group, K], [units, 1, group, tile.block_k])
+        x = descriptor_of(x, [M, K], [tile.block_m, tile.block_k])
+        w = descriptor_of(w, [N // unit, unit // group, group, K], [units, 1, group, tile.block_k])
     n_tiles = triton.cdiv(M, tile.block_m) * triton.cdiv(N // unit, units) * (unit // group)
     with torch.cuda.device_of(out):  # Triton launches on the current device, which need not be the tensor's
         _project_and_rotate[(min(n_tiles, tile.programs * multiprocessors(out.device)),)](
@@ -224,12 +224,12 @@ def rotate_qk_(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, interleave
     M, width = qkv.shape
     if M == 0:
         return
-    n_chunks = triton.cdiv(width // 3, PASS.pairs)
+    n_chunks = triton.cdiv(width // 3, ROTATE_PASS.pairs)
     with torch.cuda.device_of(qkv):
-        _rotate[(triton.cdiv(M, PASS.rows) * n_chunks,)](
+        _rotate_in_place[(triton.cdiv(M, ROTATE_PASS.rows) * n_chunks,)](
             qkv, cos, sin, M,
             H=num_heads, D=width // (3 * num_heads), INTERLEAVED=interleaved,
-            BLOCK_M=PASS.rows, BLOCK_P=PASS.pairs, num_warps=PASS.num_warps,
+            BLOCK_M=ROTATE_PASS.rows, BLOCK_P=ROTATE_PASS.pairs, num_warps=ROTATE_PASS.num_warps,
         )  # fmt: skip
 
 
@@ -243,7 +243,7 @@ def qkv_rope(
     interleaved: bool,
 ) -> Tensor:
     """Projection and rotation, `[S, C]` -> `[S, 3·H·D]`; see `qwenvit.ops.qkv_rope`."""
-    if interleaved and fused_wins(hidden_states, weight):
+    if interleaved and fused_is_faster(hidden_states, weight):
         return project_and_rotate(hidden_states, weight, bias, cos, sin, num_heads)
     qkv = F.linear(hidden_states, weight, bias)
     rotate_qk_(qkv, cos, sin, num_heads, interleaved)

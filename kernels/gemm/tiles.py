@@ -76,7 +76,7 @@ def accumulate(
 
 
 @triton.jit
-def halves(b_tile):
+def split_halves(b_tile):
     """The left and the right columns of a tile: both lie in each thread's registers, so nothing moves."""
     n_rows: tl.constexpr = b_tile.shape[0]
     n_cols: tl.constexpr = b_tile.shape[1]
@@ -144,7 +144,7 @@ def uses_tma(*matrices: Tensor) -> bool:
     )
 
 
-def fill(n_tiles: int, x: Tensor, programs: int = TMA_TILE.programs) -> float:
+def wave_efficiency(n_tiles: int, x: Tensor, programs: int = TMA_TILE.programs) -> float:
     """How full the rounds of tiles are, `programs` to a multiprocessor; 0 where cuBLAS is always the better choice.
 
     That is in fp32, without tensor cores, and on GPUs other than sm_90, for which these kernels are shaped.
@@ -155,7 +155,7 @@ def fill(n_tiles: int, x: Tensor, programs: int = TMA_TILE.programs) -> float:
     return n_tiles / (triton.cdiv(n_tiles, programs) * programs)
 
 
-def describe(tensor: Tensor, shape: list[int], block: list[int]) -> TensorDescriptor:
+def descriptor_of(tensor: Tensor, shape: list[int], block: list[int]) -> TensorDescriptor:
     """Descriptor of a contiguous tensor seen in another shape."""
     strides = [1] * len(shape)
     for i in range(len(shape) - 1, 0, -1):

@@ -32,7 +32,7 @@ class Grids(NamedTuple):
     room: Capacity
     """`need` itself where there is no graph."""
     table: Tensor
-    """Of `device_plan.tabulate`, in memory that a GPU reads by itself."""
+    """Of `device_plan.grid_table`, in memory that a GPU reads by itself."""
 
 
 def capacity_for(need: Capacity, merge_unit: int) -> Capacity:
@@ -60,13 +60,13 @@ def power(count: int) -> int:
     return 1 << (count - 1).bit_length()
 
 
-def capacity_of_one(patches: int, config: VisionConfig) -> Capacity:
+def single_image_capacity(patches: int, config: VisionConfig) -> Capacity:
     """The graph's capacity for one image of ordinary shape."""
     windows = 0 if config.window_size is None else 1
     return capacity_for(Capacity(patches, 1, windows, 1, 1), config.merge_unit)
 
 
-def reach_for(patches: int) -> int:
+def pool_patches_for(patches: int) -> int:
     """Patches of the largest graph, where one of so many is needed: up to an eighth more."""
     patches = max(patches, LEAST_REACH)
     step = power(patches) // 16

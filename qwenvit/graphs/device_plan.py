@@ -17,7 +17,7 @@ from qwenvit.plan.grid_plan import DevicePlan, Segments
 from qwenvit.plan.rope import rope_cos_sin
 
 
-def measure(grid: Tensor, config: VisionConfig) -> Capacity:
+def measure_grids(grid: Tensor, config: VisionConfig) -> Capacity:
     """What grids need.
 
     Args:
@@ -29,7 +29,7 @@ def measure(grid: Tensor, config: VisionConfig) -> Capacity:
     return Capacity(patches, int(t.sum()), windows, len(grid), int(max(h.max(), w.max())))
 
 
-def tabulate(grid: Tensor, config: VisionConfig, items: int) -> Tensor:
+def grid_table(grid: Tensor, config: VisionConfig, items: int) -> Tensor:
     """`[items + 1, 5]` int64 on the CPU: patches, frames and windows before each item; its rows and columns of patches.
 
     Rows past the last item hold the totals.
@@ -60,13 +60,13 @@ def angle_tables(config: VisionConfig, side: int, device: torch.device) -> tuple
     return cos[:, :quarter].contiguous(), sin[:, :quarter].contiguous()
 
 
-def compute(
+def compute_plan(
     table: Tensor, angles: tuple[Tensor, Tensor], config: VisionConfig, room: Capacity, impl: Impl
 ) -> DevicePlan:
     """The plan of the items in a table.
 
     Args:
-        table: of `tabulate`, on the device.
+        table: of `grid_table`, on the device.
         angles: of `angle_tables`, on the device.
         config: the tower's config.
         room: how large the tensors are; covers what the table holds.

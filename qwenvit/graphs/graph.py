@@ -16,7 +16,7 @@ from qwenvit.towers.fast import FastTower
 
 
 @dataclass(frozen=True)
-class Borrowed:
+class UnownedTensor:
     """A tensor without its memory, which the graph that uses it keeps, and others write to as well."""
 
     address: int
@@ -24,7 +24,7 @@ class Borrowed:
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, tensor: Tensor) -> "Borrowed":
+    def of(cls, tensor: Tensor) -> "UnownedTensor":
         """A tensor that may go now: `tensor` gives it back."""
         return cls(tensor.data_ptr(), tensor.shape, tensor.dtype)
 
@@ -63,21 +63,21 @@ class Graph:
         merge = config.spatial_merge_size
         self.merge_unit = config.merge_unit
         smallest = torch.tensor([[1, merge, merge]], device="cpu")
-        self.table = device_plan.tabulate(smallest, config, room.items).to(weight.device)
+        self.table = device_plan.grid_table(smallest, config, room.items).to(weight.device)
         self._shown: Tensor | None = None
 
-        def run() -> list[Borrowed]:
+        def run() -> list[UnownedTensor]:
             # As wide as a block's rows, so that these may lie there afterwards: torch gets memory from CUDA piece by
             # piece, and a tensor lies in one. (Qwen2.5-VL-7B at 1344² takes 250 MiB in all so, and 272 otherwise.)
             wide = weight.new_empty(room.patches * max(config.patch_dim, config.hidden_size))
             pixel_values = wide[: room.patches * config.patch_dim].view(room.patches, -1)
-            places = [Borrowed.of(pixel_values)]
-            plan = device_plan.compute(self.table, angles, config, room, tower.impl)
+            places = [UnownedTensor.of(pixel_values)]
+            plan = device_plan.compute_plan(self.table, angles, config, room, tower.impl)
             x = tower.embed(pixel_values, plan)
             del wide, pixel_values
             output = tower.transform(x, plan)
             outputs = [output.last_hidden_state, output.pooler_output, *output.deepstack_features]
-            return places + list(map(Borrowed.of, outputs))
+            return places + list(map(UnownedTensor.of, outputs))
 
         # Compiles kernels and sets libraries up, which a capture may not; on another stream, so that the capture's own
         # gets its cuBLAS workspace in the pool, where nobody else frees it.

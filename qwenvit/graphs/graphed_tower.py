@@ -19,14 +19,22 @@ from huggingface_hub.utils import tqdm
 from torch import Tensor, nn
 
 from qwenvit.graphs import device_plan
-from qwenvit.graphs.capacity import MOST_PATCHES, Capacity, Grids, capacity_for, capacity_of_one, power, reach_for
+from qwenvit.graphs.capacity import (
+    MOST_PATCHES,
+    Capacity,
+    Grids,
+    capacity_for,
+    pool_patches_for,
+    power,
+    single_image_capacity,
+)
 from qwenvit.graphs.graph import Graph
-from qwenvit.graphs.weight_guard import Watch
+from qwenvit.graphs.weight_guard import WeightGuard
 from qwenvit.outputs import TowerOutput
 from qwenvit.towers.fast import FastTower, refuse_gradients
 
 MOST_GRAPHS = 512
-"""Graphs kept; the one not used for longest makes room. They share memory (`_reach_out`), so each costs little."""
+"""Graphs kept; the one not used for longest makes room. They share memory (`_allocate_pool`), so each costs little."""
 MOST_GRIDS = 1024
 """Tables of grids that are kept."""
 CAPTURING = threading.Lock()
@@ -61,7 +69,7 @@ class GraphedTower:
     def _begin(self) -> None:
         weight = self.tower.patch_embed.weight
         self.device, self._is_fp32 = weight.device, weight.dtype == torch.float32
-        self._weights = Watch(self.tower)
+        self._weights = WeightGuard(self.tower)
         self._angles: dict[int, tuple[Tensor, Tensor]] = {}
         self._graphs: OrderedDict[tuple[Capacity, object], Graph] = OrderedDict()
         self._reach = 0
@@ -100,13 +108,13 @@ class GraphedTower:
             refuse_gradients(self._weights.parameters)
         return output
 
-    def let_go(self) -> None:
+    def release_memory(self) -> None:
         """Keep no memory of weights, which are about to be moved."""
         with self._lock, CAPTURING:  # as nobody may wait for a GPU during a capture
             torch.cuda.synchronize(self.device)  # graphs may be reading it
             self._weights.release()
 
-    def take_hold(self) -> bool:
+    def retain_memory(self) -> bool:
         """Keep it again, if they were not moved after all; whether that is so."""
         with self._lock:
             self._weights.hold()
@@ -128,16 +136,16 @@ class GraphedTower:
             with _plain(self.device):
                 angles = self._angles_for(power(grids.need.side))
                 table = grids.table.to(self.device, non_blocking=True)
-                plan = device_plan.compute(table, angles, self.tower.config, grids.need, self.tower.impl)
+                plan = device_plan.compute_plan(table, angles, self.tower.config, grids.need, self.tower.impl)
                 return self.tower(pixel_values.to(self.device), plan)
 
     def _prepare(self, grid: Tensor) -> Grids:
         key = grid.numpy().tobytes()
         if key not in self._grids:
             config = self.tower.config
-            need = device_plan.measure(grid, config)
+            need = device_plan.measure_grids(grid, config)
             room = capacity_for(need, config.merge_unit) if need.patches <= MOST_PATCHES else need
-            self._grids[key] = Grids(need, room, device_plan.tabulate(grid, config, room.items).pin_memory())
+            self._grids[key] = Grids(need, room, device_plan.grid_table(grid, config, room.items).pin_memory())
             if len(self._grids) > MOST_GRIDS:
                 self._grids.popitem(last=False)
         return self._grids[key]
@@ -164,7 +172,7 @@ class GraphedTower:
             raise ValueError(f"max_tokens: expected {expected}, got {patches // unit}")
         rooms, reached = [], unit
         while reached < patches + unit:
-            rooms.append(capacity_of_one(reached, self.tower.config))
+            rooms.append(single_image_capacity(reached, self.tower.config))
             reached = rooms[-1].patches + unit
         with self._lock:
             self._renew()
@@ -190,7 +198,7 @@ class GraphedTower:
             try:
                 with CAPTURING, _plain(self.device):
                     if room.patches > self._reach:
-                        self._reach_out(room.patches)
+                        self._allocate_pool(room.patches)
                     if key not in self._graphs:
                         self._capture(room)
             except BaseException:
@@ -199,7 +207,7 @@ class GraphedTower:
         self._graphs.move_to_end(key)
         return self._graphs[key]
 
-    def _reach_out(self, patches: int) -> None:
+    def _allocate_pool(self, patches: int) -> None:
         """Begin with a graph of so many patches or some more, whose memory is enough for all smaller ones.
 
         In rising order each would add memory: what a smaller one left is no place for its largest tensors. Smaller ones
@@ -207,8 +215,8 @@ class GraphedTower:
         """
         torch.cuda.synchronize(self.device)  # the graphs that go may still be running
         self._graphs.clear()
-        self._reach = reach_for(patches)
-        room = capacity_of_one(self._reach, self.tower.config)
+        self._reach = pool_patches_for(patches)
+        room = single_image_capacity(self._reach, self.tower.config)
         self._pool = torch.cuda.graph_pool_handle()
         self._capture(room)
 

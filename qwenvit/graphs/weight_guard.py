@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 
-class Watch:
+class WeightGuard:
     """The parameters of a module, where they lay when this was made, and whether anybody hooks on to it.
 
     Walking the modules of a tower takes half a millisecond, a fifth of a small image's time on the GPU. So the places
@@ -25,7 +25,7 @@ class Watch:
         self._parameters = _Entries(places)
         self.parameters = self._parameters.found
         self._hooks = [hooks for part in modules for hooks in (part._forward_pre_hooks, part._forward_hooks)]
-        self._lying = self._lie()
+        self._lying = self._snapshot()
         self.hold()
 
     def hold(self) -> None:
@@ -38,7 +38,7 @@ class Watch:
 
     def unchanged(self) -> bool:
         """Whether it has the same submodules and parameters still, at the same addresses and of the same dtypes."""
-        return self._modules.unchanged() and self._parameters.unchanged() and self._lie() == self._lying
+        return self._modules.unchanged() and self._parameters.unchanged() and self._snapshot() == self._lying
 
     def refuse_hooks(self) -> None:
         """ValueError where the module or a part of it has forward hooks: graphs run them at their capture alone."""
@@ -48,7 +48,7 @@ class Watch:
                 "call enc.tower(pixel_values, GridPlan.build(grid_thw, enc.config, enc.device))"
             )
 
-    def _lie(self) -> tuple[list[int], list[object]]:
+    def _snapshot(self) -> tuple[list[int], list[object]]:
         return list(map(Tensor.data_ptr, self.parameters)), list(map(attrgetter("dtype"), self.parameters))
 
 

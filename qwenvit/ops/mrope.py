@@ -46,7 +46,7 @@ def rope_index(
     grids = (image_grid_thw, video_grid_thw)
     arguments = (tokens, image_token, video_token, mask, *grids, seconds, scale, merge, frames_apart)
     if not use_triton(impl, tokens):
-        return mrope_host.rope_index(*arguments)
-    from qwenvit.kernels.rope_index import rope_index as launch
+        return mrope_host.host_rope_index(*arguments)
+    from qwenvit.kernels.rope_index import launch_rope_index
 
-    return launch(*arguments)
+    return launch_rope_index(*arguments)

@@ -61,7 +61,7 @@ def check_values(
             raise ValueError(f"second_per_grid_ts: expected seconds, 0 or more, got {between[item]} for video {item}")
 
 
-def rope_index(
+def host_rope_index(
     tokens: Tensor,
     image_token: int,
     video_token: int,

@@ -111,8 +111,8 @@ def patch_embed(
 
     Returns:
         `[patches, C]`. I/O: reads pixel_values, weight and table, writes the result. Besides, rows to be converted, or
-        to be reordered where `qwenvit.kernels.gemm.patch_embed.fused_wins` says no, are written and read once more, and
-        so are learned positions. 2 · patches · K · C FLOPs.
+        to be reordered where `qwenvit.kernels.gemm.patch_embed.fused_is_faster` says no, are written and read once
+        more, and so are learned positions. 2 · patches · K · C FLOPs.
     """
     check_floating("weight", weight, "[C, K]")
     check_floating("pixel_values", pixel_values, "[patches, K]")

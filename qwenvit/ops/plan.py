@@ -25,7 +25,7 @@ def grid_plan(
     """Positions, order, segments and table entries of packed grids; nothing is read back.
 
     Args:
-        table: `[items + 1, 5]` int64 (`qwenvit.graphs.device_plan.tabulate`); its values are trusted.
+        table: `[items + 1, 5]` int64 (`qwenvit.graphs.device_plan.grid_table`); its values are trusted.
         cos_table: `[positions, D / 4]` fp32, cosines of one axis' angles; positions reach beyond every row and column.
         sin_table: same.
         config: the tower's: merge size, windows, learned positions.
@@ -52,8 +52,8 @@ def grid_plan(
         raise ValueError(f"patches: expected a multiple of {config.merge_unit}, got {patches}")
     if not use_triton(impl, table):
         return reference.grid_plan(table, config, patches, frames, windows)
-    from qwenvit.kernels.grid_plan import grid_plan as launch
+    from qwenvit.kernels.grid_plan import launch_grid_plan
 
     merge = config.spatial_merge_size
     side = (config.window_size or 0) // config.patch_size // merge
-    return launch(table, cos_table, sin_table, patches, frames, windows, merge, side, config.position_grid)
+    return launch_grid_plan(table, cos_table, sin_table, patches, frames, windows, merge, side, config.position_grid)

@@ -234,13 +234,13 @@ class FastTower(nn.Module):
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
         """Move or convert, as any module; graphs that hold on to memory that is to be freed go, others stay."""
         if self.graphs is not None:
-            self.graphs.let_go()
+            self.graphs.release_memory()
         try:
             super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
         except BaseException:
             self.graphs = None  # some weights may have moved, and nobody holds the memory of any
             raise
-        if self.graphs is not None and not self.graphs.take_hold():
+        if self.graphs is not None and not self.graphs.retain_memory():
             self.graphs = None
         return self
 

@@ -75,7 +75,7 @@ def random_sizes(config: VisionConfig) -> list[Case]:
     while len(cases) < RANDOM_SIZES:
         h, w = (draw.randrange(8, 50) * merge for _ in range(2))
         case = Case(f"{h}×{w}", ((1, h, w),))
-        room = capacity_for(device_plan.measure(case.grid_thw(), config), config.merge_unit)
+        room = capacity_for(device_plan.measure_grids(case.grid_thw(), config), config.merge_unit)
         if room.patches > case.patches:
             cases.append(case)
     return cases

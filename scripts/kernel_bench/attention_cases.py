@@ -100,7 +100,7 @@ def attention_case(
         truth=truth,
         stick=Run(functools.partial(ours, impl="reference")),
         fewest_bytes=fewest,
-        pass_bytes={"_rotate": layout_bytes(tokens, heads, head_dim)},
+        pass_bytes={"_rotate_by_head": layout_bytes(tokens, heads, head_dim)},
         flops=4 * int((lengths**2).sum()) * heads * head_dim,
         bars={name: _bars(name, tokens, head_dim, windows, interleaved, tuple(libraries)) for name in CONTENDERS},
     )

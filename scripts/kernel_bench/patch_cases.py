@@ -96,7 +96,7 @@ def patch_case(model: str, side: int, pixels: torch.dtype | None) -> Case:
         section="patch",
         floors={**case.floors, **bare},
         bars={"qwenvit": (bar,)},
-        pass_bytes={"_stage": 2 * tokens * columns * ITEM, "_position_rows": 2 * tokens * width * ITEM},
+        pass_bytes={"_convert_rows": 2 * tokens * columns * ITEM, "_add_position_rows": 2 * tokens * width * ITEM},
     )
 
 

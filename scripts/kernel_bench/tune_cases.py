@@ -71,7 +71,7 @@ def ordered_patches(side: int) -> Shape:
     """The patch embedding's product, whose tile is an argument."""
 
     def call(x: Inputs) -> Any:
-        return patch_embed.embed_to_order(x["pixels"], x["padded"], None, x["restore"], 4, patch_embed.TILE)
+        return patch_embed.embed_to_order(x["pixels"], x["padded"], None, x["restore"], 4, patch_embed.PATCH_TILE)
 
     return dataclasses.replace(of_case(patch_case("Qwen2.5-VL", side, None)), call=call)
 
@@ -97,15 +97,15 @@ def knobs(tma: bool = True) -> list[Knob]:
     either = (True, False)
     return [
         Knob("attention.window", "window_config", grid(heads=(1, 2, 4), num_stages=(2, 3)), shapes(windows)),
-        Knob("attention.varlen", "long_config", LONG_CHANGES, tuple(of_case(case, "portable") for case in images)),
+        Knob("attention.varlen", "varlen_config", VARLEN_CHANGES, tuple(of_case(case, "portable") for case in images)),
         Knob("attention.rotate", "ROTATE", grid(rows=(4, 8, 16), heads=(8, 16), num_warps=(4,)),
              rotations(in_place=False)),
-        Knob("gemm.qkv_rope", "PASS", grid(rows=(2, 4, 8), pairs=(128, 256), num_warps=(4, 8)),
+        Knob("gemm.qkv_rope", "ROTATE_PASS", grid(rows=(2, 4, 8), pairs=(128, 256), num_warps=(4, 8)),
              rotations(in_place=True)),
         Knob("gemm.tiles", tile, tiles, products(tile)),
         Knob("gemm.qkv_rope", "group_of", (16, 32, 64), products(tile, ("qkv_rope",))),
-        Knob("gemm.qkv_rope", "fused_wins", either, tuple(of_case(case, "dispatch") for case in qkv)),
-        Knob("gemm.mlp", "fused_wins", either, tuple(of_case(case, "dispatch") for case in halves)),
+        Knob("gemm.qkv_rope", "fused_is_faster", either, tuple(of_case(case, "dispatch") for case in qkv)),
+        Knob("gemm.mlp", "fused_is_faster", either, tuple(of_case(case, "dispatch") for case in halves)),
         Knob("gemm.mlp", "GATE_PASS", grid(rows=(1, 2, 4), cols=(1024, 2048), num_warps=(4, 8)),
              shapes([activation_case("swiglu", 3456, tokens) for tokens in (4096, 9216)])),
         Knob("gemm.mlp", "ACTIVATION_PASS", grid(block=(1024, 2048, 4096, 8192), num_warps=(4, 8)),
@@ -116,8 +116,8 @@ def knobs(tma: bool = True) -> list[Knob]:
         Knob("spatial_merge", "AVERAGE_BLOCK", (256, 512, 1024, 2048), shapes([map_case("average", 1280, 9216)])),
         Knob("gemm.patch_embed", "PASS_WARPS", (1, 2, 4),
              shapes([positions_case(1152, add, tokens) for add in either for tokens in (1024, 9216)])),
-        *([Knob("gemm.patch_embed", "TILE", TMA_CHANGES, tuple(map(ordered_patches, SIDES)))] if tma else []),
-        Knob("gemm.patch_embed", "fused_wins", either, shapes(patches)),
+        *([Knob("gemm.patch_embed", "PATCH_TILE", TMA_CHANGES, tuple(map(ordered_patches, SIDES)))] if tma else []),
+        Knob("gemm.patch_embed", "fused_is_faster", either, shapes(patches)),
     ]  # fmt: skip
 
 
@@ -132,7 +132,7 @@ TMA_CHANGES = (
     *grid(block_m=(64,), block_n=(128,), num_warps=(4,), num_stages=(4,), programs=(2,)),
 )
 POINTER_CHANGES = grid(block_m=(64, 128), block_k=(32, 64), num_warps=(4, 8), num_stages=(3, 4))
-LONG_CHANGES = (
+VARLEN_CHANGES = (
     *grid(block_m=(64,), block_n=(64, 128), num_warps=(4,), num_stages=(3, 4), maxnreg=(None, 168)),
     *grid(block_m=(128,), block_n=(64, 128), num_warps=(8,), num_stages=(2, 3), maxnreg=(128,)),
 )

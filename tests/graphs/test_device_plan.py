@@ -20,13 +20,13 @@ grids = st.lists(st.tuples(st.integers(1, 3), st.integers(1, 14), st.integers(1,
 
 def check(config, grid, spare, impl):
     grid = torch.tensor(grid) * torch.tensor([1, 2, 2])
-    need = device_plan.measure(grid, config)
+    need = device_plan.measure_grids(grid, config)
     room = device_plan.Capacity(
         need.patches + 4 * spare, need.frames + spare, need.windows + spare, need.items + spare, need.side + spare
     )
-    table = device_plan.tabulate(grid, config, room.items).to(DEVICE)
+    table = device_plan.grid_table(grid, config, room.items).to(DEVICE)
     angles = device_plan.angle_tables(config, room.side, torch.device(DEVICE))
-    ours, plan = device_plan.compute(table, angles, config, room, impl), GridPlan.build(grid, config, DEVICE)
+    ours, plan = device_plan.compute_plan(table, angles, config, room, impl), GridPlan.build(grid, config, DEVICE)
     n = plan.num_patches
     assert n == need.patches
     assert torch.equal(ours.cos[:n], plan.cos)
@@ -62,7 +62,7 @@ def test_large_and_long_grids(name):
 def test_bad_arguments():
     config = CONFIGS["qwen2_vl"]
     angles = device_plan.angle_tables(config, 8, torch.device("cpu"))
-    table = device_plan.tabulate(torch.tensor([[1, 4, 4]]), config, 1)
+    table = device_plan.grid_table(torch.tensor([[1, 4, 4]]), config, 1)
     with pytest.raises(ValueError, match="patches: expected a multiple of 4, got 18"):
         ops.grid_plan(table, *angles, config, 18, 1, 0)
     with pytest.raises(TypeError, match=r"table: expected torch\.int64"):

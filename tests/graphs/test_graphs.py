@@ -206,8 +206,8 @@ def test_garbage_waits_for_the_end_of_a_capture(monkeypatch):
             assert len([[] for _ in range(100_000)]) > 0  # more than the collector lets pass
         return compute(*arguments)
 
-    compute = device_plan.compute
-    monkeypatch.setattr(device_plan, "compute", litter)
+    compute = device_plan.compute_plan
+    monkeypatch.setattr(device_plan, "compute_plan", litter)
     pixels = pixels_of([[1, 16, 16]], enc)
     output = enc(pixels, torch.tensor([[1, 16, 16]]))
     assert not garbage

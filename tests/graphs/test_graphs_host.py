@@ -15,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwenvit.graphs.capacity import Capacity, capacity_for, reach_for
+from qwenvit.graphs.capacity import Capacity, capacity_for, pool_patches_for
 from qwenvit.graphs.graphed_tower import CAPTURING, GraphedTower, graphs_of
 from qwenvit.towers.fast import FastTower
 from support.towers import FULL
@@ -147,4 +147,4 @@ def test_either_way_of_choosing_tf32_is_understood():
 
 @given(st.integers(1, 2**15))
 def test_the_largest_graph_is_little_larger_than_needed(patches):
-    assert patches <= reach_for(patches) <= max(4096, patches * 9 / 8)
+    assert patches <= pool_patches_for(patches) <= max(4096, patches * 9 / 8)

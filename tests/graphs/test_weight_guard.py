@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from qwenvit.graphs.weight_guard import Watch
+from qwenvit.graphs.weight_guard import WeightGuard
 
 
 def module():
@@ -32,18 +32,18 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_changes_are_noticed(change):
     parts = module().requires_grad_(False)
-    watch = Watch(parts)
+    watch = WeightGuard(parts)
     assert watch.unchanged()
     CHANGES[change](parts)
     assert not watch.unchanged()
-    assert Watch(parts).unchanged()
+    assert WeightGuard(parts).unchanged()
 
 
 @pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
 @pytest.mark.parametrize("part", [lambda parts: parts, lambda parts: parts[1][0]])
 def test_hooks_are_refused_as_long_as_they_are_there(register, part):
     parts = module()
-    watch = Watch(parts)
+    watch = WeightGuard(parts)
     watch.refuse_hooks()
     handle = getattr(part(parts), register)(lambda *_: None)
     with pytest.raises(ValueError, match=r"no forward hooks, which CUDA graphs leave out; use impl='reference'"):
@@ -55,7 +55,7 @@ def test_hooks_are_refused_as_long_as_they_are_there(register, part):
 
 def test_new_values_in_their_places_are_none():
     parts = module()
-    watch = Watch(parts)
+    watch = WeightGuard(parts)
     parts.load_state_dict({name: torch.ones_like(x) for name, x in parts.state_dict().items()})
     parts.to("cpu", torch.float32).requires_grad_(False).eval()
     assert watch.unchanged()

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 KERNELS = {
-    "_activate", "_average", "_bound", "_concat", "_count", "_gate", "_long_attention", "_place", "_position_rows",
-    "_project_and_activate", "_project_and_rotate", "_rotate", "_stage", "_window_attention", "norm_rows",
+    "_activate", "_add_position_rows", "_bound_segments", "_convert_rows", "_count_tokens", "_merge_average",
+    "_merge_concat", "_place_patches", "_place_tokens", "_project_and_activate", "_project_and_rotate",
+    "_rotate_by_head", "_rotate_in_place", "_swiglu", "_varlen_attention", "_window_attention", "norm_rows",
 }  # fmt: skip
-WITH_TMA = {"_embed"}
+WITH_TMA = {"_embed_patches"}
 SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
 """Bytes a block may have."""
 SPILLED = {"sm_80": 380, "sm_90": 0, "sm_100": 0}

@@ -19,7 +19,7 @@ from triton.experimental.gluon import language as gl
 
 from qwenvit.kernels.attention import hopper as kernel
 from qwenvit.kernels.attention.hopper import hopper_attention
-from qwenvit.kernels.attention.hopper_producer import saves_a_round, tile_heights, used_heights
+from qwenvit.kernels.attention.hopper_producer import saves_a_wave, tile_heights, used_heights
 from qwenvit.ops import reference as plain_torch
 from support.rope_attention_cases import HEAD_DIMS, error, packed, poisoned, truth
 
@@ -86,9 +86,9 @@ def test_compiles_without_spills_and_serialised_products(tmp_path):
 
 
 def test_tiles_across_heads_are_taken_where_a_round_is_saved():
-    taken = [n_units for n_units in range(1, 200) if saves_a_round(64 * n_units, 16, 132)]
+    taken = [n_units for n_units in range(1, 200) if saves_a_wave(64 * n_units, 16, 132)]
     assert taken == [49, 73, 74, 148, 172, 173]
-    assert saves_a_round(ACROSS_HEADS - 63, 16, 132)
+    assert saves_a_wave(ACROSS_HEADS - 63, 16, 132)
     for n_units in taken:
         units, n_tall = tile_heights.fn(64 * n_units, 1, 16, 132)
         heights = [3, 2][: units - 1]
@@ -165,7 +165,7 @@ def test_thousand_random_layouts(head_dim):
         q, k, v = packed(bounds[-1] + spare, heads, head_dim, torch.bfloat16, "cuda", seed=seed)
         with (
             mock.patch.object(kernel, "_multiprocessors", return_value=programs),  # other tiles, and other shares
-            mock.patch.object(kernel, "saves_a_round", return_value=seed % 2 == 0),
+            mock.patch.object(kernel, "saves_a_wave", return_value=seed % 2 == 0),
         ):
             out = attend(q, k, v, bounds + [bounds[-1]] * (integer(20) if seed % 5 else 0))
         right = truth(*(x[: bounds[-1]] for x in (q, k, v)), None, None, bounds)
@@ -235,7 +235,7 @@ def test_tiles_that_run_on_from_head_to_head(dtype, head_dim, programs, heads):
         for across in (False, True):
             with (
                 mock.patch.object(kernel, "_multiprocessors", return_value=programs),
-                mock.patch.object(kernel, "saves_a_round", return_value=across),
+                mock.patch.object(kernel, "saves_a_wave", return_value=across),
             ):
                 found += [attend(q, k, v, [0, length]) for _ in range(3)]
         assert all(torch.equal(out[:length], found[0][:length]) for out in found[1:])

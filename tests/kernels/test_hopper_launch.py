@@ -22,10 +22,10 @@ def test_launches_without_making_descriptors_again():
     first, launches = attend(q, k, v, bounds), []
 
     def spy(*arguments):
-        launches.append(hopper_launch.launch_of(*arguments))
+        launches.append(hopper_launch.cached_launch(*arguments))
         return launches[-1]
 
-    with mock.patch.object(kernel, "launch_of", spy):
+    with mock.patch.object(kernel, "cached_launch", spy):
         for _ in range(3):
             assert torch.equal(attend(q, k, v, bounds), first)
     assert launches[0] is launches[2]

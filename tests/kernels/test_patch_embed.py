@@ -94,7 +94,7 @@ def test_the_product_to_order_when_it_is_not_the_fastest(dtype, monkeypatch):
 
     if GPU and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("needs a GPU with TMA")
-    monkeypatch.setattr(patch_embed, "fused_wins", lambda *_: True)
+    monkeypatch.setattr(patch_embed, "fused_is_faster", lambda *_: True)
     for patches, width, patch_dim in ((40, 56, 72), (300, 264, 136)):
         pixel_values, weight = outliers(patches, patch_dim, dtype=dtype), outliers(width, patch_dim, dtype=dtype) / 8
         padded = torch.nn.functional.pad(weight, (0, 8))[:, :patch_dim]

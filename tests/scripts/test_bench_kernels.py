@@ -155,7 +155,7 @@ def test_a_library_never_meets_a_bar_of_ours():
     figures = Figures({"fused": 1.0, "rival": 2.0}, Ceilings(4e12, 7e14), 4 * 10**12)
     bar = Bar("over rival", lambda f: f.over("fused", "rival"), 1.08)
     assert bar.verdict(figures, ["_project_and_rotate"]) == (2.0, True)
-    assert bar.verdict(figures, ["cuBLAS", "_rotate"]) == (2.0, False)
+    assert bar.verdict(figures, ["cuBLAS", "_rotate_in_place"]) == (2.0, False)
     assert bar.verdict(figures, []) == (2.0, False)
     assert dataclasses.replace(bar, any_kernel=True).verdict(figures, ["cuBLAS"]) == (2.0, True)
     assert Bar("of one pass", lambda f: f.seconds["rival"] / f.one_pass, 1.7, at_most=True).verdict(
@@ -174,7 +174,7 @@ def test_names_of_kernels():
 def row_of(case: Case, name: str) -> kernel_report.Row:
     return {
         "section": case.section, "series": case.series, "title": case.title, "ours": name, "tokens": case.tokens,
-        "head_dim": case.head_dim, "kernels": ["_rotate", "cuBLAS"], "microseconds": 12.34, "tflops": 3.21,
+        "head_dim": case.head_dim, "kernels": ["_rotate_in_place", "cuBLAS"], "microseconds": 12.34, "tflops": 3.21,
         "gigabytes": 2345.6, "roofline": 0.512, "moved_bytes": 2e6, "fewest_bytes": 1e6, "peak_bytes": 0,
         "torch_peak_bytes": 2**20, "rivals": dict.fromkeys(case.rivals, 20.0),
         "floors": dict.fromkeys(case.floors, 9.0), "over_best": 1.62,
@@ -189,7 +189,7 @@ def test_rows_fit_their_head():
         row = kernel_report.table_row(row_of(case, next(iter(case.ours))), others)
         assert head.count("|") == line.count("|") == row.count("|")
     assert row.endswith("| 1.62× | 1.620× over cuDNN (≥ 2.2) ✗ |")
-    assert "| `_rotate` + cuBLAS | **12.3** | 3.2 | 2346 | 51% | 2.0 / 1.0 MB | 0.0 (1.0) | – | 20.0 |" in row
+    assert "| `_rotate_in_place` + cuBLAS | **12.3** | 3.2 | 2346 | 51% | 2.0 / 1.0 MB | 0.0 (1.0) | – | 20.0 |" in row
 
 
 def test_compile_times():

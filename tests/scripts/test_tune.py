@@ -65,7 +65,7 @@ def test_candidates_change_what_functions_choose():
 
 
 def test_a_candidate_is_used_by_the_kernel_and_gives_the_same():
-    passes = knob("gemm.qkv_rope.PASS")
+    passes = knob("gemm.qkv_rope.ROTATE_PASS")
     case = attention_case(56, 4, 64, False, {}, heads=2)
     shape = Shape("tiny", case.inputs, lambda x: ops.rotate_qk_(x["turned"], x["cos"], x["sin"], 2, impl="triton"))
     inputs = shape.inputs(torch.device("cpu"), torch.float32)
@@ -78,15 +78,15 @@ def test_a_candidate_is_used_by_the_kernel_and_gives_the_same():
 
 
 def test_the_best_constant_over_all_shapes_is_proposed(monkeypatch, capsys):
-    passes = knob("gemm.qkv_rope.PASS")
-    third = full(qkv_rope.PASS, passes.candidates[3])
+    passes = knob("gemm.qkv_rope.ROTATE_PASS")
+    third = full(qkv_rope.ROTATE_PASS, passes.candidates[3])
     places = dict.fromkeys(range(-1, len(passes.candidates)), 2.0)
     seconds = iter([places | {3: 1.0}, places | {5: 1.9}] * len(passes.shapes))
-    monkeypatch.setattr(tune, "measure", lambda *_: ([qkv_rope.PASS], next(seconds)))
+    monkeypatch.setattr(tune, "measure", lambda *_: ([qkv_rope.ROTATE_PASS], next(seconds)))
     none_failed = [[""] * len(passes.shapes) for _ in passes.candidates]
     assert tune.tune(passes, none_failed) == third
     assert capsys.readouterr().out.splitlines()[0].endswith(f"| {spelled(third)} | 1000000.0 | 2.00× |")
-    monkeypatch.setattr(tune, "measure", lambda *_: ([qkv_rope.PASS], places))
+    monkeypatch.setattr(tune, "measure", lambda *_: ([qkv_rope.ROTATE_PASS], places))
     assert tune.tune(passes, none_failed) is None
     assert capsys.readouterr().out.splitlines()[0].endswith("| 2000000.0 | same | same | same |")
     monkeypatch.setattr(tune, "measure", lambda *_: ([], places))

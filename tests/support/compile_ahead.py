@@ -20,9 +20,9 @@ from triton.runtime.jit import JITFunction
 
 from qwenvit import ops
 from qwenvit.config.published import PUBLISHED
-from qwenvit.graphs.device_plan import tabulate
+from qwenvit.graphs.device_plan import grid_table
 from qwenvit.kernels.gemm import tiles as gemm
-from qwenvit.kernels.grid_plan import grid_plan
+from qwenvit.kernels.grid_plan import launch_grid_plan
 
 PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
@@ -102,9 +102,9 @@ def call_everything(dtype: torch.dtype) -> None:
     angles = torch.zeros(64, 18)
     for name in ("qwen2_5_vl-7b", "qwen3_vl-8b"):
         config = PUBLISHED[name].config
-        table = tabulate(torch.tensor([[1, 16, 16]], device="cpu"), config, 2).to(angles.device)
+        table = grid_table(torch.tensor([[1, 16, 16]], device="cpu"), config, 2).to(angles.device)
         side = 4 if config.window_size else 0
-        grid_plan(table, angles, angles, 256, 8, 16, 2, side, config.position_grid)
+        launch_grid_plan(table, angles, angles, 256, 8, 16, 2, side, config.position_grid)
     types, grid = torch.zeros(2, 600, dtype=torch.int64), torch.ones(3, 3, dtype=torch.int64)
     for apart in (False, True):
         seconds = None if apart else tensor(3)
