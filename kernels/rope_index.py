@@ -7,7 +7,8 @@ token moves the sequence on by one position, an image or video by its longer sid
 
 and the image a token belongs to is found by its rank among all image tokens, in a table of the grids' running sums.
 `_count_tokens` writes, for each chunk of a row, its three counts, and the two tables; `_place_tokens` sums the counts
-before its own chunk and writes positions. A grid that does not fit the tokens gives wrong positions, never an address outside.
+before its own chunk and writes positions. A grid that does not fit the tokens gives wrong positions, never an
+address outside.
 """
 
 import torch
