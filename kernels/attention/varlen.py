@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qwenvit.kernels.attention.rotate import rotate_by_head, split_channels, stride_unit, with_small_strides
+from qwenvit.kernels.device import capability, tuning
 
 LOG2_E = 1.4426950408889634
 
@@ -242,11 +243,7 @@ class VarlenConfig:
     maxnreg: int | None
 
 
-SMALL = 264
-"""Tiles of 64 queries that are few: two for each of an H200's 132 multiprocessors."""
-
-
-def varlen_config(dtype: torch.dtype, capability: int, head_dim: int, n_tokens: int, n_heads: int) -> VarlenConfig:
+def varlen_config(dtype: torch.dtype, major: int, head_dim: int, n_tokens: int, n_heads: int) -> VarlenConfig:
     """Launch config. `block_n` orders the sums, so it knows nothing of the neighbours a segment may have.
 
     Times are of attention alone, 16 heads in bf16 on an H200.
@@ -254,11 +251,12 @@ def varlen_config(dtype: torch.dtype, capability: int, head_dim: int, n_tokens: 
     if dtype == torch.float32:  # no tensor cores in IEEE fp32: a small tile, whose operands lie in registers
         return VarlenConfig(block_m=32, block_n=32, num_warps=8, num_stages=2, maxnreg=None)
     n_tiles = triton.cdiv(n_tokens, 64) * n_heads
-    if capability != 9 or n_tiles <= SMALL:
+    tuned = tuning(major)
+    if major != 9 or n_tiles <= 2 * tuned.multiprocessors:
         # As many stages as let a multiprocessor hold two programs: it would take a third from another that has one
         # (1024 tokens, head_dim 72 and 80: 17.3 µs, with three programs 21.4).
         return VarlenConfig(block_m=64, block_n=64, num_warps=4, num_stages=5 if head_dim == 64 else 4, maxnreg=None)
-    if head_dim == 64 or (head_dim == 80 and n_tiles >= 1000):
+    if head_dim == 64 or (head_dim == 80 and n_tiles >= tuned.many_query_tiles):
         # Two programs of 128 queries: 9216 tokens of head_dim 64 and 80 took 785 and 952 µs, with three programs of 64
         # queries 828 and 1005; 2304 tokens of 80, 91 and 78.
         return VarlenConfig(block_m=128, block_n=64, num_warps=8, num_stages=4 if head_dim == 64 else 3, maxnreg=128)
@@ -283,8 +281,8 @@ def varlen_attention(
         q, k, v = rotate_by_head(q, k, v, cos, sin, interleaved)
     else:
         q, k, v = (split_channels(with_small_strides(x)) for x in (q, k, v))
-    capability = torch.cuda.get_device_capability(out.device)[0] if out.is_cuda else 0
-    config = varlen_config(out.dtype, capability, D, S, H)
+    major = capability(out.device)[0] if out.is_cuda else 0
+    config = varlen_config(out.dtype, major, D, S, H)
     views = (*q, *k, *v)
     size = stride_unit(*views)
     options = {} if config.maxnreg is None else {"maxnreg": config.maxnreg}

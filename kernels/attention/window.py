@@ -22,6 +22,7 @@ from qwenvit.kernels.attention.varlen import (
     softmax_step,
     store_tiles,
 )
+from qwenvit.kernels.device import capability, tuning
 
 WINDOW = 64
 """Tokens of a window's tile."""
@@ -162,7 +163,7 @@ class WindowConfig:
     maxnreg: int | None
 
 
-def window_config(dtype: torch.dtype, capability: int, n_heads: int, n_windows: int) -> WindowConfig:
+def window_config(dtype: torch.dtype, major: int, n_heads: int, n_windows: int) -> WindowConfig:
     """Launch config of windows of at most `WINDOW` tokens; it leaves the order of every sum as it is.
 
     Measured on an H200 (132 multiprocessors) at head_dim 80 with 16 heads, in several runs. A cap of 168 registers
@@ -174,12 +175,13 @@ def window_config(dtype: torch.dtype, capability: int, n_heads: int, n_windows: 
     if dtype == torch.float32:  # no tensor cores in IEEE fp32: more threads, fewer sums each
         return WindowConfig(heads=1, num_warps=8, num_stages=1, maxnreg=None)
     n = n_windows * n_heads
-    heads, num_stages = (1, 2) if n <= 132 else (2, 3) if n <= 4 * 132 else (2, 2)
-    if 6 * 132 < n <= 8 * 132:  # two programs of four heads, each with three stages, on every multiprocessor
+    wave = tuning(major).multiprocessors
+    heads, num_stages = (1, 2) if n <= wave else (2, 3) if n <= 4 * wave else (2, 2)
+    if 6 * wave < n <= 8 * wave:  # two programs of four heads, each with three stages, on every multiprocessor
         heads, num_stages = 4, 3
     while n_heads % heads:
         heads //= 2
-    if capability != 9:
+    if major != 9:
         return WindowConfig(heads, num_warps=8, num_stages=num_stages, maxnreg=None)
     return WindowConfig(heads, num_warps=4, num_stages=num_stages, maxnreg=168)
 
@@ -199,9 +201,9 @@ def window_attention(
     S, H, D = q.shape
     n_segments = len(cu_seqlens) - 1
     q, k, v = with_small_strides(q), with_small_strides(k), with_small_strides(v)
-    capability = torch.cuda.get_device_capability(q.device)[0] if q.is_cuda else 0
+    major = capability(q.device)[0] if q.is_cuda else 0
     # Of windows there may be room for more than there are tokens to fill them.
-    config = window_config(q.dtype, capability, H, min(n_segments, triton.cdiv(S, WINDOW)))
+    config = window_config(q.dtype, major, H, min(n_segments, triton.cdiv(S, WINDOW)))
     size = stride_unit(q, k, v)
     n_groups = H // config.heads
     options = {} if config.maxnreg is None else {"maxnreg": config.maxnreg}

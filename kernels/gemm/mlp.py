@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwenvit.kernels.device import multiprocessors
+from qwenvit.kernels.device import capability, multiprocessors, tuning
 from qwenvit.kernels.gemm.tiles import (
     POINTER_TILE,
     TMA_TILE,
@@ -194,10 +194,12 @@ def fused_is_faster(x: Tensor, weight: Tensor, act: str) -> bool:
         return False
     M, K = x.shape
     n_tiles = triton.cdiv(M, TMA_TILE.block_m) * triton.cdiv(weight.shape[0], TMA_TILE.block_n)
+    tuned = tuning(capability(x.device)[0])
     if act == "swiglu":
-        return wave_efficiency(n_tiles, x) >= 0.8
-    single = n_tiles <= TMA_TILE.programs * multiprocessors(x.device)
-    return wave_efficiency(n_tiles, x) >= (0.95 if single else min(0.77, K / 1380))
+        return wave_efficiency(n_tiles, x) >= tuned.swiglu_wave_efficiency
+    if n_tiles <= TMA_TILE.programs * multiprocessors(x.device):
+        return wave_efficiency(n_tiles, x) >= tuned.activation_single_wave_efficiency
+    return wave_efficiency(n_tiles, x) >= min(tuned.activation_wave_efficiency, K / tuned.narrow_width)
 
 
 def project_and_activate(

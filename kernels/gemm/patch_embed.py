@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwenvit.kernels.device import multiprocessors
+from qwenvit.kernels.device import capability, multiprocessors, tuning
 from qwenvit.kernels.gemm.tiles import (
     TensorDescriptor,
     Tile,
@@ -140,7 +140,8 @@ def fused_is_faster(pixel_values: Tensor, weight: Tensor) -> bool:
     """
     n_tiles = triton.cdiv(len(pixel_values), PATCH_TILE.block_m) * triton.cdiv(len(weight), PATCH_TILE.block_n)
     readable = pixel_values.dtype == weight.dtype and uses_tma(pixel_values, weight)
-    return readable and wave_efficiency(n_tiles, weight, PATCH_TILE.programs) >= 0.65
+    threshold = tuning(capability(weight.device)[0]).patch_wave_efficiency
+    return readable and wave_efficiency(n_tiles, weight, PATCH_TILE.programs) >= threshold
 
 
 def embed_to_order(

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwenvit.kernels.device import multiprocessors
+from qwenvit.kernels.device import capability, multiprocessors, tuning
 from qwenvit.kernels.gemm.tiles import (
     POINTER_TILE,
     TMA_TILE,
@@ -179,7 +179,8 @@ def fused_is_faster(hidden_states: Tensor, weight: Tensor) -> bool:
     """
     M, K = hidden_states.shape
     n_tiles = triton.cdiv(M, TMA_TILE.block_m) * triton.cdiv(weight.shape[0], TMA_TILE.block_n)
-    return wave_efficiency(n_tiles, hidden_states) >= min(0.8, K / 1380)
+    tuned = tuning(capability(hidden_states.device)[0])
+    return wave_efficiency(n_tiles, hidden_states) >= min(tuned.qkv_wave_efficiency, K / tuned.narrow_width)
 
 
 def project_and_rotate(
