@@ -1,5 +1,6 @@
 # make demo   a virtual environment, the package, and the bundled pictures encoded
-# make test   the same, then every test
+# make test   the same, then the tests
+# make test-all   also the long ones
 # make lint   ruff and the type checker
 #
 # PYTHON picks the interpreter (3.11 or later), VENV the environment's folder.
@@ -10,13 +11,16 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --c
 # A strict editable install lists every file, so that type checkers find qwenvit.kernels and qwenvit.weights.
 EDITABLE := --config-settings editable_mode=strict --editable
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-all lint clean
 
 demo: $(VENV)/qwenvit
 	$(VENV)/bin/qwenvit encode scripts/pictures --model demo --output demo-output/embeddings.safetensors
 	$(VENV)/bin/qwenvit picture scripts/pictures/landscape.png --model demo --output demo-output/features.png
 
 test: $(VENV)/test
+	$(VENV)/bin/python -m pytest -n auto -m "not long"
+
+test-all: $(VENV)/test
 	$(VENV)/bin/python -m pytest -n auto
 
 lint: $(VENV)/test

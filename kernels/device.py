@@ -1,7 +1,6 @@
 """What launchers ask of a GPU: its multiprocessors, its compute capability, and the constants tuned for it.
 
-Everything that was measured on one GPU and would be measured again for another is in a `Tuning`; add one to `TUNINGS`
-for a new GPU.
+A `Tuning` has every constant that depends on the GPU it was measured on. Add one to `TUNINGS` for a new GPU.
 """
 
 import functools
@@ -12,28 +11,29 @@ import torch
 
 @dataclass(frozen=True)
 class Tuning:
-    """Thresholds of the launch decisions, from measurements on one kind of GPU (TUNING.md).
+    """Thresholds of launch decisions, measured on one kind of GPU (TUNING.md).
 
-    Wave efficiency is the share of a GPU's program slots that the waves of a launch fill.
+    Wave efficiency is the share of a GPU's program slots that a launch fills, averaged over its waves. A fused kernel
+    runs from its threshold on; below it, cuBLAS and a separate pass run.
     """
 
     multiprocessors: int
-    """Multiprocessors of the measured GPU; numbers of windows and tiles are compared with multiples of it."""
+    """Multiprocessors of the measured GPU. Launch decisions compare numbers of windows and tiles with it."""
     qkv_wave_efficiency: float
-    """From this wave efficiency on, QKV with fused RoPE beats cuBLAS and a separate pass."""
+    """Threshold of the QKV projection with fused RoPE."""
     swiglu_wave_efficiency: float
-    """The same for the fused SwiGLU projection."""
+    """Threshold of the fused SwiGLU projection."""
     activation_wave_efficiency: float
-    """The same for a fused activation whose tiles take several waves."""
+    """Threshold of a projection with a fused activation whose tiles take several waves."""
     activation_single_wave_efficiency: float
-    """The same for a fused activation whose tiles take one wave."""
+    """Threshold of a projection with a fused activation whose tiles take one wave."""
     patch_wave_efficiency: float
-    """The same for the patch embedding that writes rows in the tower's order."""
+    """Threshold of the patch embedding that writes rows in the tower's order."""
     narrow_width: int
-    """Narrower inputs lower the QKV and activation thresholds to their width over this one: the separate pass is then
-    a larger part of the whole."""
+    """Inputs of K columns have QKV and activation thresholds of at most K / narrow_width: the narrower the input, the
+    larger the separate pass's share of the time."""
     many_query_tiles: int
-    """From this number of tiles of 64 queries on, attention of head_dim 80 takes tiles of 128."""
+    """From this many tiles of 64 queries on, attention of head_dim 80 uses tiles of 128 queries."""
 
 
 H200 = Tuning(
@@ -47,21 +47,21 @@ H200 = Tuning(
     many_query_tiles=1000,
 )
 TUNINGS = {9: H200}
-"""By major compute capability."""
+"""Constants by major compute capability."""
 
 
 def tuning(major: int) -> Tuning:
-    """Return the constants for GPUs of a major compute capability; the H200's where none were measured."""
+    """Return the constants for GPUs of a major compute capability; the H200's if none were measured."""
     return TUNINGS.get(major, H200)
 
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """Return a GPU's number of multiprocessors; 4 for the interpreter, so that its programs loop over several tiles."""
+    """Return a GPU's number of multiprocessors; 4 in Triton's interpreter, so that a program loops over tiles there."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 @functools.cache
 def capability(device: torch.device) -> tuple[int, int]:
-    """Return a GPU's compute capability; (9, 0) for the interpreter, which runs TMA descriptors."""
+    """Return a GPU's compute capability; (9, 0) in Triton's interpreter, which supports TMA descriptors."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)

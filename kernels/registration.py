@@ -1,4 +1,4 @@
-"""Registers launchers with torch, so that `torch.compile` and CUDA graphs see each as one operation."""
+"""Register launchers with torch, so that `torch.compile` treats each as one operation and does not trace into it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,8 +13,8 @@ def register(schema: str, launcher: Callable[..., Any], fake: Callable[..., Any]
 
     Args:
         schema: in torch's schema language, `name(Tensor x, …) -> Tensor`.
-        launcher: what the operation runs, on CUDA tensors and, for Triton's interpreter, on CPU tensors.
-        fake: what it returns in shape and dtype, for `torch.compile`.
+        launcher: the implementation for CUDA tensors and, in Triton's interpreter, CPU tensors.
+        fake: the implementation for `torch.compile`, which allocates outputs of the right shape and dtype.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)

@@ -1,9 +1,9 @@
-"""Joining patches into tokens: the mergers' norm, merge and reordering in one pass, and the merge of a map alone.
+"""Joining patches into tokens: a merger's norm, merge and reordering in one pass, and the merge of a feature map.
 
-The patches of a token are neighbours in the tower, so merging is a matter of shape: row r of the norm's output is row
-r of the merger's first GEMM input, cut finer. Reordering moves whole tokens: the row to read is found through the
-index, the row to write is the program's own. In a map `[T, H, W, C]` the patches of a token lie in `merge_size` rows;
-there a program copies (concat) or averages a piece of one output row.
+The patches of a token are neighbouring rows in the tower, so merging them is a change of shape alone: the norm writes
+rows that the merger's first GEMM reads as fewer, longer ones. Reordering moves whole tokens: a program writes its own
+row and reads the row that the index names. In a map `[T, H, W, C]` a token's patches are in `merge_size` different
+rows; there a program copies (concat) or averages a piece of one row.
 """
 
 import torch
@@ -11,17 +11,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwenvit.kernels.norm import launch_rows
+from qwenvit.kernels.norm import launch_norm
 from qwenvit.kernels.registration import register
 
 CONCAT_BLOCK = 2048
 AVERAGE_BLOCK = 512
-"""Elements a program writes, in four warps. 1024 to 4096 copy alike within 3 %; averages of 2048 take 2 % longer."""
+"""Elements that a program of `_merge_concat` and of `_merge_average` writes, in four warps (TUNING.md)."""
 
 
 @triton.jit(do_not_specialize=["H_OUT", "W_OUT"])
 def _merge_concat(
-    x_ptr,  # shape (T, H, W, C), any strides but the last
+    x_ptr,  # shape (T, H, W, C), unit stride in C, any other strides
     y_ptr,  # shape (T, H / SIZE, W / SIZE, SIZE * SIZE * C)
     H_OUT,
     W_OUT,
@@ -32,11 +32,11 @@ def _merge_concat(
     C: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    i_row = tl.program_id(0)  # of the map's rows, all frames'
+    i_row = tl.program_id(0)  # row of the map, counted through all frames
     i_token_row = i_row // SIZE
     i_t = (i_token_row // H_OUT).to(tl.int64)
     i_h = (i_row - i_t * H_OUT * SIZE).to(tl.int64)
-    o_flat = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # of the row's W * C elements
+    o_flat = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # element of the row, below W * C
     m_flat = o_flat < W_OUT * SIZE * C
     o_in = (o_flat // C).to(tl.int64) * stride_w + o_flat % C
     b_x = tl.load(x_ptr + i_t * stride_t + i_h * stride_h + o_in, mask=m_flat)
@@ -47,7 +47,7 @@ def _merge_concat(
 
 @triton.jit(do_not_specialize=["H_OUT", "W_OUT"])
 def _merge_average(
-    x_ptr,  # shape (T, H, W, C), any strides but the last
+    x_ptr,  # shape (T, H, W, C), unit stride in C, any other strides
     y_ptr,  # shape (T, H / SIZE, W / SIZE, C)
     H_OUT,
     W_OUT,
@@ -58,10 +58,10 @@ def _merge_average(
     C: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    i_row = tl.program_id(0).to(tl.int64)  # of the output's rows, all frames'
+    i_row = tl.program_id(0).to(tl.int64)  # row of the output, counted through all frames
     i_t = i_row // H_OUT
     i_h = (i_row - i_t * H_OUT) * SIZE
-    o_flat = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # of the output row's W_OUT * C elements
+    o_flat = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # element of the output row, below W_OUT * C
     m_flat = o_flat < W_OUT * C
     p_x = x_ptr + i_t * stride_t + i_h * stride_h + (o_flat // C * SIZE).to(tl.int64) * stride_w + o_flat % C
     b_sum = tl.zeros([BLOCK], tl.float32)
@@ -71,11 +71,11 @@ def _merge_average(
     tl.store(y_ptr + i_row * W_OUT * C + o_flat, tl.div_rn(b_sum, SIZE * SIZE * 1.0), mask=m_flat)
 
 
-def _merged_rows(x: Tensor, merge_unit: int) -> Tensor:
+def _empty_tokens(x: Tensor, merge_unit: int) -> Tensor:
     return x.new_empty((x.shape[0] // merge_unit, merge_unit * x.shape[1]))
 
 
-def _merged_map(x: Tensor, mode: str, merge_size: int) -> Tensor:
+def _empty_map(x: Tensor, mode: str, merge_size: int) -> Tensor:
     T, H, W, C = x.shape
     return x.new_empty((T, H // merge_size, W // merge_size, merge_size**2 * C if mode == "concat" else C))
 
@@ -90,22 +90,22 @@ def merge_norm(
     norm_merged: bool,
     merge_unit: int,
 ) -> Tensor:
-    """The input of a merger's first GEMM; see `qwenvit.ops.merge_norm`.
+    """Return the input of a merger's first GEMM; see `qwenvit.ops.merge_norm`.
 
-    I/O: reads x and, where given, 8 bytes of index a token; writes as much as x. About 6 FLOPs an element.
+    I/O: reads x and 8 bytes of restore_index a token, writes as many bytes as x has. About 6 FLOPs an element.
     """
-    y = _merged_rows(x, merge_unit)
-    launch_rows(x, None, weight, bias, None, restore_index, kind, eps, y, None, unit=1 if norm_merged else merge_unit)
+    y = _empty_tokens(x, merge_unit)
+    launch_norm(x, None, weight, bias, None, restore_index, kind, eps, y, None, 1 if norm_merged else merge_unit)
     return y
 
 
 def spatial_merge(x: Tensor, mode: str, merge_size: int) -> Tensor:
     """Merge blocks of a map `[T, H, W, C]`; see `qwenvit.ops.spatial_merge`.
 
-    I/O: reads x; writes as much (concat), or 1 / merge_size² of it (average).
+    I/O: reads x; writes as many bytes (concat), or 1 / merge_size² of them (average).
     """
     T, H, W, C = x.shape
-    y = _merged_map(x, mode, merge_size)
+    y = _empty_map(x, mode, merge_size)
     _, H_out, W_out, _ = y.shape
     if mode == "concat":
         kernel, rows, row_length, block = _merge_concat, T * H, W * C, CONCAT_BLOCK
@@ -123,6 +123,6 @@ merge_norm_op = register(
     "merge_norm(Tensor x, Tensor weight, Tensor? bias, Tensor? restore_index, str kind, float eps, bool norm_merged, "
     "int merge_unit) -> Tensor",
     merge_norm,
-    lambda x, *arguments: _merged_rows(x, arguments[-1]),
+    lambda x, *arguments: _empty_tokens(x, arguments[-1]),
 )
-spatial_merge_op = register("spatial_merge(Tensor x, str mode, int merge_size) -> Tensor", spatial_merge, _merged_map)
+spatial_merge_op = register("spatial_merge(Tensor x, str mode, int merge_size) -> Tensor", spatial_merge, _empty_map)

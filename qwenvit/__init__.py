@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-# In a checkout `kernels/` and `weights/` are beside this folder, in a wheel inside it. They are always imported
-# as `qwenvit.kernels` and `qwenvit.weights`: a top-level `kernels` would shadow Hugging Face's package.
+# `kernels/` and `weights/` are beside this folder in a checkout and inside it in a wheel. Python imports both as
+# `qwenvit.kernels` and `qwenvit.weights`: a top-level `kernels` would shadow Hugging Face's package of that name.
 _root = _Path(__file__).resolve().parent.parent
 if (_root / "pyproject.toml").is_file() and (_root / "kernels").is_dir():
     __path__.append(str(_root))
@@ -37,7 +37,8 @@ __all__ = [
     "sample_frames",
 ]
 
-_HOMES = {
+_PUBLIC_MODULES = ("ops", "packing", "registry")
+_MODULE_OF = {
     "Embeddings": "qwenvit.outputs",
     "Encoder": "qwenvit.encoder",
     "ItemEmbeddings": "qwenvit.outputs",
@@ -48,16 +49,15 @@ _HOMES = {
     "rope_index": "qwenvit.mrope.positions",
     "sample_frames": "qwenvit.preprocess.sampling",
 }
-_MODULES = ("ops", "packing", "registry")
 
 
 def __getattr__(name: str) -> object:
-    """Import a public name when it is first asked for: torch takes seconds, and `qwenvit --help` needs none of it."""
-    if name in _MODULES:
+    """Import a public name at its first use (PEP 562): importing torch takes seconds, and `--help` does not need it."""
+    if name in _PUBLIC_MODULES:
         return _import_module(f"qwenvit.{name}")
-    if name not in _HOMES:
-        raise AttributeError(f"module 'qwenvit' has no attribute {name!r}")
-    return getattr(_import_module(_HOMES[name]), name)
+    if name in _MODULE_OF:
+        return getattr(_import_module(_MODULE_OF[name]), name)
+    raise AttributeError(f"module 'qwenvit' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

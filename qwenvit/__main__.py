@@ -1,4 +1,4 @@
-"""`python -m qwenvit` is the `qwenvit` command."""
+"""Run the `qwenvit` command with `python -m qwenvit`."""
 
 import sys
 

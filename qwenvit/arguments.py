@@ -1,33 +1,50 @@
-"""What the encoder's arguments may be, and what it says when they are something else."""
+"""The encoder's `impl`, `device` and `dtype` arguments: accepted values and checks."""
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 Impl = Literal["auto", "triton", "reference"]
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPE_NAMES = ("float32", "bfloat16", "float16")
+"""Names of the torch dtypes a tower computes in."""
 
 
-def check_device(device: torch.device | str | None) -> torch.device:
-    """The torch device meant by a `device` argument, and there to be used."""
+def check_device(device: "torch.device | str | None") -> "torch.device":
+    """Return `device` as a torch device; None means the current GPU if there is one, else the CPU.
+
+    Raises:
+        ValueError: torch does not know the device, or cannot allocate a tensor on it.
+    """
+    import torch  # not at the top: the command line needs this module's names and must start without torch
+
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(device)
         torch.zeros(1, device=found).item()
-    except (AssertionError, NotImplementedError, RuntimeError, TypeError) as error:  # what torch has for the purpose
+    except (AssertionError, NotImplementedError, RuntimeError, TypeError) as error:  # every type torch raises here
         reason = str(error).splitlines()[0].split(". ")[0] if str(error) else type(error).__name__
         raise ValueError(f"device: {str(device)!r} cannot be used on this machine: {reason}") from error
     return found
 
 
-def check_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype | None:
-    """The torch dtype meant by a `dtype` argument; None for the checkpoint's own (`"auto"`)."""
+def check_dtype(dtype: "torch.dtype | str | None", device: "torch.device") -> "torch.dtype | None":
+    """Return `dtype` as a torch dtype, or None for `"auto"`, which means the checkpoint's own dtype.
+
+    A `dtype` of None means bfloat16 on a GPU and float32 elsewhere.
+
+    Raises:
+        ValueError: not one of `DTYPE_NAMES`, their torch dtypes, `"auto"` and None.
+    """
+    import torch
+
     if dtype is None:
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     if dtype == "auto":
         return None
-    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if found not in DTYPES.values():
-        raise ValueError(f"dtype: expected one of {[*DTYPES, 'auto']} or the torch dtype, got {dtype!r}")
+    dtypes = {name: getattr(torch, name) for name in DTYPE_NAMES}
+    found = dtypes.get(dtype) if isinstance(dtype, str) else dtype
+    if found not in dtypes.values():
+        raise ValueError(f"dtype: expected one of {[*DTYPE_NAMES, 'auto']} or the torch dtype, got {dtype!r}")
     return found

@@ -1,19 +1,19 @@
-"""The default encoder: loaded at the first call of `qwenvit.encode` and kept for the next."""
+"""The default encoder: loaded by the first call of `qwenvit.encode` and kept for later calls."""
 
 import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
 from qwenvit.arguments import Impl, check_device, check_dtype
+from qwenvit.config.published import DEFAULT_MODEL
 from qwenvit.encoder import Encoder
 from qwenvit.outputs import Embeddings
-from qwenvit.preprocess.decode import Backend, Channels, ImageInput
-
-DEFAULT_MODEL = "Qwen/Qwen2.5-VL-7B-Instruct"
+from qwenvit.preprocess.decode import ImageInput
+from qwenvit.preprocess.options import ImageOptions, check_image_options
 
 _current: dict[str, Any] = {"key": None, "encoder": None}
 _current_lock = threading.Lock()
@@ -26,48 +26,38 @@ def encode(
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
     impl: Impl = "auto",
-    min_pixels: int | None = None,
-    max_pixels: int | None = None,
-    size: Mapping[str, int] | None = None,
-    resize: Backend | None = None,
-    do_rescale: bool = True,
-    channels: Channels = None,
+    **options: Unpack[ImageOptions],
 ) -> Embeddings:
-    """Embed images with a tower that is loaded at the first call and kept for the next.
+    """Embed images with an encoder that is kept for the next call with the same model, device, dtype and impl.
 
     Args:
-        images: one image or several, as `Encoder.encode` takes them.
-        model: see `Encoder.from_pretrained`, which also takes what the Hub may want to know. The default is fetched
-            from the Hub once (1.35 GB).
-        device: see `Encoder.from_pretrained`.
-        dtype: see `Encoder.from_pretrained`.
-        impl: see `Encoder.from_pretrained`.
-        min_pixels: see `Encoder.encode`, as for what follows.
-        max_pixels: largest area.
-        size: both bounds as Hugging Face writes them.
-        resize: `"pillow"` or `"torch"`.
-        do_rescale: False for arrays already scaled to [0, 1].
-        channels: `"first"` or `"last"`.
+        images: one image or several: PIL images, uint8 arrays or tensors, paths, or encoded bytes.
+        model: a path, Hub repository, short name or `"demo"`, as in `Encoder.from_pretrained`, which also has Hub
+            options. The default is downloaded from the Hub once (1.35 GB).
+        device: default: the GPU where there is one, else the CPU.
+        dtype: a name, a torch dtype or `"auto"`. Default: bfloat16 on a GPU, float32 on the CPU.
+        impl: `"auto"`, `"triton"` (the fast tower) or `"reference"`.
+        options: min_pixels, max_pixels, size, resize, do_rescale, channels; see `ImageOptions`.
 
     Returns:
-        One entry per image, in input order.
+        One entry per image in input order, on the tower's device and in its dtype.
+
+    Raises:
+        TypeError: an unknown option, or an image of a type or dtype that is not supported.
+        ValueError: an impossible argument or option, a checkpoint or image that cannot be used.
+        OSError: the Hub or a file cannot be read.
+        OverflowError: the features exceed the range of float16.
     """
-    found = check_device(device)
+    check_image_options(options)
+    device = check_device(device)
     path = Path(model).expanduser()
-    where = str(path.resolve()) if path.exists() else os.fspath(model)  # a relative path means another place later
-    key = (where, found, check_dtype(dtype, found), impl)
+    # Resolve a path now: a relative path means another tower after a change of directory.
+    location = str(path.resolve()) if path.exists() else os.fspath(model)
+    key = (location, device, check_dtype(dtype, device), impl)
     with _current_lock:
         if _current["key"] != key:
-            _current.update(key=None, encoder=None)  # let go of the old tower before the new one is loaded
-            encoder = Encoder.from_pretrained(model, device=found, dtype=dtype, impl=impl)
+            _current.update(key=None, encoder=None)  # release the old tower before loading the new one
+            encoder = Encoder.from_pretrained(model, device=device, dtype=dtype, impl=impl)
             _current.update(key=key, encoder=encoder)
         encoder = _current["encoder"]
-    return encoder.encode(
-        images,
-        min_pixels=min_pixels,
-        max_pixels=max_pixels,
-        size=size,
-        resize=resize,
-        do_rescale=do_rescale,
-        channels=channels,
-    )
+    return encoder.encode(images, **options)

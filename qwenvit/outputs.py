@@ -12,9 +12,9 @@ class TowerOutput:
     """Features of a packed batch, as transformers' towers return them."""
 
     last_hidden_state: Tensor
-    """`[patches, hidden_size]` after the last block, in the tower's order (window order for Qwen2.5-VL)."""
+    """`[patches, hidden_size]` after the last block, in the tower's order: window order for Qwen2.5-VL."""
     pooler_output: Tensor
-    """`[tokens, out_hidden_size]` merged tokens in reading order: what the language model is given."""
+    """`[tokens, out_hidden_size]`, merged tokens in reading order: the language model's input."""
     deepstack_features: list[Tensor]
     """`[tokens, out_hidden_size]` for each DeepStack block, shallowest first; empty without DeepStack."""
 
@@ -30,10 +30,10 @@ class ItemEmbeddings:
     grid: tuple[int, int, int]
     """Frame groups, rows and columns of merged tokens."""
     is_video: bool = False
-    """Whether this was a video, of however few frames."""
+    """Whether the input was a video, even one of a single frame group."""
 
     def spatial(self) -> Tensor:
-        """Tokens as a map: `[h, w, out_hidden_size]` for an image, `[t, h, w, out_hidden_size]` for a video."""
+        """Return the tokens as `[h, w, out_hidden_size]` of an image or `[t, h, w, out_hidden_size]` of a video."""
         return self.tokens.unflatten(0, self.grid if self.is_video else self.grid[1:])
 
 

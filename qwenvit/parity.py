@@ -1,8 +1,8 @@
-"""How far one tower's numbers are from another's, and the rule that says when that is right.
+"""The parity gate: measure the difference between two towers, and decide whether it is rounding or a mistake.
 
-The rule in full precision: two right towers agree in fp32 to about 1e-6 relative L2, while every realistic mistake
-(a rotation missing in one block, a window layer misplaced, a softmax scale 2 % off) is above 1e-4. In 16 bits such
-mistakes hide in rounding, so there the error against the fp32 truth may not exceed the other tower's own.
+In fp32, two correct towers agree to about 1e-6 relative L2; every realistic mistake (RoPE missing in one block, a
+window layer at the wrong index, a softmax scale 2 % off) exceeds 1e-4. In 16 bits rounding hides such mistakes, so the
+rule there bounds our error against the fp32 truth by `ERROR_FACTOR` times the other tower's, the baseline error.
 """
 
 from collections.abc import Callable, Iterable
@@ -13,18 +13,18 @@ import torch
 from torch import Tensor, nn
 
 FP32_BOUND = 1e-5
-"""Largest relative L2 between two right towers in IEEE fp32 at full depth."""
+"""Largest relative L2 between two correct towers in IEEE fp32 at full depth."""
 ERROR_FACTOR = 1.05
-"""Largest ratio of our 16-bit error to the other tower's, both against the fp32 truth."""
+"""Largest ratio of our 16-bit error to the baseline error, both against the fp32 truth."""
 MEANINGFUL_ERROR = 0.05
-"""Beyond this relative L2 a 16-bit tower's output is mostly amplified rounding, and comparing ends says nothing."""
+"""Above this relative L2, the output of a 16-bit tower is mostly amplified rounding: do not compare such outputs."""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Distance of a tensor from the one it should equal."""
+    """Distance of a tensor from the one that it should equal."""
 
     max_abs: float
     mean_abs: float
@@ -33,7 +33,7 @@ class Difference:
 
     @classmethod
     def of(cls, actual: Tensor, expected: Tensor) -> "Difference":
-        """Measure in fp64; NaN anywhere makes every figure NaN, which passes no bound.
+        """Measure in fp64. A NaN in either tensor makes every figure NaN, which passes no bound.
 
         Raises:
             ValueError: the shapes differ.
@@ -41,19 +41,19 @@ class Difference:
         if actual.shape != expected.shape:
             raise ValueError(f"actual: expected shape {list(expected.shape)}, got {list(actual.shape)}")
         a, b = actual.double().flatten(), expected.double().flatten()
-        gap = (a - b).abs()
+        error = (a - b).abs()
         norms = a.norm() * b.norm()
         return cls(
-            float(gap.max()),
-            float(gap.mean()),
-            float(gap.norm() / b.norm()) if b.any() else float(gap.norm()),
+            float(error.max()),
+            float(error.mean()),
+            float(error.norm() / b.norm()) if b.any() else float(error.norm()),
             float(a @ b / norms) if norms else float("nan"),
         )
 
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the gate: a figure and the bound it must keep."""
+    """One check of the gate: a figure and the largest value that passes."""
 
     name: str
     value: float
@@ -61,24 +61,35 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """Whether the figure keeps its bound; NaN does not."""
+        """Whether the figure is within its bound; NaN is not."""
         return self.value <= self.bound
 
 
 def exact(name: str, actual: Tensor, expected: Tensor) -> Check:
-    """Not a bit of difference: what the reference tower owes the pinned transformers on a CPU."""
+    """Check bitwise equality: the rule for the reference tower and the pinned transformers on a CPU.
+
+    Raises:
+        ValueError: the dtypes or shapes differ.
+    """
     if actual.dtype != expected.dtype:
         raise ValueError(f"actual: expected dtype {expected.dtype}, got {actual.dtype}")
     return Check(f"{name}: max_abs", Difference.of(actual, expected).max_abs, 0.0)
 
 
 def close(name: str, actual: Tensor, truth: Tensor) -> Check:
-    """Agreement of two fp32 towers."""
+    """Check that two fp32 towers agree to `FP32_BOUND`."""
     return Check(f"{name}: relative L2 in fp32", Difference.of(actual, truth).relative_l2, FP32_BOUND)
 
 
 def no_worse(name: str, actual: Tensor, other: Tensor, truth: Tensor) -> Check:
-    """Our 16-bit error, as a multiple of the other tower's."""
+    """Check that our 16-bit error is at most `ERROR_FACTOR` times the baseline error.
+
+    Args:
+        name: what the tensors are, for the check's name.
+        actual: our tensor.
+        other: the other tower's tensor, whose error is the baseline error.
+        truth: the fp32 tower's tensor.
+    """
     ours, theirs = (Difference.of(tensor, truth).relative_l2 for tensor in (actual, other))
     if theirs == 0:
         return Check(f"{name}: error", ours, 0.0)
@@ -87,31 +98,39 @@ def no_worse(name: str, actual: Tensor, other: Tensor, truth: Tensor) -> Check:
 
 @dataclass(frozen=True)
 class BlockCall:
-    """One call of a block: its input, whatever else it was given, and its output."""
+    """One call of a block."""
 
     x: Tensor
+    """The hidden states that the block was called with."""
     args: tuple[Any, ...]
+    """The other positional arguments."""
     kwargs: dict[str, Any]
+    """The other keyword arguments."""
     out: Tensor
+    """The hidden states that the block returned."""
 
 
 def record(blocks: Iterable[nn.Module], run: Callable[[], T]) -> tuple[T, list[BlockCall]]:
-    """Run something and note what each block was given and returned, copied: blocks may work in place."""
+    """Call `run` and record every call of the blocks. Inputs and outputs are copied, since blocks may work in place.
+
+    Returns:
+        What `run` returned, and the calls in the order in which they ended.
+    """
     calls: list[BlockCall] = []
-    given: list[Tensor] = []
+    inputs: list[Tensor] = []
 
-    def note_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given.append((args[0] if args else kwargs["hidden_states"]).clone())
+    def record_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs.append((args[0] if args else kwargs["hidden_states"]).clone())
 
-    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        named = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-        calls.append(BlockCall(given.pop(), args[1:], named, (out[0] if isinstance(out, tuple) else out).clone()))
+    def record_call(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+        calls.append(BlockCall(inputs.pop(), args[1:], others, (out[0] if isinstance(out, tuple) else out).clone()))
 
     handles = []
     for block in blocks:
         handles += [
-            block.register_forward_pre_hook(note_input, with_kwargs=True),
-            block.register_forward_hook(note, with_kwargs=True),
+            block.register_forward_pre_hook(record_input, with_kwargs=True),
+            block.register_forward_hook(record_call, with_kwargs=True),
         ]
     try:
         return run(), calls
@@ -122,7 +141,7 @@ def record(blocks: Iterable[nn.Module], run: Callable[[], T]) -> tuple[T, list[B
 
 @torch.no_grad()
 def replay(block: nn.Module, call: BlockCall, x: Tensor) -> Tensor:
-    """Call a block as it was called before, on another input (cast to the dtype it had then)."""
+    """Repeat a recorded call of a block on another input, cast to the dtype of the recorded one."""
     out = block(x.to(call.x.dtype, copy=True), *call.args, **call.kwargs)
     return out[0] if isinstance(out, tuple) else out
 
@@ -132,12 +151,12 @@ def blocks_no_worse(
     others: tuple[nn.ModuleList, list[BlockCall]],
     true_calls: list[BlockCall],
 ) -> list[Check]:
-    """Each block of two 16-bit towers, fed the fp32 truth's own input, against the truth's output.
+    """Check each block of a 16-bit tower with `no_worse`, on the input that the fp32 tower's block was called with.
 
     Args:
-        ours: our blocks, and how they were called.
-        others: the other tower's.
-        true_calls: how the fp32 tower's blocks were called.
+        ours: our blocks and their recorded calls.
+        others: the other tower's blocks and their recorded calls.
+        true_calls: the recorded calls of the fp32 tower's blocks.
     """
     checks = []
     for index, truth in enumerate(true_calls):

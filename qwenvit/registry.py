@@ -1,4 +1,4 @@
-"""The published checkpoints: the public name of `qwenvit.config.published`."""
+"""The published checkpoints: the public path of `qwenvit.config.published`."""
 
 from qwenvit.config.published import PUBLISHED, Published, published_config
 

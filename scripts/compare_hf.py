@@ -1,9 +1,9 @@
-"""Run transformers' vision tower and qwenvit's on the same inputs, show how far apart they are, and judge.
+"""Compare qwenvit's vision tower with transformers' on the same inputs: print the differences and a verdict.
 
 The rule (qwenvit/parity.py): on a CPU the reference tower equals the pinned transformers to the last bit. Elsewhere,
 and for other versions: relative L2 <= 1e-5 in fp32, and in 16 bits no block, fed the fp32 truth's own input, is
-further from that truth than 1.05 times transformers' own; nor is the output, where transformers' own error is small
-enough (5 %) to mean anything. Exit code 0 says PASS, 1 FAIL, 2 that nothing was compared.
+further from that truth than 1.05 times transformers' own block. The same holds for the outputs, where transformers' own
+error is small enough (5 %) to mean anything. Exit code 0 says PASS, 1 FAIL, 2 that nothing was compared.
 
     python scripts/compare_hf.py --random qwen2_5_vl-7b --dtype bfloat16
     python scripts/compare_hf.py --model Qwen/Qwen3-VL-8B-Instruct --images photo.jpg --device cuda
@@ -17,21 +17,17 @@ import time
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
 import qwenvit
 from common.hf_towers import build_tower, forward, load_weights, save_tower
-from compare.inputs import KINDS, load_inputs, synthetic
-from compare.report import show_differences, verdict
-from compare.runs import DisagreementError, check_ends, run_ours, run_theirs
-from qwenvit import parity
+from compare.checks import TowerPair, compare_on_input
+from compare.inputs import KINDS, load_inputs, synthetic_image
+from compare.report import show_verdict
+from compare.runs import DisagreementError
 from qwenvit.config.published import PUBLISHED, published_config
-from qwenvit.parity import Check
 from qwenvit.towers.checkpoint import locate, read_config
 
 PINNED = "5.23."  # the transformers whose towers the reference tower equals to the last bit on a CPU
-
-Pair = tuple[qwenvit.Encoder, nn.Module]
 
 
 def main() -> int:
@@ -48,6 +44,7 @@ def main() -> int:
 
 
 def compare(arguments: argparse.Namespace) -> int:
+    """Load the towers, compare them on every input, time them, and return the exit code."""
     import transformers
 
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
@@ -55,52 +52,32 @@ def compare(arguments: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as folder:
         if arguments.random:
             config = published_config(arguments.random)
-            # in the dtype that published ones are stored in
+            # bfloat16, as published checkpoints are stored
             tower = build_tower(config, dtype=torch.bfloat16, device=device, outliers=not arguments.no_outliers)
             source = save_tower(tower, config, Path(folder))
         else:
             source = locate(arguments.model)
-        ours, theirs = load_both(source, arguments.impl, device, dtype)
-        exact_rule = device.type == "cpu" and transformers.__version__.startswith(PINNED) and arguments.impl != "triton"
-        truths = None if exact_rule else load_both(source, arguments.impl, device, torch.float32)
+        towers = load_both(source, arguments.impl, device, dtype)
+        bit_exact = device.type == "cpu" and transformers.__version__.startswith(PINNED) and arguments.impl != "triton"
+        fp32_towers = None if bit_exact else load_both(source, arguments.impl, device, torch.float32)
     print(f"transformers {transformers.__version__}, qwenvit {qwenvit.__version__}, torch {torch.__version__}")
     checks = []
     for kind in arguments.input:
-        pixel_values, grid, names = load_inputs(ours, arguments.images, kind, arguments.max_pixels)
+        pixel_values, grid, names = load_inputs(towers.ours, arguments.images, kind, arguments.max_pixels)
         patches = f"{len(pixel_values)} patches of {', '.join(names)}"
-        print(f"\n{arguments.random or arguments.model}: {ours}, {patches}")
-        inputs = pixel_values.to(device), grid
-        checks += compare_on(inputs, names, (ours, theirs), truths)
+        print(f"\n{arguments.random or arguments.model}: {towers.ours}, {patches}")
+        checks += compare_on_input(pixel_values.to(device), grid, names, towers, fp32_towers)
     if arguments.rounds:
-        show_times(ours, theirs, arguments.rounds)
-    return verdict(checks)
+        show_times(towers, arguments.rounds)
+    return show_verdict(checks)
 
 
-def compare_on(inputs: tuple[Tensor, Tensor], names: list[str], towers: Pair, truths: Pair | None) -> list[Check]:
-    """Show how far apart two towers are on the same inputs; the rule's checks. `truths` are the same in fp32."""
-    ours, theirs = towers
-    our_outputs, our_calls = run_ours(ours, *inputs)
-    their_outputs, their_calls = run_theirs(theirs, *inputs)
-    pairs = [(f"block {i}", a.out, b.out) for i, (a, b) in enumerate(zip(our_calls, their_calls, strict=True))]
-    pairs += [(name, a, b) for (name, a), (_, b) in zip(our_outputs, their_outputs, strict=True)]
-    show_differences(pairs, len(our_outputs), inputs[1], ours.config.merge_unit, names)
-    if truths is None:
-        return [parity.exact(*pair) for pair in pairs]
-    our_truths, _ = run_ours(truths[0], *inputs)
-    true_outputs, true_calls = run_theirs(truths[1], *inputs)
-    checks = [parity.close(name, a, b) for (name, a), (_, b) in zip(our_truths, true_outputs, strict=True)]
-    if ours.dtype != torch.float32:
-        checks += parity.blocks_no_worse((ours.tower.blocks, our_calls), (theirs.blocks, their_calls), true_calls)
-        checks += check_ends(our_outputs, their_outputs, true_outputs)
-    return checks
-
-
-def load_both(source: Path, impl: str, device: torch.device, dtype: torch.dtype) -> Pair:
-    """The same weights in both towers, read by code that has nothing in common."""
+def load_both(source: Path, impl: str, device: torch.device, dtype: torch.dtype) -> TowerPair:
+    """Load the same checkpoint into both towers. The two readers share no code, so a wrong one shows."""
     ours = qwenvit.Encoder.from_pretrained(source, device=device, dtype=dtype, impl=impl)
     theirs = build_tower(read_config(source), dtype=dtype, device=device)
     load_weights(theirs, source)
-    return ours, theirs
+    return TowerPair(ours, theirs)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -121,12 +98,15 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def show_times(encoder: qwenvit.Encoder, tower: nn.Module, rounds: int) -> None:
-    pixel_values, grid = encoder.image_processor(synthetic(448, 448), min_pixels=448**2, max_pixels=448**2)
+def show_times(towers: TowerPair, rounds: int) -> None:
+    """Print median times of both towers on one 448 x 448 image, in interleaved rounds."""
+    encoder, tower = towers
+    image = synthetic_image(448, 448)
+    pixel_values, grid = encoder.image_processor(image, min_pixels=448**2, max_pixels=448**2)
     inputs = (pixel_values.to(encoder.device), grid)
     runs = (lambda: encoder(*inputs).pooler_output, lambda: forward(tower, *inputs)[1])
     times: dict[int, list[float]] = {0: [], 1: []}
-    for round_number in range(rounds + 1):  # interleaved; the first round warms up
+    for round_number in range(rounds + 1):  # the first round warms up
         for which, run in enumerate(runs):
             start = time.perf_counter()
             with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Draw the pictures of the demo: scripts/pictures/*.png, our own, the same bytes on every run."""
+"""Draw the demo's pictures, scripts/pictures/*.png; every run writes the same bytes."""
 
 import argparse
 import math
@@ -11,7 +11,7 @@ FOLDER = Path(__file__).parent / "pictures"
 
 
 def landscape(width: int = 640, height: int = 448) -> Image.Image:
-    """Hills in three planes under a low sun."""
+    """Draw three ranges of hills under a low sun."""
     sky = np.linspace((255, 183, 120), (70, 110, 190), height)[::-1]
     image = Image.fromarray(np.broadcast_to(sky[:, None], (height, width, 3)).astype(np.uint8))
     draw = ImageDraw.Draw(image)
@@ -26,7 +26,7 @@ def landscape(width: int = 640, height: int = 448) -> Image.Image:
 
 
 def shapes(side: int = 448) -> Image.Image:
-    """Coloured discs, bars and a triangle on a grey ground."""
+    """Draw a disc, a rectangle, a triangle and lines on a grey ground."""
     image = Image.new("RGB", (side, side), (225, 225, 220))
     draw = ImageDraw.Draw(image)
     draw.ellipse((40, 40, 200, 200), fill=(214, 69, 65))
@@ -38,7 +38,7 @@ def shapes(side: int = 448) -> Image.Image:
 
 
 def page(width: int = 384, height: int = 544) -> Image.Image:
-    """A printed page: a title, lines of words, a bar chart."""
+    """Draw a printed page: a title, lines of words, a bar chart."""
     rng = np.random.default_rng(7)
     image = Image.new("L", (width, height), 250)
     draw = ImageDraw.Draw(image)
@@ -56,7 +56,7 @@ def page(width: int = 384, height: int = 544) -> Image.Image:
 
 
 def panorama(width: int = 1120, height: int = 160) -> Image.Image:
-    """A skyline at night, seven times wider than high, with a transparent sky."""
+    """Draw a skyline at night, seven times wider than high, with a transparent sky."""
     rng = np.random.default_rng(3)
     image = Image.new("RGBA", (width, height), (0, 0, 0, 0))
     draw = ImageDraw.Draw(image)

@@ -1,9 +1,9 @@
-"""Measure launch configs on this GPU, and print which would change.
+"""Measure candidates for the launch settings of `kernels/` on this GPU, and print which settings should change.
 
-Every candidate of the launch configs in `tune_cases.py` (not of attention in Gluon, M-RoPE and the grid plan) runs on
-the shapes of published towers, through the launchers that users' calls go through, timed like `bench_kernels.py`.
-Prints a table, and the lines of source that would change; `--write` changes them. Where a function chooses (by shape),
-its choice stands beside the best one measured, for a person to move a threshold.
+Runs the candidates of `kernel_bench/tune_cases.py` at the shapes of published towers, through the launchers that users'
+calls go through, timed as in `bench_kernels.py`. Attention in Gluon, M-RoPE and the grid plan have no candidates.
+Prints a table, and the lines of source that should change; `--write` changes them. For a function that chooses by
+shape, the table has its choice beside the fastest candidate: move its thresholds by hand.
 """
 
 import argparse
@@ -16,39 +16,42 @@ from typing import Any
 
 import torch
 
-from common.jobs import parallel, progress
-from common.machine import ceilings
+from common.machine import measure_ceilings
+from common.processes import run_in_processes
+from common.progress import progress
 from kernel_bench.cases import DTYPE, relative_error
-from kernel_bench.launch_configs import Knob, Shape, configured, full, rewritten, spelled
-from kernel_bench.timing import header, medians, set_count
-from kernel_bench.tune_cases import knobs
+from kernel_bench.launch_configs import Tunable, Workload, apply_changes, format_config, override, replace_constant
+from kernel_bench.timing import header, input_set_count, median_seconds
+from kernel_bench.tune_cases import tunables
 
-WORTH = 1.02
-"""Gain from which a change is proposed: medians of one run repeat within 1 %."""
-SAME = 1e-2
-"""Relative L2 by which a candidate's result may differ from the current one's: other tiles sum in other orders."""
-FOLDER = Path(__file__).resolve().parent.parent / "kernels"
+MIN_GAIN = 1.02
+"""Speedup from which a change is proposed. Medians of one run repeat within 1 %."""
+MAX_DIFFERENCE = 1e-2
+"""Relative L2 by which a candidate's result may differ from the current one: other tiles sum in another order."""
+CURRENT = -1
+"""Index of the current setting among the candidates."""
+KERNELS_FOLDER = Path(__file__).resolve().parent.parent / "kernels"
 
 
-def result_of(shape: Shape, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """A call's result, its inputs left as they are."""
-    out = shape.call({name: x.clone() if x.is_contiguous() else x for name, x in inputs.items()})
+def run(workload: Workload, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Run the workload on copies of its inputs and return all results in one fp64 vector."""
+    out = workload.call({name: x.clone() if x.is_contiguous() else x for name, x in inputs.items()})
     parts = out if isinstance(out, tuple) else (out,)
     return torch.cat([part.double().flatten() for part in parts])
 
 
 def try_candidate(only: list[str], number: int) -> list[str]:
-    """Run one candidate on every shape of its knob; why it failed on each, or nothing."""
-    knob, candidate = all_candidates(chosen(only))[number]
+    """Run one candidate on every workload of its setting. Return why it failed on each, or an empty string."""
+    tunable, candidate = all_candidates(selected_tunables(only))[number]
     failures = []
-    for shape in knob.shapes:
+    for workload in tunable.workloads:
         torch.manual_seed(0)
         try:
-            inputs = shape.inputs(torch.device("cuda"), DTYPE)
-            now = result_of(shape, inputs)
-            with configured(knob, candidate):
-                difference = relative_error(result_of(shape, inputs), now)
-            failures.append("" if difference <= SAME else f"wrong: relative L2 {difference:.1e}")
+            inputs = workload.make_inputs(torch.device("cuda"), DTYPE)
+            expected = run(workload, inputs)
+            with override(tunable, candidate):
+                difference = relative_error(run(workload, inputs), expected)
+            failures.append("" if difference <= MAX_DIFFERENCE else f"wrong: relative L2 {difference:.1e}")
         except Exception as error:  # noqa: BLE001 (a candidate that does not compile or launch is a result)
             failures.append(
                 f"{type(error).__name__}: {str(error).splitlines()[0][:100]}" if str(error) else repr(error)
@@ -56,105 +59,120 @@ def try_candidate(only: list[str], number: int) -> list[str]:
     return failures
 
 
-def source_of(knob: Knob) -> Path:
-    """The file that sets the knob's launch config."""
-    return FOLDER.joinpath(*knob.module.split(".")).with_suffix(".py")
+def source_path(tunable: Tunable) -> Path:
+    """Return the file that sets the launch setting."""
+    return KERNELS_FOLDER.joinpath(*tunable.module.split(".")).with_suffix(".py")
 
 
-def chosen(only: list[str]) -> list[Knob]:
+def selected_tunables(only: list[str]) -> list[Tunable]:
+    """Return the settings whose title or module is in `only`; all if it is empty."""
     tma = torch.cuda.get_device_capability() >= (9, 0)
-    return [knob for knob in knobs(tma) if not only or knob.title in only or knob.module in only]
+    return [tunable for tunable in tunables(tma) if not only or tunable.title in only or tunable.module in only]
 
 
-def all_candidates(selected: list[Knob]) -> list[tuple[Knob, Any]]:
-    return [(knob, candidate) for knob in selected for candidate in knob.candidates]
+def all_candidates(selected: list[Tunable]) -> list[tuple[Tunable, Any]]:
+    return [(tunable, candidate) for tunable in selected for candidate in tunable.candidates]
 
 
-def measure(knob: Knob, shape: Shape, candidates: list[Any]) -> tuple[list[Any], dict[int, float]]:
-    """The configs in use, and seconds by the candidate's place; -1 is what is in use."""
+def measure(tunable: Tunable, workload: Workload, candidates: list[Any]) -> tuple[list[Any], dict[int, float]]:
+    """Return the current values that the workload used, and seconds a call by the candidate's index, or CURRENT.
+
+    Candidates that are None are not measured.
+    """
     device = torch.device("cuda")
-    first = shape.inputs(device, DTYPE)
-    sets = [first] + [shape.inputs(device, DTYPE) for _ in range(set_count(first) - 1)]
+    first = workload.make_inputs(device, DTYPE)
+    input_sets = [first] + [workload.make_inputs(device, DTYPE) for _ in range(input_set_count(first) - 1)]
 
-    def call(place: int, inputs: dict[str, torch.Tensor]) -> object:
-        with configured(knob, None if place < 0 else candidates[place]):
-            return shape.call(inputs)
+    def call(index: int, inputs: dict[str, torch.Tensor]) -> object:
+        with override(tunable, None if index == CURRENT else candidates[index]):
+            return workload.call(inputs)
 
-    with configured(knob, None) as seen:
-        shape.call(first)
-    runs = [-1, *(place for place, candidate in enumerate(candidates) if candidate is not None)]
-    seconds = medians({str(place): lambda x, place=place: call(place, x) for place in runs}, sets)
-    return seen, {int(place): value for place, value in seconds.items()}
+    with override(tunable, None) as used:
+        workload.call(first)
+    indices = [CURRENT, *(index for index, candidate in enumerate(candidates) if candidate is not None)]
+    seconds = median_seconds({str(index): lambda x, index=index: call(index, x) for index in indices}, input_sets)
+    return used, {int(index): value for index, value in seconds.items()}
 
 
-def tune(knob: Knob, failures: list[list[str]]) -> Any:
-    """Print the knob's rows; the constant's better value, or None."""
-    gains: dict[int, list[float]] = {place: [] for place in range(len(knob.candidates))}
-    for number, shape in enumerate(knob.shapes):
-        progress(f"{knob.title}: {shape.title}")
-        usable = [None if failures[place][number] else c for place, c in enumerate(knob.candidates)]
-        seen, seconds = measure(knob, shape, usable)
+def tune(tunable: Tunable, failures: list[list[str]]) -> Any:
+    """Measure and print one row a workload. Return a constant's better value, or None.
+
+    `failures` has one list a candidate: its failure on each workload, or an empty string.
+    """
+    gains: dict[int, list[float]] = {index: [] for index in range(len(tunable.candidates))}
+    for i_workload, workload in enumerate(tunable.workloads):
+        progress(f"{tunable.title}: {workload.title}")
+        usable = [None if failures[index][i_workload] else c for index, c in enumerate(tunable.candidates)]
+        used, seconds = measure(tunable, workload, usable)
         gc.collect()
         torch.cuda.empty_cache()
         progress("")
-        if not seen:
-            print(f"| {knob.title} | {shape.title} | not used |" + " |" * 4, flush=True)
+        if not used:
+            print(f"| {tunable.title} | {workload.title} | not used |" + " |" * 4, flush=True)
             continue
-        now = seen[-1]
-        current = seconds[-1]
-        others = {place: value for place, value in seconds.items() if place >= 0}
-        for place, value in others.items():
-            gains[place].append(current / value)
-        best = min(others, key=lambda place: others[place], default=None)
-        best_config, best_seconds = (
-            (now, current) if best is None else (full(now, knob.candidates[best]), seconds[best])
-        )
-        gain = current / best_seconds
-        cells = [spelled(best_config), f"{best_seconds * 1e6:.1f}", f"{gain:.2f}×"] if gain >= WORTH else ["same"] * 3
-        progress("")
-        print(
-            f"| {knob.title} | {shape.title} | {spelled(now)} | {current * 1e6:.1f} | {' | '.join(cells)} |", flush=True
-        )
-    if knob.is_function:
+        now = used[-1]
+        candidate_seconds = {index: value for index, value in seconds.items() if index != CURRENT}
+        for index, value in candidate_seconds.items():
+            gains[index].append(seconds[CURRENT] / value)
+        fastest = min(candidate_seconds, key=lambda index: candidate_seconds[index], default=CURRENT)
+        gain = seconds[CURRENT] / seconds[fastest]
+        cells = ["same"] * 3
+        if gain >= MIN_GAIN:
+            config = apply_changes(now, tunable.candidates[fastest])
+            cells = [format_config(config), f"{seconds[fastest] * 1e6:.1f}", f"{gain:.2f}×"]
+        cells = [tunable.title, workload.title, format_config(now), f"{seconds[CURRENT] * 1e6:.1f}", *cells]
+        print(f"| {' | '.join(cells)} |", flush=True)
+    if tunable.is_function:
         return None
-    means = {place: math.prod(own) ** (1 / len(own)) for place, own in gains.items() if len(own) == len(knob.shapes)}
-    best = max(means, key=lambda place: means[place], default=None)
-    return full(knob.current, knob.candidates[best]) if best is not None and means[best] >= WORTH else None
+    mean_gains = {
+        index: math.prod(values) ** (1 / len(values))
+        for index, values in gains.items()
+        if len(values) == len(tunable.workloads)
+    }
+    best = max(mean_gains, key=lambda index: mean_gains[index], default=None)
+    if best is None or mean_gains[best] < MIN_GAIN:
+        return None
+    return apply_changes(tunable.current, tunable.candidates[best])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    titles = [knob.title for knob in knobs()]
+    every = tunables()
+    titles = [tunable.title for tunable in every]
     parser.add_argument("--only", nargs="+", default=[], metavar="KERNEL",
-                        help=f"modules of kernels/, or single configs: {', '.join(titles)}")  # fmt: skip
-    parser.add_argument("--write", action="store_true", help="change the constants in kernels/*.py")
-    parser.add_argument("--commit", help="what to print as the commit where the checkout has no .git")
+                        help=f"modules of kernels/, or single settings: {', '.join(titles)}")  # fmt: skip
+    parser.add_argument("--write", action="store_true", help="change the constants in kernels/")
+    parser.add_argument("--commit", help="commit to print where the checkout has no .git")
     options = parser.parse_args()
-    known = {name for title in titles for name in (title, title.split(".")[0])}
+    known = {name for tunable in every for name in (tunable.title, tunable.module)}
     if unknown := sorted(set(options.only) - known):
-        parser.error(f"--only: expected modules or configs among {', '.join(titles)}, got {', '.join(unknown)}")
+        parser.error(f"--only: expected modules or settings among {', '.join(titles)}, got {', '.join(unknown)}")
     if not torch.cuda.is_available():
         raise SystemExit("tune.py: needs a GPU, and torch sees none")
     start = time.monotonic()
-    selected = chosen(options.only)
-    found = iter(parallel(try_candidate, options.only, len(all_candidates(selected))))
-    print(header(ceilings(), options.commit))
-    print("\n| config | shape | now | µs | best | µs | gain |\n|---|---|---|---|---|---|---|")
+    selected = selected_tunables(options.only)
+    results = iter(run_in_processes(try_candidate, options.only, len(all_candidates(selected))))
+    print(header(measure_ceilings(), options.commit))
+    print("\n| setting | workload | current | µs | fastest | µs | gain |\n|---|---|---|---|---|---|---|")
     changes, failed = [], []
-    for knob in selected:
-        failures = [next(found) for _ in knob.candidates]
-        if (better := tune(knob, failures)) is not None:
-            changes.append((knob, better))
-        for candidate, reasons in zip(knob.candidates, failures, strict=True):
-            shapes = zip(knob.shapes, reasons, strict=True)
-            failed += [f"{knob.title}, {candidate}, {shape.title}: {reason}" for shape, reason in shapes if reason]
-    print("\n".join(["\nCandidates that did not run, or not right:", *failed]) if failed else "\nEvery candidate ran.")
+    for tunable in selected:
+        failures = [next(results) for _ in tunable.candidates]
+        if (better := tune(tunable, failures)) is not None:
+            changes.append((tunable, better))
+        for candidate, reasons in zip(tunable.candidates, failures, strict=True):
+            for workload, reason in zip(tunable.workloads, reasons, strict=True):
+                if reason:
+                    failed.append(f"{tunable.title}, {candidate}, {workload.title}: {reason}")
+    print("\nCandidates that failed or gave wrong results:" if failed else "\nEvery candidate ran.")
+    for line in failed:
+        print(line)
     print("\nConstants to change:" if changes else "\nNo constant to change.")
-    for knob, better in changes:
-        path = source_of(knob)
-        print(f"{path.parent.name}/{path.name}: {knob.name} = {spelled(better)}  # now {spelled(knob.current)}")
+    for tunable, better in changes:
+        path = source_path(tunable)
+        new, now = format_config(better), format_config(tunable.current)
+        print(f"{path.parent.name}/{path.name}: {tunable.name} = {new}  # now {now}")
         if options.write:
-            path.write_text(rewritten(path.read_text(), knob.name, better))
+            path.write_text(replace_constant(path.read_text(), tunable.name, better))
     print(f"\n{time.monotonic() - start:.0f} s", file=sys.stderr)
 
 

@@ -1,6 +1,10 @@
-"""Set-up shared by all tests."""
+"""Setup shared by all tests."""
 
 import os
+
+# OpenMP's threads sleep while they wait. Spinning on busy cores makes some tests 20 to 40 times slower. OpenMP reads
+# these when torch is imported, and subprocesses inherit them.
+os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", "GOMP_SPINCOUNT": "0"}
 
 import pytest
 import torch
@@ -9,13 +13,13 @@ from common.torchvision_cpu import define_torchvision_schemas
 
 define_torchvision_schemas()  # before transformers imports torchvision
 
-# Without a GPU, Triton's kernels run in its interpreter, on CPU tensors. Triton decides at each `@triton.jit`, its own
-# ones included, so this is said before anything imports it.
+# Without a GPU, Triton kernels run in Triton's interpreter, on CPU tensors. Every `@triton.jit` reads this variable
+# when Python executes it, also those inside Triton, so it must be set before the first import of Triton.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)
 def _two_threads() -> None:
-    """The same number of threads everywhere: a sum's order, and so its last bit, may depend on it."""
+    """Fix the number of threads: the order of a sum, and so its last bit, may depend on it."""
     torch.set_num_threads(2)

@@ -147,6 +147,11 @@ def test_module_level_encode_keeps_its_encoder(monkeypatch):
     assert len(loads) == 2
 
 
+def test_an_unknown_option_is_refused_before_the_model_is_loaded():
+    with pytest.raises(TypeError, match=r"options: expected only min_pixels, .*, got max_pixel$"):
+        qwenvit.encode(picture(64, 64), model="no-such-model", max_pixel=3)
+
+
 def test_demo_announces_itself_and_is_reached_by_name_only(tmp_path):
     with pytest.warns(UserWarning, match="random weights: shapes and plumbing are real, features are not"):
         first = Encoder.from_pretrained("demo", device="cpu")

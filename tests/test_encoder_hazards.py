@@ -82,24 +82,24 @@ def test_an_impossible_output_is_refused_before_any_work(tmp_path, capsys, outpu
     assert "no-such-model" not in capsys.readouterr().err
 
 
-def test_hidden_states_of_earlier_batches_are_let_go(monkeypatch):
+def test_hidden_states_of_earlier_batches_are_released(monkeypatch):
     enc, alive, most = small_encoder(), [], []
-    call = Encoder.__call__
+    run = Encoder._run
 
     def watched(self, pixel_values, grid):
         most.append(sum(ref() is not None for ref in alive))
-        output = call(self, pixel_values, grid)
+        output = run(self, pixel_values, grid)
         alive.append(weakref.ref(output.last_hidden_state))
         return TowerOutput(output.last_hidden_state, output.pooler_output, output.deepstack_features)
 
-    monkeypatch.setattr(Encoder, "__call__", watched)
+    monkeypatch.setattr(Encoder, "_run", watched)
     monkeypatch.setattr(encoder_module, "PATCHES_PER_BATCH", 1)
     enc.encode([GREY] * 5)
     assert len(most) == 5
     assert max(most) <= 1
 
 
-def test_float16_overflow_is_told():
+def test_float16_overflow_raises():
     enc = Encoder(ours_from(build_tower(CONFIG), CONFIG).half())
     with torch.no_grad():
         enc.tower.merger.fc2.weight.mul_(60_000)

@@ -1,4 +1,4 @@
-"""What goes wrong on the way to the Hugging Face Hub, in one line that says what to do about it."""
+"""Errors of the Hugging Face Hub, reworded into one line that says what to do."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,28 +18,31 @@ _HUB_ERRORS: tuple[type[BaseException], ...] = (EntryNotFoundError, *TRANSPORT_E
 
 
 @contextmanager
-def explained(repo_id: str, revision: str) -> Iterator[None]:
-    """Turn what goes wrong on the way to the Hub into one line that names the repository and what to do."""
+def explain_hub_errors(repo_id: str, revision: str) -> Iterator[None]:
+    """Replace errors of the Hub and the network by one line that names the repository and what to do.
+
+    Raises FileNotFoundError (no such repository, revision or file), PermissionError (gated), or ConnectionError.
+    """
     try:
         yield
     except TransferError as error:
         raise ConnectionError(
-            f"{repo_id}: the download broke off; what has come is kept, and the next call goes on from there ({error})"
+            f"{repo_id}: the download broke off; the downloaded part is kept, and the next call resumes it ({error})"
         ) from error
     except _HUB_ERRORS as error:
         if isinstance(error, OSError) and error.errno is not None:
-            raise  # the disk's, not the network's
-        raise _explanation(error, repo_id, revision) from error
+            raise  # an error of the disk, not of the network
+        raise _explained(error, repo_id, revision) from error
 
 
-def _explanation(error: BaseException, repo_id: str, revision: str) -> OSError:
+def _explained(error: BaseException, repo_id: str, revision: str) -> OSError:
     where, page = f"{repo_id} ({revision})", f"{constants.ENDPOINT}/{repo_id}"
-    # Where huggingface_hub finds neither the Hub nor a cached file, the server's own answer is the cause.
+    # LocalEntryNotFoundError: neither the Hub nor the cache has the file. Its cause is the server's own answer.
     cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
     response = getattr(cause, "response", None)
     status = None if response is None else response.status_code
     if isinstance(cause, RevisionNotFoundError):
-        return FileNotFoundError(f"{where}: the repository is there, this revision is not")
+        return FileNotFoundError(f"{where}: the repository exists, but this revision does not")
     if isinstance(cause, GatedRepoError) or status == 403:
         return PermissionError(
             f"{where}: access is restricted: accept the licence at {page}, then pass token=... or run `hf auth login`"
@@ -50,5 +53,5 @@ def _explanation(error: BaseException, repo_id: str, revision: str) -> OSError:
             "pass a valid token=... or run `hf auth login`"
         )
     if response is not None and status == 404:
-        return FileNotFoundError(f"{where}: has no file {response.url}")
+        return FileNotFoundError(f"{where}: the repository has no file {response.url}")
     return ConnectionError(f"{where}: no answer from {constants.ENDPOINT}: {cause}")

@@ -1,4 +1,4 @@
-"""The vision tower's tensors in a directory or file: where they lie, whether all are there, into memory."""
+"""The vision tower's tensors in a local directory or file: find, check, load and save them."""
 
 import json
 import os
@@ -14,18 +14,18 @@ from safetensors.torch import save_file
 from qwenvit.weights.header import FLOAT_DTYPES, TensorEntry, read_header
 from qwenvit.weights.names import find_prefix, likely_families, official_name, vision_names
 
-# In this order: a tower put beside the model is meant to be taken, and one file to an index is what Hugging
-# Face's loader prefers too.
-CANDIDATES = ("model_visual.safetensors", "model.safetensors", "model.safetensors.index.json")
+# In order of preference: a separate vision file is there to be used, and Hugging Face's loader also prefers a single
+# file to an index.
+CHECKPOINT_FILES = ("model_visual.safetensors", "model.safetensors", "model.safetensors.index.json")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-_LINES = 12
+_MAX_LISTED = 12
 
 
 class CheckpointError(ValueError):
-    """A checkpoint's vision tensors are not the ones that the tower needs. All names are official and full.
+    """A checkpoint's vision tensors differ from those of the tower.
 
     Attributes: `missing` and `unexpected` (names), `mismatched` (name, expected shape, actual shape) and
-    `unreadable` (name, dtype that is not a floating one).
+    `unreadable` (name, dtype outside `FLOAT_DTYPES`). Names are official and include the prefix.
     """
 
     def __init__(
@@ -38,82 +38,83 @@ class CheckpointError(ValueError):
     ) -> None:
         self.missing, self.unexpected = missing, unexpected
         self.mismatched, self.unreadable = mismatched, unreadable
-        parts = ["the checkpoint does not hold this vision tower" + hint]
-        shapes = [f"{name}: expected {want}, got {got}" for name, want, got in mismatched]
+        parts = ["the checkpoint does not contain this vision tower" + hint]
+        shapes = [f"{name}: expected {expected}, got {actual}" for name, expected, actual in mismatched]
         dtypes = [f"{name}: {dtype}" for name, dtype in unreadable]
         for title, lines in (
             ("missing", missing),
             ("unexpected", unexpected),
-            ("of a wrong shape", shapes),
-            (f"of a dtype other than {', '.join(FLOAT_DTYPES)}", dtypes),
+            ("with a wrong shape", shapes),
+            (f"with a dtype other than {', '.join(FLOAT_DTYPES)}", dtypes),
         ):
             if lines:
                 parts.append(f"{len(lines)} {title}:")
-                parts += [f"  {line}" for line in lines[:_LINES]]
-                parts += [f"  … and {len(lines) - _LINES} more"] if len(lines) > _LINES else []
+                parts += [f"  {line}" for line in lines[:_MAX_LISTED]]
+                parts += [f"  … and {len(lines) - _MAX_LISTED} more"] if len(lines) > _MAX_LISTED else []
         if unreadable:
-            parts.append("Quantised towers are not supported: take the unquantised checkpoint of the same model.")
+            parts.append("Quantised towers are not supported: use the unquantised checkpoint of the same model.")
         super().__init__("\n".join(parts))
 
 
 def find_tensors(directory: str | os.PathLike[str]) -> dict[str, TensorEntry]:
-    """Return the vision tensors under `directory`, by their names there; only headers are read.
+    """Return the vision tensors of a checkpoint by their full official names; only headers are read.
 
-    `directory` is a folder or one .safetensors file. In a folder, the first of `CANDIDATES` that has vision
-    tensors counts. Of a sharded checkpoint only the shards with vision tensors need be there.
+    `directory` is a folder or one .safetensors file. In a folder, the first of `CHECKPOINT_FILES` with vision tensors
+    is used. Shards without vision tensors may be absent.
 
-    Raises FileNotFoundError if nothing of this is there or a needed shard is missing, and ValueError for
-    pickles, a truncated or foreign file, or a checkpoint without vision tensors.
+    Raises FileNotFoundError if there is no checkpoint or a needed shard is absent, and ValueError for pickles, a
+    file that is truncated or not a safetensors file, or a checkpoint without vision tensors.
     """
     path = Path(directory)
     if path.is_file():
         if path.suffix in PICKLES:
             raise pickle_error(path, [path.name])
-        return vision_tensors([path], read_index, read_header)
-    candidates = [path / name for name in CANDIDATES if (path / name).is_file()]
+        return find_vision_tensors([path], read_index, read_header)
+    candidates = [path / name for name in CHECKPOINT_FILES if (path / name).is_file()]
     if not candidates:
-        raise nothing_error(path, sorted(file.name for file in path.iterdir()))
-    return vision_tensors(candidates, read_index, read_header)
+        raise no_checkpoint_error(path, sorted(file.name for file in path.iterdir()))
+    return find_vision_tensors(candidates, read_index, read_header)
 
 
-def vision_tensors(
+def find_vision_tensors(
     candidates: Sequence[Path],
     index_of: Callable[[Path], dict[str, str]],
     header_of: Callable[[Path], dict[str, TensorEntry]],
 ) -> dict[str, TensorEntry]:
-    """Return the vision tensors of the first of `candidates` (files, or a .json index) that has any.
+    """Return the vision tensors of the first of `candidates` (.safetensors files or .json indices) that has any.
 
-    `index_of` and `header_of` read one such file, wherever it is. Raises what `find_tensors` raises.
+    `index_of` and `header_of` read one such file, local or remote. Raises FileNotFoundError for an absent shard and
+    ValueError for a checkpoint without vision tensors, besides the errors of `index_of` and `header_of`.
     """
-    refusals = []
+    errors = []
     for candidate in candidates:
         shards = index_of(candidate) if candidate.suffix == ".json" else {}
         entries = {} if shards else header_of(candidate)
         try:
             prefix = find_prefix(shards or entries)
         except ValueError as error:
-            refusals.append(f"{candidate}: {error}")
+            errors.append(f"{candidate}: {error}")
             continue
         names = vision_names(shards or entries, prefix)
         if shards:
-            entries = _from_shards(candidate, {name: shards[name] for name in names}, header_of)
+            entries = _read_shards(candidate, {name: shards[name] for name in names}, header_of)
         return {name: entries[name] for name in names}
-    raise ValueError("; ".join(refusals))
+    raise ValueError("; ".join(errors))
 
 
 def read_index(file: Path) -> dict[str, str]:
-    """Return which shard holds each tensor, from a `model.safetensors.index.json`; ValueError if broken."""
+    """Return the shard's file name of each tensor from a `model.safetensors.index.json`; ValueError if broken."""
     try:
         shards = dict(json.loads(file.read_bytes())["weight_map"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: expected JSON with a weight_map, got {error!r}") from error
-    strange = [shard for shard in shards.values() if not isinstance(shard, str) or Path(shard).name != shard]
-    if strange or not shards:
-        raise ValueError(f"{file}: weight_map: expected names of files beside it, got {strange[:3] or 'none'}")
+    invalid = [shard for shard in shards.values() if not isinstance(shard, str) or Path(shard).name != shard]
+    if invalid or not shards:
+        raise ValueError(f"{file}: weight_map: expected names of files beside it, got {invalid[:3] or 'none'}")
     return shards
 
 
-def _from_shards(
+def _read_shards(
     index: Path, shards: Mapping[str, str], header_of: Callable[[Path], dict[str, TensorEntry]]
 ) -> dict[str, TensorEntry]:
     headers, absent = {}, []
@@ -123,36 +124,37 @@ def _from_shards(
         except FileNotFoundError:
             absent.append(shard)
     if absent:
-        raise FileNotFoundError(f"{index}: shards with vision tensors that are not there: {', '.join(absent)}")
+        raise FileNotFoundError(
+            f"{index}: expected all shards with vision tensors, but these are absent: {', '.join(absent)}"
+        )
     misplaced = [f"{name} in {shard}" for name, shard in shards.items() if name not in headers[shard]]
     if misplaced:
-        raise ValueError(f"{index}: promises tensors that are not there: {', '.join(misplaced[:_LINES])}")
+        raise ValueError(f"{index}: lists tensors that are not in their shards: {', '.join(misplaced[:_MAX_LISTED])}")
     return {name: headers[shard][name] for name, shard in shards.items()}
 
 
-def nothing_error(where: Path, files: Sequence[str]) -> OSError | ValueError:
-    """Return the error for a place with the `files` named, none of which is a checkpoint that can be read."""
+def no_checkpoint_error(where: Path, files: Sequence[str]) -> OSError | ValueError:
+    """Return the error for a folder or repository whose `files` do not include a readable checkpoint."""
     pickles = [name for name in files if name.endswith(PICKLES)]
     if pickles and not any(name.endswith(".safetensors") for name in files):
         return pickle_error(where, pickles)
     return FileNotFoundError(
-        f"{where}: looked for {', '.join(CANDIDATES)}, found none of them; "
-        f"there are: {', '.join(files[:_LINES]) or 'no files'} "
-        "(a single .safetensors file can be given by its path)"
+        f"{where}: expected one of {', '.join(CHECKPOINT_FILES)}, got {', '.join(files[:_MAX_LISTED]) or 'no files'} "
+        "(pass a .safetensors file of another name by its path)"
     )
 
 
 def pickle_error(where: Path, pickles: Sequence[str]) -> ValueError:
     """Return the error for a checkpoint that consists of `pickles`."""
     return ValueError(
-        f"{where}: only safetensors files are read, since a pickle ({', '.join(pickles[:3])}) runs whatever "
-        "code is in it; convert it where you trust it, with safetensors.torch.save_file(torch.load(file, "
-        "weights_only=True), 'model.safetensors')"
+        f"{where}: only safetensors files are read, since loading a pickle ({', '.join(pickles[:3])}) runs the code "
+        "in it; if you trust it, convert it with safetensors.torch.save_file(torch.load(file, weights_only=True), "
+        "'model.safetensors')"
     )
 
 
 def checkpoint_dtype(entries: Mapping[str, TensorEntry]) -> torch.dtype:
-    """Return the floating dtype in which most bytes of `entries` are stored; ValueError if there is none."""
+    """Return the floating dtype of most bytes of `entries`; ValueError if none is of `FLOAT_DTYPES`."""
     nbytes: Counter[str] = Counter()
     for entry in entries.values():
         nbytes[entry.dtype] += entry.nbytes
@@ -170,17 +172,17 @@ def load_tensors(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> dict[str, torch.Tensor]:
-    """Return the tower's tensors by canonical name, each in memory of its own, on `device`.
+    """Return the tower's tensors by canonical name, on `device`; no two share memory.
 
-    `entries` are the checkpoint's vision tensors (`find_tensors`), `expected` the canonical names and shapes
-    that the tower has, `dtype` what to convert to (None: each tensor keeps the file's). Beyond the result,
-    memory holds at most one tensor at a time.
+    `entries` are the checkpoint's vision tensors (`find_tensors`), `expected` the canonical names and shapes of the
+    tower, `dtype` the dtype to convert to (None: each tensor keeps its dtype in the file). Peak memory is the result
+    and one tensor more.
 
-    Raises CheckpointError if names, shapes or dtypes differ in any way, before anything is read.
+    Raises CheckpointError, before any tensor is read, if names or shapes differ or a dtype is not in `FLOAT_DTYPES`.
     """
     prefix = find_prefix(entries)
     official = {prefix + official_name(name, family): name for name in expected}
-    _check(entries, {name: tuple(expected[ours]) for name, ours in official.items()}, family, prefix)
+    _check_entries(entries, {name: tuple(expected[own]) for name, own in official.items()}, family, prefix)
     tensors: dict[str, torch.Tensor] = {}
     with ExitStack() as opened:
         files = {
@@ -189,12 +191,14 @@ def load_tensors(
         }
         for name, entry in sorted(entries.items(), key=lambda item: (item[1].file, item[1].start)):
             mapped = files[entry.file].get_tensor(name)
-            # A copy even where nothing is converted: a view of the mapped file would change or crash with it.
+            # Copy even without a conversion: a view of the mapped file would change or crash with the file.
             tensors[official[name]] = mapped.to(device=device, dtype=dtype or mapped.dtype, copy=True)
     return {name: tensors[name] for name in expected}
 
 
-def _check(entries: Mapping[str, TensorEntry], shapes: Mapping[str, tuple[int, ...]], family: str, prefix: str) -> None:
+def _check_entries(
+    entries: Mapping[str, TensorEntry], shapes: Mapping[str, tuple[int, ...]], family: str, prefix: str
+) -> None:
     missing = [name for name in shapes if name not in entries]
     unexpected = [name for name in entries if name not in shapes]
     mismatched = [
@@ -218,27 +222,27 @@ def save_tensors(
 ) -> None:
     """Write a tower alone to the .safetensors file `path`, under official names without prefix.
 
-    The file appears whole or not at all. `metadata` (strings) goes into its header.
+    The write is atomic. `metadata` goes into the file's header.
     Raises ValueError for a name that the family's tower does not have.
     """
     tensors = {}
     for name, tensor in canonical_tensors.items():
-        ours = tensor.detach().to("cpu").contiguous()
+        tensor = tensor.detach().to("cpu").contiguous()
         # safetensors refuses tensors that share memory, as slices of a fused weight do.
-        whole = ours.untyped_storage().nbytes() == ours.nbytes
-        tensors[official_name(name, family)] = ours if whole else ours.clone()
+        owns_storage = tensor.untyped_storage().nbytes() == tensor.nbytes
+        tensors[official_name(name, family)] = tensor if owns_storage else tensor.clone()
     write_safetensors(path, tensors, {**(metadata or {}), "format": "pt"})
 
 
 def write_safetensors(
     path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """Write contiguous CPU tensors to `path`, whole or not at all, readable as any new file of this user's is."""
+    """Write contiguous CPU tensors atomically to `path`, with the permissions that the umask gives."""
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         temporary.touch()
-        mode = temporary.stat().st_mode  # what the umask says; safetensors itself lets nobody else read its files
+        mode = temporary.stat().st_mode  # by the umask; safetensors makes files readable by their owner alone
         save_file(dict(tensors), temporary, metadata=dict(metadata))
         temporary.chmod(mode)
         with temporary.open("rb+") as stream:

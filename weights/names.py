@@ -1,24 +1,25 @@
-"""What each family calls the parts of its vision tower, and how a checkpoint prefixes them.
+"""Names of vision tensors: translation between canonical and official names, and prefixes in checkpoints.
 
-Our tower has one set of module names for all families (`blocks.N.mlp.fc1`, `merger.fc2`, ...); official
-checkpoints have one per family. The tables hold module names, `N` standing for an index;
-`.weight` or `.bias` follows.
+Canonical names are those of our towers, equal in all families (`blocks.N.mlp.fc1`, `merger.fc2`, ...). Official
+names are those of published checkpoints and differ by family. The tables below have module names, with `N` for an
+index; a tensor's name adds `.weight` or `.bias`.
 """
 
 import re
 from collections.abc import Iterable
 
 PREFIXES = ("model.visual.", "visual.", "thinker.visual.", "")
+"""Prefixes of official names in checkpoints; none in a tower saved alone."""
 
 
-def _same(*modules: str) -> dict[str, str]:
+def _unchanged(*modules: str) -> dict[str, str]:
     return {module: module for module in modules}
 
 
-_BLOCK = _same("patch_embed.proj", "blocks.N.norm1", "blocks.N.norm2", "blocks.N.attn.proj")
-_FUSED_QKV = _same("blocks.N.attn.qkv")
-_SPLIT_QKV = _same("blocks.N.attn.q", "blocks.N.attn.k", "blocks.N.attn.v")
-_GATED_MLP = _same("blocks.N.mlp.gate_proj", "blocks.N.mlp.up_proj", "blocks.N.mlp.down_proj")
+_BLOCK = _unchanged("patch_embed.proj", "blocks.N.norm1", "blocks.N.norm2", "blocks.N.attn.proj")
+_FUSED_QKV = _unchanged("blocks.N.attn.qkv")
+_SPLIT_QKV = _unchanged("blocks.N.attn.q", "blocks.N.attn.k", "blocks.N.attn.v")
+_GATED_MLP = _unchanged("blocks.N.mlp.gate_proj", "blocks.N.mlp.up_proj", "blocks.N.mlp.down_proj")
 _LINEAR_MLP = {"blocks.N.mlp.fc1": "blocks.N.mlp.linear_fc1", "blocks.N.mlp.fc2": "blocks.N.mlp.linear_fc2"}
 _SEQUENTIAL_MERGER = {
     "merger.norm": "merger.ln_q",
@@ -32,7 +33,7 @@ _LINEAR_MERGER = {
 }
 _QWEN3 = {
     **_BLOCK,
-    **_same("pos_embed"),
+    **_unchanged("pos_embed"),
     **_FUSED_QKV,
     **_LINEAR_MLP,
     **_LINEAR_MERGER,
@@ -41,11 +42,11 @@ _QWEN3 = {
     "deepstack_mergers.N.fc2": "deepstack_merger_list.N.linear_fc2",
 }
 
-FAMILIES: dict[str, dict[str, str]] = {
+NAME_TABLES: dict[str, dict[str, str]] = {
     "qwen2_vl": {
         **_BLOCK,
         **_FUSED_QKV,
-        **_same("blocks.N.mlp.fc1", "blocks.N.mlp.fc2"),
+        **_unchanged("blocks.N.mlp.fc1", "blocks.N.mlp.fc2"),
         **_SEQUENTIAL_MERGER,
     },
     "qwen2_5_vl": {**_BLOCK, **_FUSED_QKV, **_GATED_MLP, **_SEQUENTIAL_MERGER},
@@ -54,7 +55,7 @@ FAMILIES: dict[str, dict[str, str]] = {
     "qwen2_5_omni": {**_BLOCK, **_SPLIT_QKV, **_GATED_MLP, **_SEQUENTIAL_MERGER},
     "qwen3_omni": {
         **_BLOCK,
-        **_same("pos_embed"),
+        **_unchanged("pos_embed"),
         **_FUSED_QKV,
         **_LINEAR_MLP,
         **_SEQUENTIAL_MERGER,
@@ -63,14 +64,18 @@ FAMILIES: dict[str, dict[str, str]] = {
         "deepstack_mergers.N.fc2": "merger_list.N.mlp.2",
     },
 }
+"""Canonical to official module names, for each family."""
 
-_OFFICIAL = {family: {official: ours for ours, official in table.items()} for family, table in FAMILIES.items()}
-_ROOTS = frozenset(module.split(".")[0] for table in _OFFICIAL.values() for module in table)
-# Only the second part of a name is an index: in `merger_list.1.mlp.0` the 0 belongs to the name.
+_REVERSE_TABLES = {
+    family: {official: canonical for canonical, official in table.items()} for family, table in NAME_TABLES.items()
+}
+_TOP_MODULES = frozenset(module.split(".")[0] for table in _REVERSE_TABLES.values() for module in table)
+# Only the second part of a name is an index: in `merger_list.1.mlp.0`, the 0 is part of the module's name.
 _INDEXED = re.compile(r"(\w+)\.(\d+)\.(.+)")
 
 
 def _translate(name: str, table: dict[str, str]) -> str | None:
+    """Return the tensor's other name, or None if the table does not have its module."""
     module, _, parameter = name.rpartition(".")
     indexed = _INDEXED.fullmatch(module)
     if indexed is None:
@@ -80,69 +85,69 @@ def _translate(name: str, table: dict[str, str]) -> str | None:
     return None if found is None else f"{found.replace('.N.', f'.{indexed[2]}.')}.{parameter}"
 
 
-def _table(tables: dict[str, dict[str, str]], family: str) -> dict[str, str]:
+def _table_of(tables: dict[str, dict[str, str]], family: str) -> dict[str, str]:
     if family not in tables:
-        raise ValueError(f"family: expected one of {', '.join(FAMILIES)}, got {family!r}")
+        raise ValueError(f"family: expected one of {', '.join(NAME_TABLES)}, got {family!r}")
     return tables[family]
 
 
 def official_name(canonical: str, family: str) -> str:
-    """Return the official name, without prefix, of our tower's tensor `canonical`.
+    """Return the official name, without prefix, of the tensor with the name `canonical` in our towers.
 
     Raises ValueError for an unknown family, or a name that this family's tower does not have.
     """
-    official = _translate(canonical, _table(FAMILIES, family))
+    official = _translate(canonical, _table_of(NAME_TABLES, family))
     if official is None:
         raise ValueError(f"canonical: expected a tensor of a {family} tower, got {canonical!r}")
     return official
 
 
 def canonical_name(official: str, family: str) -> str:
-    """Return our tower's name of the official tensor `official` (given without prefix).
+    """Return the name in our towers of the tensor with the name `official` (without prefix) in checkpoints.
 
     Raises ValueError for an unknown family, or a name that this family's checkpoints do not have.
     """
-    canonical = _translate(official, _table(_OFFICIAL, family))
+    canonical = _translate(official, _table_of(_REVERSE_TABLES, family))
     if canonical is None:
         raise ValueError(f"official: expected a tensor of a {family} checkpoint, got {official!r}")
     return canonical
 
 
 def likely_families(names: Iterable[str]) -> list[str]:
-    """Return the families that know the most of `names` (official, without prefix); empty if none knows any.
+    """Return the families whose tables contain the most of `names` (official, without prefix).
 
-    More than one where families share a table, as Qwen3-VL and Qwen3.5 do.
+    There are several if families share a table (Qwen3-VL and Qwen3.5), and none if no table contains any name.
     """
     names = list(names)
-    known = {family: sum(_translate(n, table) is not None for n in names) for family, table in _OFFICIAL.items()}
+    known = {family: sum(_translate(n, table) is not None for n in names) for family, table in _REVERSE_TABLES.items()}
     most = max(known.values())
     return [family for family, count in known.items() if count == most > 0]
 
 
 def find_prefix(names: Iterable[str]) -> str:
-    """Return which of `PREFIXES` the vision tensors among `names` carry ("" for a tower saved alone).
+    """Return which of `PREFIXES` the vision tensors among `names` have ("" for a tower saved alone).
 
-    Everything else in a composite checkpoint (language model, audio tower, talker, ...) is ignored.
-    Raises ValueError if no vision tensor is there or if two prefixes are, saying what the names begin with.
+    All other tensors of a composite checkpoint (language model, audio tower, talker, ...) are ignored.
+    Raises ValueError if there are no vision tensors, or vision tensors under several prefixes.
     """
     names = list(names)
     found = [
         prefix
         for prefix in PREFIXES
-        if any(name.startswith(prefix) and (prefix or name.split(".")[0] in _ROOTS) for name in names)
+        if any(name.startswith(prefix) and (prefix or name.split(".")[0] in _TOP_MODULES) for name in names)
     ]
     if len(found) == 1:
         return found[0]
     present = ", ".join(sorted({".".join(name.split(".")[:2]) for name in names})[:12]) or "nothing at all"
     if not found:
         raise ValueError(
-            "no vision tensors: expected names beginning with model.visual., visual. or thinker.visual., "
-            f"or a tower saved alone (patch_embed., blocks., merger.); the checkpoint has {present}"
+            "no vision tensors: expected names that start with model.visual., visual. or thinker.visual., "
+            f"or a tower saved alone (patch_embed., blocks., merger.), got {present}"
         )
     prefixes = " and ".join(prefix or "no prefix" for prefix in found)
-    raise ValueError(f"vision tensors under more than one prefix ({prefixes}); the checkpoint has {present}")
+    raise ValueError(f"expected vision tensors under one prefix, got more than one prefix ({prefixes}) among {present}")
 
 
 def vision_names(names: Iterable[str], prefix: str) -> list[str]:
-    """Return those of `names` that belong to the vision tower under `prefix`, in their order."""
-    return [name for name in names if name.startswith(prefix) and (prefix or name.split(".")[0] in _ROOTS)]
+    """Return those of `names` that belong to the vision tower under `prefix`, in the order of `names`."""
+    return [name for name in names if name.startswith(prefix) and (prefix or name.split(".")[0] in _TOP_MODULES)]

@@ -1,4 +1,4 @@
-"""Byte ranges over HTTP: read one, or put many into a file so that an interrupted download goes on later."""
+"""Byte ranges over HTTP: streamed with retries, or downloaded into a file by several threads, resumably."""
 
 import hashlib
 import os
@@ -13,24 +13,24 @@ from typing import Any
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import get_session, hf_raise_for_status, tqdm
 
-CHUNK_BYTES = 16 << 20  # long against a request's latency, short against a retry's cost
+CHUNK_BYTES = 16 << 20  # large enough to hide a request's latency, small enough to make a retry cheap
 THREADS = 8
 RETRY_WAITS_S = (0.5, 1.0, 2.0, 4.0)
-_PIECE_BYTES = 64 << 10  # what a broken connection costs at most
-_TIMEOUT_S = 30.0  # for each connect and read, not for the whole
-_BUSY = (408, 429, 500, 502, 503, 504)
-# What a session raises: requests' errors are OSErrors; httpx and httpx2 have an HTTPError above all theirs.
-# huggingface_hub derives its own error from the one that its session has.
+_READ_BYTES = 64 << 10  # a broken connection loses at most this much
+_TIMEOUT_S = 30.0  # of each connect and each read, not of the whole transfer
+_RETRYABLE_STATUSES = (408, 429, 500, 502, 503, 504)
+# Every error of huggingface_hub's session: those of requests are OSErrors, and those of httpx and httpx2 derive from an
+# HTTPError of their own. HfHubHTTPError derives from the error class of the session's library.
 TRANSPORT_ERRORS: tuple[type[BaseException], ...] = (OSError, *HfHubHTTPError.__bases__)
 
 
 class TransferError(ConnectionError):
-    """A transfer that kept failing after its retries."""
+    """A transfer failed in every retry, or was stopped."""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """`length` bytes of `url` from byte `source`, which belong at byte `target` of the file."""
+    """A byte range to download: `length` bytes, from byte `source` of `url` to byte `target` of the file."""
 
     url: str
     source: int
@@ -40,39 +40,39 @@ class Chunk:
 
 @contextmanager
 def _get(url: str, headers: Mapping[str, str]) -> Iterator[tuple[Any, Iterator[bytes]]]:
-    """Open a streamed GET: the response, whose body is not yet read, and an iterator over the body."""
+    """Open a streamed GET; yield the response, whose body is not read yet, and an iterator over the body."""
     session: Any = get_session()
-    # requests' Session (huggingface_hub < 1) has a flag of this name, httpx' Client a method.
+    # `stream` is a method of httpx's Client and a flag of requests' Session (huggingface_hub < 1).
     if callable(getattr(session, "stream", None)):
         with session.stream("GET", url, headers=headers, follow_redirects=True, timeout=_TIMEOUT_S) as response:
-            yield response, response.iter_bytes(_PIECE_BYTES)
+            yield response, response.iter_bytes(_READ_BYTES)
     else:
         with session.get(url, headers=headers, stream=True, timeout=_TIMEOUT_S) as response:
-            yield response, response.iter_content(_PIECE_BYTES)
+            yield response, response.iter_content(_READ_BYTES)
 
 
 class RangeReader:
-    """Reads byte ranges of files under the same request headers, retrying what breaks off."""
+    """Reads byte ranges of URLs with fixed request headers, and retries when a connection breaks."""
 
     def __init__(self, headers: Mapping[str, str]) -> None:
         self._headers = {**headers, "Accept-Encoding": "identity"}
-        self.sizes: dict[str, int | None] = {}  # whole size in bytes of each URL read so far (None: untold)
+        self.sizes: dict[str, int | None] = {}  # file size in bytes of each URL read so far (None: not sent)
         self.stop = threading.Event()  # once set, every stream ends with TransferError
 
     def stream(self, url: str, first: int, length: int) -> Iterator[bytes]:
-        """Yield the `length` bytes of `url` from byte `first` on; fewer only where the file ends.
+        """Yield `length` bytes of `url` from byte `first` on, or fewer if the file ends before that.
 
-        Raises TransferError if the connection keeps breaking, ValueError if the server cannot send ranges,
-        and huggingface_hub's errors for 401, 403, 404, ...
+        Raises TransferError if every retry fails, ValueError if the server cannot send ranges, and
+        huggingface_hub's errors for 401, 403, 404, ...
         """
         position, end = first, first + length
-        broke: BaseException | None = None
+        failure: BaseException | None = None
         for wait in (0.0, *RETRY_WAITS_S):
             if self.stop.wait(wait):
                 break
             try:
                 with _get(url, {**self._headers, "Range": f"bytes={position}-{end - 1}"}) as (response, body):
-                    size = self.sizes[url] = _whole_size(response, url, position)
+                    size = self.sizes[url] = _file_size(response, url, position)
                     end = end if size is None else min(end, size)
                     while position < end and (piece := next(body, b"")[: end - position]):
                         if self.stop.is_set():
@@ -80,21 +80,25 @@ class RangeReader:
                         position += len(piece)
                         yield piece
                     if position >= end:
-                        next(body, b"")  # a body read to its end lets the connection be used again
+                        next(body, b"")  # reading to the end lets the session reuse the connection
             except TRANSPORT_ERRORS as error:
-                if isinstance(error, HfHubHTTPError) and error.response.status_code not in _BUSY:
+                if isinstance(error, HfHubHTTPError) and error.response.status_code not in _RETRYABLE_STATUSES:
                     raise
-                broke = error
+                failure = error
             if position >= end:
                 return
-        reason = broke or ("stopped" if self.stop.is_set() else "the connection closed early")
-        raise TransferError(f"{url}: bytes {position} to {end} did not come: {reason}") from broke
+        reason = failure or ("stopped" if self.stop.is_set() else "the connection closed early")
+        raise TransferError(f"{url}: bytes {position} to {end} did not arrive: {reason}") from failure
 
 
-def _whole_size(response: Any, url: str, first: int) -> int | None:
-    """Return the whole file's size (None: untold) from a ranged response; raises before reading its body."""
+def _file_size(response: Any, url: str, first: int) -> int | None:
+    """Return the file's size in bytes (None: not sent) from the response to a range request.
+
+    Raises huggingface_hub's error for an error status, and ValueError, before the body is read, if the response is
+    not the requested range.
+    """
     if response.status_code >= 400:
-        # httpx: the body of a streamed response must be read before its error can be described.
+        # httpx describes the error of a streamed response only after its body was read.
         _ = response.read() if hasattr(response, "read") else response.content
         hf_raise_for_status(response)
     content_range = response.headers.get("Content-Range", "")
@@ -102,28 +106,31 @@ def _whole_size(response: Any, url: str, first: int) -> int | None:
     if response.status_code != 206 or begin.partition("-")[0] != str(first):
         raise ValueError(
             f"{url}: expected a part of the file from byte {first} on, got status {response.status_code} and "
-            f"Content-Range {content_range!r}: this server, or a proxy before it, cannot send parts; fetch "
-            "the whole checkpoint with `hf download` and give its directory instead"
+            f"Content-Range {content_range!r}: this server, or a proxy before it, cannot send parts; download "
+            "the whole checkpoint with `hf download` and pass its directory instead"
         )
     return int(total) if total.isdigit() else None
 
 
-def cut(run: Chunk) -> Iterator[Chunk]:
-    """Yield one long contiguous range as chunks of at most CHUNK_BYTES."""
-    for done in range(0, run.length, CHUNK_BYTES):
-        yield Chunk(run.url, run.source + done, run.target + done, min(CHUNK_BYTES, run.length - done))
+def split(chunk: Chunk) -> Iterator[Chunk]:
+    """Yield `chunk` in parts of at most CHUNK_BYTES."""
+    for offset in range(0, chunk.length, CHUNK_BYTES):
+        length = min(CHUNK_BYTES, chunk.length - offset)
+        yield Chunk(chunk.url, chunk.source + offset, chunk.target + offset, length)
 
 
 def download(reader: RangeReader, chunks: Sequence[Chunk], head: bytes, file: Path, description: str) -> None:
-    """Fill `file` with `head` and then the chunks, going on where an earlier call of this plan broke off.
+    """Write `head` and then the chunks to `file`, and resume an interrupted call with equal arguments.
 
-    Beside it lies `<file>.journal` (plan, then one line for each chunk that is safely on disk), which whoever
-    moves the finished file away removes. Only one process at a time may do this.
-    Raises as `RangeReader.stream` does, and OSError if the disk is full.
+    `<file>.journal` records a hash of the arguments, then the index of each chunk that is safely on disk. The caller
+    removes it after moving the finished file. Only one process at a time may write to a file.
+
+    Raises TransferError if every retry fails, ValueError if a file is truncated or the server cannot send ranges,
+    huggingface_hub's errors for 401, 403, 404, ..., and OSError if the disk is full.
     """
     plan = hashlib.sha256(repr((head, *chunks)).encode()).hexdigest()
-    journal = journal_of(file)
-    done = _finished(journal, plan) if file.exists() else set()
+    journal = journal_path(file)
+    done = _finished_chunks(journal, plan) if file.exists() else set()
     with file.open("r+b" if done else "wb") as stream:
         stream.truncate(len(head) + sum(chunk.length for chunk in chunks))
         stream.write(head)
@@ -143,9 +150,9 @@ def download(reader: RangeReader, chunks: Sequence[Chunk], head: bytes, file: Pa
                     bar.update(len(piece))
             if written != chunk.length:
                 raise ValueError(
-                    f"{chunk.url}: truncated: expected {chunk.length} bytes at {chunk.source}, got {written}"
+                    f"{chunk.url}: truncated: expected {chunk.length} bytes at byte {chunk.source}, got {written}"
                 )
-            # The journal must never know of bytes that a power cut could still lose.
+            # Sync before the journal records the chunk, or a power cut could lose bytes that the journal lists.
             stream.flush()
             os.fsync(stream.fileno())
         with lock, journal.open("a") as lines:
@@ -161,20 +168,20 @@ def download(reader: RangeReader, chunks: Sequence[Chunk], head: bytes, file: Pa
             for future in as_completed(futures):
                 future.result()
         finally:
-            # After an error or Ctrl-C the others end at their next piece; the journal has what they finished.
+            # After an error or Ctrl-C the other threads stop at their next read; the journal lists finished chunks.
             reader.stop.set()
             pool.shutdown(cancel_futures=True)
 
 
-def journal_of(file: Path) -> Path:
-    """Return where `download` notes which chunks of `file` are on disk."""
+def journal_path(file: Path) -> Path:
+    """Return the file in which `download` records which chunks of `file` are on disk."""
     return file.with_name(f"{file.name}.journal")
 
 
-def _finished(journal: Path, plan: str) -> set[int]:
-    """Return the chunks that `journal` lists for this plan; none if it is of another one."""
+def _finished_chunks(journal: Path, plan: str) -> set[int]:
+    """Return the chunk indices that `journal` lists for this plan; none if it belongs to another plan."""
     if not journal.exists():
         return set()
-    # A last line without its end is one whose writing was interrupted.
+    # Drop a last line without a newline: its writing was interrupted.
     lines = journal.read_text().split("\n")[:-1]
     return {int(line) for line in lines[1:] if line.isdigit()} if lines[:1] == [plan] else set()

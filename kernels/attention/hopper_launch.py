@@ -1,9 +1,10 @@
-"""How attention on Hopper is launched: descriptors and counters, made once for tensors that come again.
+"""Launches of attention on Hopper: TMA descriptors cached by the tensors' addresses, and the tile scheduler's counters.
 
-Segment ends. Besides rows, heads and channels a descriptor has two dimensions that only move addresses, at coordinates
-2³⁰ and `end` with strides of 2³⁴ - stride and stride elements. Modulo 2⁶⁴ bytes, they let row i of a segment that ends
-at row `end` stand at coordinate 2³⁰ - length + i, so that the segment ends where the dimension of rows does, and TMA
-itself reads zeros from there on: no neighbour's infinity ever comes in. (Triton's `tools/ragged_tma.py` does the same.)
+Segment ends: rows past a segment's end must read as zeros, or a neighbour's infinity would enter the sums. TMA reads
+zeros past the end of a dimension only. So a descriptor has, besides rows, heads and channels, two dimensions that only
+shift the address, at coordinates 2³⁰ and `end` with strides of 2³⁴ - stride and stride elements. Modulo 2⁶⁴ bytes they
+put row i of a segment that ends at row `end` at coordinate 2³⁰ - length + i, and the dimension of rows ends at 2³⁰, as
+the segment does. Triton's `tools/ragged_tma.py` does the same.
 """
 
 import inspect
@@ -21,15 +22,16 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime import driver
 
-COUNTERS = 2**14
-"""Launches in CUDA graphs that have counters of their own; those captured later set theirs to zero themselves."""
+COUNTER_PAIRS = 2**14
+"""Pairs of counters in a device's pool. Launches captured when it is used up allocate and zero their own."""
 
 _LAYOUTS = {64: gl.NVMMASharedLayout(128, 16, 5), 16: gl.NVMMASharedLayout(32, 16, 5)}
-Layout = tuple[int, torch.Size, tuple[int, ...]]
+TensorKey = tuple[int, torch.Size, tuple[int, ...]]
+"""A tensor's address, shape and strides."""
 
 
-class _Address:
-    """A tensor as far as a launch asks for it."""
+class _TensorStandIn:
+    """The part of a tensor that Triton's launcher reads from a descriptor: its address and dtype."""
 
     __slots__ = ("address", "dtype")
 
@@ -41,96 +43,101 @@ class _Address:
         return self.address
 
 
-class _Rows(TensorDescriptor):
-    """A descriptor without the checks, which take longer than all the rest of it."""
+class _UncheckedDescriptor(TensorDescriptor):
+    """A descriptor whose constructor skips Triton's checks, which take most of its time."""
 
-    def __init__(self, base: _Address, shape: list[int], strides: list[int], rows: int, channels: int) -> None:
+    def __init__(self, base: _TensorStandIn, shape: list[int], strides: list[int], rows: int, channels: int) -> None:
         self.base, self.shape, self.strides = base, shape, strides
         self.block_shape, self.layout = [1, 1, 1, rows, channels], _LAYOUTS[channels]
 
 
-def _descriptors(first: Layout, rest: Layout, rows: int, dtype: torch.dtype) -> tuple[_Rows, _Rows] | None:
-    """Boxes of `rows` rows: of 64 channels, and of the rest, which begins where 64 end if both are one tensor's.
+def _descriptors(
+    first: TensorKey, rest: TensorKey, box_rows: int, dtype: torch.dtype
+) -> tuple[_UncheckedDescriptor, _UncheckedDescriptor] | None:
+    """Return descriptors of boxes of `box_rows` rows: of the first 64 channels, and of the 16 or fewer beyond.
 
-    Of 64 channels there is no rest, but a kernel's arguments are what they are.
-    None if TMA cannot address them: addresses and strides have to be multiples of 16 bytes.
+    `first` and `rest` may be the same tensor of more than 64 channels; `rest` then starts at its channel 64. With
+    head_dim 64 the kernel takes the second descriptor too and does not read it. Return None if TMA cannot address the
+    tensors: addresses and strides must be multiples of 16 bytes, and strides positive and below 2³² elements.
     """
-    made = []
-    for (address, (_, heads, channels), (row, head, _)), box in ((first, 64), (rest, 16)):
+    descriptors = []
+    for (address, (_, heads, channels), (row_stride, head_stride, _)), box_channels in ((first, 64), (rest, 16)):
         if heads == 1:
-            head = channels  # the stride of a single head may be anything
-        if address % 16 or any(stride % 8 or not 0 < stride < 2**32 for stride in (row, head)):
+            head_stride = channels  # the stride of a single head may be anything
+        if address % 16 or any(stride % 8 or not 0 < stride < 2**32 for stride in (row_stride, head_stride)):
             return None
-        skipped = 64 if box == 16 and channels > 64 else 0
-        width = min(channels, 64) if box == 64 else channels - skipped
+        first_channel = 64 if box_channels == 16 and channels > 64 else 0
+        width = min(channels, 64) if box_channels == 64 else channels - first_channel
         shape = [2**31 - 2**16, 2**31 - 2**16, heads, 2**30, width]
-        base = _Address(address + 2 * skipped, dtype)
-        made.append(_Rows(base, shape, [2**34 - row, row, head, row, 1], rows, box))
-    return made[0], made[1]
+        strides = [2**34 - row_stride, row_stride, head_stride, row_stride, 1]
+        base = _TensorStandIn(address + 2 * first_channel, dtype)
+        descriptors.append(_UncheckedDescriptor(base, shape, strides, box_rows, box_channels))
+    return descriptors[0], descriptors[1]
 
 
 Operand = Tensor | tuple[Tensor, Tensor]
+"""Queries, keys or values `[S, H, D]`, or their first 64 channels and the others."""
 
 
-def layout_key(x: Operand) -> tuple[Any, ...]:
-    """What a launch depends on: a tensor's address, shape and strides, or those of both parts."""
-    return (x.data_ptr(), x.shape, x.stride()) if isinstance(x, Tensor) else (layout_key(x[0]), layout_key(x[1]))
+def operand_key(x: Operand) -> tuple[Any, ...]:
+    """Return a tensor's address, shape and strides, or those of both parts: all that a launch depends on."""
+    return (x.data_ptr(), x.shape, x.stride()) if isinstance(x, Tensor) else (operand_key(x[0]), operand_key(x[1]))
 
 
 def contiguous_copy(x: Operand) -> Operand:
-    """The same in memory that TMA can address."""
+    """Copy an operand to contiguous memory, which TMA can address."""
     if isinstance(x, Tensor):
         return x.clone(memory_format=torch.contiguous_format)
     return x[0].clone(memory_format=torch.contiguous_format), x[1].clone(memory_format=torch.contiguous_format)
 
 
-class Counters:
-    """Pairs of int32 on a device that are zero before and after each launch: tiles taken, and programs done.
+class TileCounterPool:
+    """Pairs of int32 counters on a device, zero before and after each launch: tiles taken, and finished programs.
 
-    Launches of one stream follow one another and share a pair. Each launch in a CUDA graph has one to itself: a graph
-    does not overlap with itself, but may with anything else.
+    Launches of one stream run one after another and share a pair. Each launch captured in a CUDA graph has its own: a
+    graph does not overlap with itself, but may with anything else.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.pairs = torch.zeros(COUNTERS, 2, dtype=torch.int32, device=device)
-        torch.cuda.current_stream(device).synchronize()  # once, for streams that do not wait for this one
-        self.used = count()
-        self.of_stream: dict[int, Tensor] = {}
+        self.pairs = torch.zeros(COUNTER_PAIRS, 2, dtype=torch.int32, device=device)
+        torch.cuda.current_stream(device).synchronize()  # other streams may use the pairs and do not wait for this one
+        self.numbers = count()
+        self.pair_of_stream: dict[int, Tensor] = {}
 
-    def take(self, stream: int, capturing: bool) -> Tensor:
-        """For a launch on the stream, or one captured there."""
-        found = None if capturing else self.of_stream.get(stream)
-        if found is None:
-            number = next(self.used)
-            if number >= COUNTERS:
+    def pair(self, stream: int, capturing: bool) -> Tensor:
+        """Return the pair of a stream, or a new one for a launch that is being captured."""
+        pair = None if capturing else self.pair_of_stream.get(stream)
+        if pair is None:
+            number = next(self.numbers)
+            if number >= COUNTER_PAIRS:
                 return self.pairs.new_zeros(2)
-            found = self.pairs[number]
+            pair = self.pairs[number]
             if not capturing:
-                self.of_stream[stream] = found
-        return found
+                self.pair_of_stream[stream] = pair
+        return pair
 
 
-_counters: dict[torch.device, Counters] = {}
-_CREATING = threading.Lock()
+_pools: dict[torch.device, TileCounterPool] = {}
+_pools_lock = threading.Lock()
 
 
-def counter(device: torch.device, stream: int) -> Tensor:
-    """Two zeros for one launch on a stream of the device."""
+def tile_counters(device: torch.device, stream: int) -> Tensor:
+    """Return two int32 zeros for one launch on a stream of the device."""
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if device not in _counters:
+    if device not in _pools:
         if capturing or device.type != "cuda":
             return torch.zeros(2, dtype=torch.int32, device=device)
-        with _CREATING:
-            if device not in _counters:
-                _counters[device] = Counters(device)
-    return _counters[device].take(stream, capturing)
+        with _pools_lock:
+            if device not in _pools:
+                _pools[device] = TileCounterPool(device)
+    return _pools[device].pair(stream, capturing)
 
 
 class Launch:
-    """A launch but for its stream, output and counters, as triton's launcher in C takes it.
+    """A launch whose operands are fixed, while its stream, output, cu_seqlens and counters are given each time.
 
-    That launcher is the one that triton's own calls after making each descriptor anew: 7 µs so, and 18 by triton's, on
-    the machine of an H200. Known for triton 3.6 only: other versions launch as they please.
+    With triton 3.6 it calls the compiled launcher that Triton's Python launcher ends in, and so does not encode the
+    descriptors again (TUNING.md). With other versions it calls Triton's Python launcher.
     """
 
     def __init__(
@@ -141,36 +148,36 @@ class Launch:
         self.programs = programs
         self.scalars = scalars
         self.kernel: Any = None
-        self.in_c: Callable[..., None] | None = None
+        self.native_launcher: Callable[..., None] | None = None
 
-    def bind(self, kernel: Any) -> None:
-        """Fix the compiled kernel."""
+    def set_kernel(self, kernel: Any) -> None:
+        """Set the compiled kernel, and prepare the arguments of the native launcher."""
         run = kernel.run
         if triton.__version__.startswith("3.6.") and not run.global_scratch_size and not run.profile_scratch_size:
             from triton.backends.nvidia.driver import make_tensordesc_arg
 
-            made = zip(self.descriptors, kernel.metadata.tensordesc_meta, strict=True)
-            self.prepared = (
+            descriptors = zip(self.descriptors, kernel.metadata.tensordesc_meta, strict=True)
+            self.native_arguments = (
                 kernel.function, run.launch_cooperative_grid, run.launch_pdl, None, None, kernel.packed_metadata,
-                None, None, None, *(part for one, meta in made for part in make_tensordesc_arg(one, meta)),
+                None, None, None, *(part for x, meta in descriptors for part in make_tensordesc_arg(x, meta)),
             )  # fmt: skip
-            self.in_c = inspect.getclosurevars(run.launch).nonlocals.get("launcher")
-        self.kernel = kernel  # last, for other threads
+            self.native_launcher = inspect.getclosurevars(run.launch).nonlocals.get("launcher")
+        self.kernel = kernel  # last: other threads launch as soon as it is set
 
     def arguments(self, out: Tensor, cu_seqlens: Tensor) -> tuple[Any, ...]:
-        """As the kernel itself takes them."""
+        """Return the kernel's arguments for a launch on the current stream."""
         stream = driver.active.get_current_stream(self.device.index)
-        return *self.descriptors, out, cu_seqlens, counter(self.device, stream), *self.scalars
+        return *self.descriptors, out, cu_seqlens, tile_counters(self.device, stream), *self.scalars
 
     def __call__(self, out: Tensor, cu_seqlens: Tensor) -> None:
-        """Launch on the current stream."""
+        """Launch on the current stream, with Triton's hooks if any are set."""
         runtime = knobs.runtime
-        if self.in_c is None or runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls:
+        if self.native_launcher is None or runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls:
             self.kernel[self.programs, 1, 1](*self.arguments(out, cu_seqlens))
             return
         stream = driver.active.get_current_stream(self.device.index)
-        addresses = out.data_ptr(), cu_seqlens.data_ptr(), counter(self.device, stream).data_ptr()
-        self.in_c(self.programs, 1, 1, stream, *self.prepared, *addresses, *self.scalars)
+        addresses = out.data_ptr(), cu_seqlens.data_ptr(), tile_counters(self.device, stream).data_ptr()
+        self.native_launcher(self.programs, 1, 1, stream, *self.native_arguments, *addresses, *self.scalars)
 
 
 @lru_cache(1024)
@@ -183,7 +190,7 @@ def cached_launch(
     programs: int,
     scalars: tuple[Any, ...],
 ) -> Launch | None:
-    """The launch for operands of these forms; None if TMA cannot read them as they lie."""
+    """Return the launch for operands given by `operand_key`; None if TMA cannot address them without a copy."""
     descriptors: list[TensorDescriptor] = []
     for operand, rows in ((q, 64), (k, 128), (v, 128)):
         first, rest = operand if isinstance(operand[0], tuple) else (operand, operand)

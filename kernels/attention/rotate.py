@@ -1,8 +1,8 @@
-"""Rotary position embedding: the tile functions that attention over windows rotates with, and a pass for long segments.
+"""Rotary position embedding: tile functions for attention within windows, and a pass for longer segments.
 
-A head's D channels are D/2 pairs. Pair i is channels (i, i + D/2), or (2i, 2i + 1) where the rows of the projection's
-weights were permuted so (`INTERLEAVED`). A tile holds 32 pairs, another the 4 or 8 that head_dim 72 and 80 have more:
-powers of two, so nothing is padded in memory, and 36 or 40 pairs cost a tile of 8 instead of one of 64.
+A head's D channels are D/2 pairs. Pair i is channels (i, i + D/2), or channels (2i, 2i + 1) if the rows of the
+projection's weights were permuted to that order (INTERLEAVED). One tile has 32 pairs; a second has the 4 or 8 more of
+head_dim 72 and 80. Tile sizes are powers of two, so one tile for 36 or 40 pairs would take 64.
 """
 
 from dataclasses import dataclass
@@ -15,18 +15,18 @@ from torch import Tensor
 @triton.jit
 def load_angles(
     cos_ptr,  # fp32, shape (S, D), at the tile's first row; the second half repeats the first and is not read
-    sin_ptr,  # same
+    sin_ptr,  # fp32, shape (S, D), at the tile's first row; the second half repeats the first and is not read
     o_row,
     m_row,
     D: tl.constexpr,
-    ANGLE_STRIDE: tl.constexpr,  # a constant: 36 and 40 are no multiples of 16, so an argument would not vectorise
-    FIRST: tl.constexpr,
+    ANGLE_STRIDE: tl.constexpr,  # constexpr: an argument that is no multiple of 16 prevents vector loads
+    FIRST_PAIR: tl.constexpr,
     PAIRS: tl.constexpr,
 ):
-    """Cosines and sines of pairs FIRST .. FIRST + PAIRS: [rows, PAIRS] each."""
-    o_pair = FIRST + tl.arange(0, PAIRS)
+    """Return cosines and sines of pairs FIRST_PAIR .. FIRST_PAIR + PAIRS, [rows, PAIRS] each."""
+    o_pair = FIRST_PAIR + tl.arange(0, PAIRS)
     mask = m_row[:, None]
-    if FIRST + PAIRS > D // 2:
+    if FIRST_PAIR + PAIRS > D // 2:
         mask = mask & (o_pair < D // 2)[None, :]
     offset = o_row[:, None] * ANGLE_STRIDE + o_pair[None, :]
     return tl.load(cos_ptr + offset, mask=mask, other=0.0), tl.load(sin_ptr + offset, mask=mask, other=0.0)
@@ -35,26 +35,26 @@ def load_angles(
 @triton.jit
 def load_pairs(
     x_ptr,  # shape (rows, D), at the tile's first row and the head's first channel
-    o_first,  # offset of each row
+    o_x,  # offset of each row
     m_row,
     D: tl.constexpr,
     INTERLEAVED: tl.constexpr,
-    FIRST: tl.constexpr,
+    FIRST_PAIR: tl.constexpr,
     PAIRS: tl.constexpr,
 ):
-    """The two members of pairs FIRST .. FIRST + PAIRS: [rows, PAIRS] each."""
+    """Return the first and the second members of pairs FIRST_PAIR .. FIRST_PAIR + PAIRS, [rows, PAIRS] each."""
     mask = m_row[:, None]
     if INTERLEAVED:
-        o_channel = 2 * FIRST + tl.arange(0, 2 * PAIRS)
-        if 2 * (FIRST + PAIRS) > D:
+        o_channel = 2 * FIRST_PAIR + tl.arange(0, 2 * PAIRS)
+        if 2 * (FIRST_PAIR + PAIRS) > D:
             mask = mask & (o_channel < D)[None, :]
-        b_x = tl.load(x_ptr + (o_first[:, None] + o_channel[None, :]), mask=mask, other=0.0)
+        b_x = tl.load(x_ptr + (o_x[:, None] + o_channel[None, :]), mask=mask, other=0.0)
         b_a, b_b = tl.split(tl.reshape(b_x, [b_x.shape[0], PAIRS, 2]))
     else:
-        o_channel = FIRST + tl.arange(0, PAIRS)
-        if FIRST + PAIRS > D // 2:
+        o_channel = FIRST_PAIR + tl.arange(0, PAIRS)
+        if FIRST_PAIR + PAIRS > D // 2:
             mask = mask & (o_channel < D // 2)[None, :]
-        offset = o_first[:, None] + o_channel[None, :]
+        offset = o_x[:, None] + o_channel[None, :]
         b_a = tl.load(x_ptr + offset, mask=mask, other=0.0)
         b_b = tl.load(x_ptr + D // 2 + offset, mask=mask, other=0.0)
     return b_a, b_b
@@ -62,7 +62,7 @@ def load_pairs(
 
 @triton.jit
 def rotate_pairs(b_a, b_b, b_cos, b_sin):
-    """Both members of each pair, rotated in fp32 and rounded once."""
+    """Return both members of each pair, rotated in fp32 and rounded once."""
     b_x = b_a.to(tl.float32)
     b_y = b_b.to(tl.float32)
     return (b_x * b_cos - b_y * b_sin).to(b_a.dtype), (b_y * b_cos + b_x * b_sin).to(b_a.dtype)
@@ -71,20 +71,20 @@ def rotate_pairs(b_a, b_b, b_cos, b_sin):
 @triton.jit
 def load_rotated(
     x_ptr,  # shape (rows, D), at the tile's first row and the head's first channel
-    o_first,  # offset of each row
+    o_x,  # offset of each row
     m_row,
     b_cos,  # [rows, PAIRS]
     b_sin,
     D: tl.constexpr,
     INTERLEAVED: tl.constexpr,
-    FIRST: tl.constexpr,
+    FIRST_PAIR: tl.constexpr,
     PAIRS: tl.constexpr,
 ):
-    """A tile [rows, 2 * PAIRS] of queries or keys, the members of a pair side by side.
+    """Return a rotated tile [rows, 2 * PAIRS] of queries or keys, the members of each pair side by side.
 
-    Queries and keys come in the same order of channels, whichever it is, so their products do not notice.
+    Queries and keys have the same order of channels, so their products are those of the original order.
     """
-    b_a, b_b = load_pairs(x_ptr, o_first, m_row, D, INTERLEAVED, FIRST, PAIRS)
+    b_a, b_b = load_pairs(x_ptr, o_x, m_row, D, INTERLEAVED, FIRST_PAIR, PAIRS)
     b_a, b_b = rotate_pairs(b_a, b_b, b_cos, b_sin)
     return tl.reshape(tl.join(b_a, b_b), [b_a.shape[0], 2 * PAIRS])
 
@@ -92,9 +92,9 @@ def load_rotated(
 @triton.jit
 def _rotate_tile(
     x_ptr,  # shape (S, H, D), at the program's first row and head
-    out_ptr,  # shape (H, S, CHANNELS), same
+    out_ptr,  # shape (H, S, CHANNELS), at the program's first row and head
     cos_ptr,  # fp32, shape (S, D), at the program's first row
-    sin_ptr,  # same
+    sin_ptr,  # fp32, shape (S, D), at the program's first row
     o_x,
     o_out,
     o_row,
@@ -103,24 +103,25 @@ def _rotate_tile(
     D: tl.constexpr,
     ANGLE_STRIDE: tl.constexpr,
     INTERLEAVED: tl.constexpr,
-    FIRST: tl.constexpr,
+    FIRST_CHANNEL: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
+    """Copy CHANNELS channels of a tile from FIRST_CHANNEL on, zeros past D; rotate them unless they are values."""
     mask = m_row[:, None]
     o_channel = tl.arange(0, CHANNELS)
     o_pair = tl.arange(0, CHANNELS // 2)
     p_out = out_ptr + (o_out * CHANNELS)[:, None]
     if is_value:
-        m_x = mask & (FIRST + o_channel < D)[None, :]
-        b_x = tl.load(x_ptr + FIRST + (o_x[:, None] + o_channel[None, :]), mask=m_x, other=0.0)
+        m_x = mask & (FIRST_CHANNEL + o_channel < D)[None, :]
+        b_x = tl.load(x_ptr + FIRST_CHANNEL + (o_x[:, None] + o_channel[None, :]), mask=m_x, other=0.0)
         tl.store(p_out + o_channel[None, :], b_x, mask=mask)
     else:
-        b_cos, b_sin = load_angles(cos_ptr, sin_ptr, o_row, m_row, D, ANGLE_STRIDE, FIRST // 2, CHANNELS // 2)
+        b_cos, b_sin = load_angles(cos_ptr, sin_ptr, o_row, m_row, D, ANGLE_STRIDE, FIRST_CHANNEL // 2, CHANNELS // 2)
         if INTERLEAVED:
-            b_x = load_rotated(x_ptr, o_x, m_row, b_cos, b_sin, D, True, FIRST // 2, CHANNELS // 2)
+            b_x = load_rotated(x_ptr, o_x, m_row, b_cos, b_sin, D, True, FIRST_CHANNEL // 2, CHANNELS // 2)
             tl.store(p_out + o_channel[None, :], b_x, mask=mask)
         else:
-            b_a, b_b = load_pairs(x_ptr, o_x, m_row, D, False, FIRST // 2, CHANNELS // 2)
+            b_a, b_b = load_pairs(x_ptr, o_x, m_row, D, False, FIRST_CHANNEL // 2, CHANNELS // 2)
             b_a, b_b = rotate_pairs(b_a, b_b, b_cos, b_sin)
             tl.store(p_out + o_pair[None, :], b_a, mask=mask)
             tl.store(p_out + CHANNELS // 2 + o_pair[None, :], b_b, mask=mask)
@@ -129,13 +130,13 @@ def _rotate_tile(
 @triton.jit(do_not_specialize=["S"])
 def _rotate_by_head(
     q_ptr,  # shape (S, H, D)
-    k_ptr,  # same
-    v_ptr,  # same; not read where the grid has programs for q and k alone
+    k_ptr,  # shape (S, H, D)
+    v_ptr,  # shape (S, H, D); not read if the grid has programs for q and k only
     out_ptr,  # shape (2 or 3, H, S, 64)
     rest_ptr,  # shape (2 or 3, H, S, 16)
     cos_ptr,  # fp32, shape (S, D)
-    sin_ptr,  # same
-    stride_qs,  # this and the next five in UNITs of elements
+    sin_ptr,  # fp32, shape (S, D)
+    stride_qs,  # this and the next five in units of STRIDE_UNIT elements
     stride_qh,
     stride_ks,
     stride_kh,
@@ -144,7 +145,7 @@ def _rotate_by_head(
     S,
     H,
     D: tl.constexpr,
-    UNIT: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr,
     ANGLE_STRIDE: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     ROWS: tl.constexpr,
@@ -163,17 +164,17 @@ def _rotate_by_head(
         x_ptr = v_ptr
         stride_qs = stride_vs
         stride_qh = stride_vh
-    # Rows and heads in one axis: repeated loads of the angles hit L1, and no store holds up another head's loads.
+    # Rows and heads share one axis: repeated loads of the angles hit L1, and no store delays another head's loads.
     o_row = tl.arange(0, ROWS * HEADS) // HEADS
     o_head = tl.arange(0, ROWS * HEADS) % HEADS
     m_row = (o_row < S - i_row) & (o_head < H - i_head)
-    x_ptr += (i_row * stride_qs + i_head * stride_qh) * UNIT
+    x_ptr += (i_row * stride_qs + i_head * stride_qh) * STRIDE_UNIT
     cos_ptr += i_row * ANGLE_STRIDE
     sin_ptr += i_row * ANGLE_STRIDE
     i_out = (i_tensor * H + i_head) * S + i_row
     out_ptr += i_out * 64
     rest_ptr += i_out * 16
-    o_x = (o_row * stride_qs + o_head * stride_qh) * UNIT
+    o_x = (o_row * stride_qs + o_head * stride_qh) * STRIDE_UNIT
     o_out = o_head.to(tl.int64) * S + o_row
     is_value = i_tensor == 2
     _rotate_tile(
@@ -187,7 +188,7 @@ def _rotate_by_head(
 
 @dataclass(frozen=True)
 class RotateConfig:
-    """Rows and heads a program, and its warps."""
+    """Rows, heads and warps per program."""
 
     rows: int
     heads: int
@@ -195,14 +196,13 @@ class RotateConfig:
 
 
 ROTATE = RotateConfig(rows=8, heads=16, num_warps=4)
-"""The fastest of eight shapes on an H200 when the pass still left rows in their places, the worst being 9 % slower. As
-it is, 11.1 and 32.0 µs at S = 4096 and 9216 (16 heads of 80 in Q and K), and 18.0 and 40.4 µs with V (heads of 72)."""
+"""The fastest of eight shapes on an H200 (TUNING.md)."""
 
 
 def stride_unit(*tensors: Tensor) -> int:
-    """Elements in which strides are counted: 16 bytes' worth where every row starts aligned to that, else one.
+    """Return the number of elements that strides are counted in: 16 bytes' worth if all rows are so aligned, else 1.
 
-    Triton sees by itself only that a stride is a multiple of 16 elements, which head_dim 72's are not.
+    Triton itself detects only strides that are multiples of 16 elements, which those of head_dim 72 are not.
     """
     elements = 16 // tensors[0].element_size()
     strides = [stride for x in tensors for stride in x.stride()[:-1]]
@@ -211,35 +211,35 @@ def stride_unit(*tensors: Tensor) -> int:
 
 
 def with_small_strides(x: Tensor) -> Tensor:
-    """`x [S, H, D]`, copied if its strides are so large that offsets inside a tile would pass 2³¹."""
+    """Return `x [S, H, D]`, copied if its strides are so large that offsets inside a tile could pass 2³¹."""
     return x if max(x.stride()) < 2**24 else x.contiguous()
 
 
 def split_channels(x: Tensor) -> tuple[Tensor, Tensor]:
-    """`x [S, H, D]` as its first 64 channels and the rest."""
+    """Return views of the first 64 channels of `x [S, H, D]` and of the others."""
     return x[..., :64], x[..., 64:]
 
 
 def rotate_by_head(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, interleaved: bool
 ) -> list[tuple[Tensor, Tensor]]:
-    """Queries and keys `[S, H, D]` rotated, and the values, as `tiles`, in one launch.
+    """Return queries and keys `[S, H, D]` rotated, and the values, each as two tensors, in one launch.
 
-    Tiles of rotated tensors lie by themselves, head by head, and the rest is always 16 channels, zero beyond D: so rows
-    fill whole sectors of 32 bytes, and neighbours fill cache lines. Queries and keys have their channels in an order of
-    their own. Values are moved likewise if their rows fill no sectors (head_dim 72 in 16 bits), else they stay.
-    I/O: reads each tensor once, writes it once.
+    The two are `[S, H, 64]` and, for D > 64, `[S, H, 16]` with the other channels and zeros past D, both stored head by
+    head: so rows fill whole sectors of 32 bytes, and neighbouring rows fill cache lines. Queries and keys have their
+    channels in another order, the same for both. Values are copied only if their rows do not fill sectors (head_dim 72
+    in 16 bits); otherwise they are views. I/O: reads and writes Q and K once, and V if it is copied.
     """
     S, H, D = q.shape
-    n = 2 if D * q.element_size() % 32 == 0 else 3
+    n_tensors = 2 if D * q.element_size() % 32 == 0 else 3
     q, k, v = with_small_strides(q), with_small_strides(k), with_small_strides(v)
-    out, out_rest = q.new_empty(n, H, S, 64), q.new_empty(n, H, S, 0 if D == 64 else 16)
-    size = stride_unit(q, k, v)
-    strides = [stride // size for x in (q, k, v) for stride in x.stride()[:2]]
-    _rotate_by_head[(triton.cdiv(S, ROTATE.rows), n * triton.cdiv(H, ROTATE.heads))](
+    out, out_rest = q.new_empty(n_tensors, H, S, 64), q.new_empty(n_tensors, H, S, 0 if D == 64 else 16)
+    unit = stride_unit(q, k, v)
+    strides = [stride // unit for x in (q, k, v) for stride in x.stride()[:2]]
+    _rotate_by_head[(triton.cdiv(S, ROTATE.rows), n_tensors * triton.cdiv(H, ROTATE.heads))](
         q, k, v, out, out_rest, cos, sin, *strides, S, H,
-        D=D, UNIT=size, ANGLE_STRIDE=cos.stride(0), INTERLEAVED=interleaved,
+        D=D, STRIDE_UNIT=unit, ANGLE_STRIDE=cos.stride(0), INTERLEAVED=interleaved,
         ROWS=ROTATE.rows, HEADS=ROTATE.heads, num_warps=ROTATE.num_warps,
     )  # fmt: skip
-    done = list(zip(out.transpose(1, 2), out_rest.transpose(1, 2), strict=True))
-    return done if n == 3 else [*done, split_channels(v)]
+    pairs = list(zip(out.transpose(1, 2), out_rest.transpose(1, 2), strict=True))
+    return pairs if n_tensors == 3 else [*pairs, split_channels(v)]

@@ -1,7 +1,7 @@
-"""First half of the MLP: projection, bias and activation, as the epilogue of the matrix product and as one pass.
+"""First half of the MLP: projection, bias and activation, fused into the matrix product or as cuBLAS and one pass.
 
-SwiGLU's gate and up projections are one product whose weight alternates their rows (`qwenvit.packing.pack_gate_up`),
-so that both numbers of an output lie in one thread's registers.
+SwiGLU's gate and up projections are one product. The rows of its weight alternate gate and up
+(`qwenvit.packing.pack_gate_up`), so that one thread's registers have both numbers of an output.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from qwenvit.kernels.gemm.tiles import (
     Tile,
     accumulate,
     add_bias,
-    descriptor_of,
+    make_descriptor,
     split_halves,
     store_tile,
     tile_at,
@@ -32,23 +32,23 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _times_sigmoid(b_x, b_y, EXACT: tl.constexpr):
-    """x · sigmoid(y)."""
-    b_sum = 1.0 + tl.exp2(b_y * -LOG2_E)
+def _mul_sigmoid(b_x, b_y, EXACT: tl.constexpr):
+    """Return x · sigmoid(y)."""
+    b_denominator = 1.0 + tl.exp2(b_y * -LOG2_E)
     if EXACT:
-        return tl.div_rn(b_x, b_sum)
-    b_root = tl.rsqrt(b_sum)  # two instructions fewer than a division
+        return tl.div_rn(b_x, b_denominator)
+    b_root = tl.rsqrt(b_denominator)  # two instructions fewer than a division
     return b_x * (b_root * b_root)
 
 
 @triton.jit
-def _gelu(b_x):
-    """Exact GELU in half of erf's instructions: max(x, 0) - a · Φ(-a), a = |x|.
+def _erf_gelu(b_x):
+    """Return exact (erf) GELU in half of erf's instructions: max(x, 0) - a · Φ(-a), a = |x|.
 
-    Φ(-a) = exp(-a² / 2) · t · P(t), t = 1 / (1 + 0.3 a), as in Abramowitz and Stegun 7.1.26; P, of degree 5, has the
-    smallest largest relative error, 1.6e-6, so the negative tail is as right as the rest.
+    Φ(-a) = exp(-a² / 2) · t · P(t), t = 1 / (1 + 0.3 a), as in Abramowitz and Stegun 7.1.26. P has degree 5 and the
+    smallest maximum relative error (1.6e-6), so the negative tail is as accurate as the rest.
     """
-    b_a = tl.minimum(tl.abs(b_x), 40.0, propagate_nan=tl.PropagateNan.ALL)  # Φ(-40) = 0 in fp32, and inf · 0 no NaN
+    b_a = tl.minimum(tl.abs(b_x), 40.0, propagate_nan=tl.PropagateNan.ALL)  # Φ(-40) is 0 in fp32; inf · 0 would be NaN
     b_root = tl.rsqrt(1.0 + 0.3 * b_a)
     b_t = b_root * b_root
     b_p = 0.232915187 - 0.082585961 * b_t
@@ -61,28 +61,28 @@ def _gelu(b_x):
 
 @triton.jit
 def _activation(b_x, ACT: tl.constexpr, EXACT: tl.constexpr):
-    """The activation in fp32; EXACT to the last bits of fp32, else to those of 16-bit outputs and more."""
+    """Return the activation in fp32, accurate to fp32's last bits if EXACT, else to more than 16-bit outputs need."""
     if ACT == "gelu_tanh":  # 0.5 · (1 + tanh y) = sigmoid(2 y), y = √(2/π) · (x + 0.044715 x³)
-        b_x = _times_sigmoid(b_x, b_x * (1.5957691216057308 + 0.07135481627260025 * b_x * b_x), EXACT)
+        b_x = _mul_sigmoid(b_x, b_x * (1.5957691216057308 + 0.07135481627260025 * b_x * b_x), EXACT)
     elif ACT == "quick_gelu":
-        b_x = _times_sigmoid(b_x, 1.702 * b_x, EXACT)
+        b_x = _mul_sigmoid(b_x, 1.702 * b_x, EXACT)
     elif ACT == "gelu":
         if EXACT:
             b_x *= 0.5 + 0.5 * tl.erf(b_x * 0.7071067811865476)
         else:
-            b_x = _gelu(b_x)
+            b_x = _erf_gelu(b_x)
     else:
         tl.static_assert(ACT == "silu")
-        b_x = _times_sigmoid(b_x, b_x, EXACT)
+        b_x = _mul_sigmoid(b_x, b_x, EXACT)
     return b_x
 
 
 @triton.jit(do_not_specialize=["M"])
 def _project_and_activate(
     x_ptr,  # shape (M, K): TMA descriptor or pointer
-    w_ptr,  # shape (N, K): TMA descriptor seen as (1, 1, N, K), or pointer
+    w_ptr,  # shape (N, K): TMA descriptor of shape (1, 1, N, K), or pointer
     bias_ptr,  # shape (N,), or None
-    out_ptr,  # shape (M, N), or (M, N / 2) where gated
+    out_ptr,  # shape (M, N), or (M, N / 2) if GATED
     M,
     N: tl.constexpr,
     K: tl.constexpr,
@@ -102,9 +102,9 @@ def _project_and_activate(
         i_row *= BLOCK_M
         i_col *= BLOCK_N
         o_w = tl.minimum(i_col + tl.arange(0, BLOCK_N), N - 1)
-        b_sum = accumulate(x_ptr, w_ptr, i_row, 0, 0, i_col, o_w, M, K, BLOCK_M, BLOCK_N, BLOCK_K, TMA)
+        b_acc = accumulate(x_ptr, w_ptr, i_row, 0, 0, i_col, o_w, M, K, BLOCK_M, BLOCK_N, BLOCK_K, TMA)
         o_row = i_row + tl.arange(0, BLOCK_M)
-        b_left, b_right = split_halves(b_sum)
+        b_left, b_right = split_halves(b_acc)
         for i_half in tl.static_range(2):
             i_half_col = i_col + i_half * (BLOCK_N // 2)
             o_col = i_half_col + tl.arange(0, BLOCK_N // 2)
@@ -119,7 +119,7 @@ def _project_and_activate(
 
 @triton.jit(do_not_specialize=["M"])
 def _activate(
-    x_ptr,  # shape (M, N)
+    x_ptr,  # shape (M, N), overwritten
     M,
     N: tl.constexpr,
     ACT: tl.constexpr,
@@ -134,7 +134,7 @@ def _activate(
 
 @triton.jit(do_not_specialize=["M"])
 def _swiglu(
-    gate_up_ptr,  # shape (M, N, 2)
+    gate_up_ptr,  # shape (M, N, 2): gate, up
     out_ptr,  # shape (M, N)
     M,
     N: tl.constexpr,
@@ -156,7 +156,7 @@ def _swiglu(
 
 @dataclass(frozen=True)
 class GatePass:
-    """Rows and columns of the output of one program of SwiGLU's pass."""
+    """Launch config of `_swiglu`: output rows and columns of a program."""
 
     rows: int
     cols: int
@@ -165,30 +165,24 @@ class GatePass:
 
 @dataclass(frozen=True)
 class ActivationPass:
-    """Elements of one program of an activation's pass."""
+    """Launch config of `_activate`: elements of a program."""
 
     block: int
     num_warps: int
 
 
 GATE_PASS = GatePass(rows=2, cols=2048, num_warps=8)
-"""Of nine shapes with 1024 to 4096 outputs: I = 3456, 21.7 µs at M = 4096 and 46.9 at 9216 (92 and 96 % of copy
-bandwidth; all nine within 3 %)."""
+"""The fastest of nine shapes, which differ little (TUNING.md)."""
 ACTIVATION_PASS = ActivationPass(block=2048, num_warps=4)
-"""N = 4304 at M = 4096 and 9216: GELU-tanh 18.9 and 39.8 µs, quick-GELU the same, exact GELU 19.0 and 40.0 (88 and
-93 % of copy bandwidth; a copy takes 18.9 and 40.5). Blocks of 1024 to 8192 in 4 or 8 warps take up to 8 % longer;
-blocks of 2 rows x 2048 columns 3 %. Exact GELU by erf took 25.2 and 53.0. In fp32, where erf stays, 37.0 and 80.1 (90
-and 93 %)."""
+"""As fast as a copy of as many bytes, for every activation (TUNING.md)."""
 
 
 def fused_is_faster(x: Tensor, weight: Tensor, act: str) -> bool:
-    """Whether the fused kernel beats cuBLAS and the pass.
+    """Return whether the fused kernel beats cuBLAS and a pass: a threshold on wave efficiency (TUNING.md).
 
-    SwiGLU does where rounds are 80 % full (8 of 8 cases, M = 1024 to 16384: 1.12 to 1.22 times) and not below (M = 256
-    and 784: 0.92). The plain activations, whose pass costs less, want a single round to be 95 % full (0.97 and 0.99 at
-    85 and 90 %, 1.18 at 97 %), and several to be 77 % full, or less in narrow towers, where the pass is more of the
-    whole: 27 cases gain 1.00 to 1.24 times, and the 13 others, M = 256 to 2304, would gain 0.71 to 1.03 times. Exact
-    GELU, of mergers, whose K is 4096 to 5120, never does: 0.51 to 1.01 times.
+    Activations other than SwiGLU have a higher threshold if their tiles take a single wave, and a lower one in narrow
+    towers, where the pass is a larger share of the time. Exact GELU always uses cuBLAS: only mergers have it, and
+    cuBLAS was as fast or faster at their sizes.
     """
     if act == "gelu":
         return False
@@ -205,7 +199,7 @@ def fused_is_faster(x: Tensor, weight: Tensor, act: str) -> bool:
 def project_and_activate(
     x: Tensor, weight: Tensor, bias: Tensor | None, act: str, gated: bool, tile: Tile | None = None
 ) -> Tensor:
-    """The fused kernel: `[S, K]` -> `[S, N]`, or `[S, N / 2]` of an alternating gate and up weight."""
+    """Run the fused kernel: `[S, K]` -> `[S, N]`, or `[S, N / 2]` if gated: the weight's rows alternate gate and up."""
     M, K = x.shape
     N = weight.shape[0]
     out = x.new_empty((M, N // 2 if gated else N))
@@ -215,8 +209,8 @@ def project_and_activate(
     tile = tile or (TMA_TILE if tma else POINTER_TILE)
     x_operand, w_operand = x, weight
     if tma:
-        x_operand = descriptor_of(x, [M, K], [tile.block_m, tile.block_k])
-        w_operand = descriptor_of(weight, [1, 1, N, K], [1, 1, tile.block_n, tile.block_k])
+        x_operand = make_descriptor(x, [M, K], [tile.block_m, tile.block_k])
+        w_operand = make_descriptor(weight, [1, 1, N, K], [1, 1, tile.block_n, tile.block_k])
     n_tiles = triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n)
     with torch.cuda.device_of(out):  # Triton launches on the current device, which need not be the tensor's
         _project_and_activate[(min(n_tiles, tile.programs * multiprocessors(out.device)),)](
@@ -229,36 +223,43 @@ def project_and_activate(
 
 
 def activation_(x: Tensor, act: str) -> None:
-    """`act` of each element, in place; see `qwenvit.ops.activation_`."""
+    """Apply `act` to each element in place; see `qwenvit.ops.activation_`.
+
+    I/O: reads x, writes x.
+    """
     M, N = x.shape
     if M == 0 or N == 0:
         return
-    p = ACTIVATION_PASS
+    config = ACTIVATION_PASS
     with torch.cuda.device_of(x):
-        _activate[(triton.cdiv(M * N, p.block),)](x, M, N=N, ACT=act, BLOCK=p.block, num_warps=p.num_warps)
+        _activate[(triton.cdiv(M * N, config.block),)](
+            x, M, N=N, ACT=act, BLOCK=config.block, num_warps=config.num_warps
+        )
 
 
 def swiglu_pass(gate_up: Tensor) -> Tensor:
-    """`[S, 2·I]` -> `[S, I]`; see `qwenvit.ops.swiglu_pass`."""
+    """Return silu(gate) · up of packed columns, `[S, 2·I]` -> `[S, I]`; see `qwenvit.ops.swiglu_pass`.
+
+    I/O: reads gate_up, writes half as many bytes.
+    """
     M, N = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty((M, N))
     if M == 0 or N == 0:
         return out
-    p = GATE_PASS
-    grid = (triton.cdiv(M, p.rows) * triton.cdiv(N, p.cols),)
+    config = GATE_PASS
     with torch.cuda.device_of(out):
-        _swiglu[grid](gate_up, out, M, N=N, ACT="silu", BLOCK_M=p.rows, BLOCK_N=p.cols, num_warps=p.num_warps)
+        _swiglu[(triton.cdiv(M, config.rows) * triton.cdiv(N, config.cols),)](
+            gate_up, out, M, N=N, ACT="silu", BLOCK_M=config.rows, BLOCK_N=config.cols, num_warps=config.num_warps
+        )
     return out
 
 
 def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> Tensor:
-    """`act` of the projection; see `qwenvit.ops.linear_act`.
+    """Return `act` of the projection; see `qwenvit.ops.linear_act`.
 
-    cuBLASLt has an epilogue for tanh-GELU in 16 bits, which torch's own compiler uses as well. It beats both of ours:
-    15.5, 30.3, 57.8 and 118.0 µs at 784, 1764, 3136 and 7056 x 4304 x 1152, where the better one takes 17.2, 32.8, 57.5
-    and 124.6; 14.0, 25.9, 46.7 and 99.7 against 16.1, 29.4, 52.0 and 103.7 at 4096 x 1024 (H200, bf16).
+    Tanh-GELU in 16 bits uses cuBLASLt's own epilogue, which is faster than the fused kernel and the pass (TUNING.md).
     """
-    aligned = weight.shape[0] % 8 == 0 and weight.shape[1] % 8 == 0  # in 16 bits; otherwise it takes other ways
+    aligned = weight.shape[0] % 8 == 0 and weight.shape[1] % 8 == 0  # 16 bytes, which that epilogue needs
     if act == "gelu_tanh" and bias is not None and x.is_cuda and x.dtype != torch.float32 and aligned:
         return torch._addmm_activation(bias, x, weight.T, use_gelu=True)
     if fused_is_faster(x, weight, act):
@@ -269,25 +270,27 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> Tens
 
 
 def swiglu(x: Tensor, gate_up_weight: Tensor, gate_up_bias: Tensor | None) -> Tensor:
-    """silu(gate) · up; see `qwenvit.ops.swiglu`."""
+    """Return silu(gate) · up of the projection; see `qwenvit.ops.swiglu`."""
     if fused_is_faster(x, gate_up_weight, "swiglu"):
         return project_and_activate(x, gate_up_weight, gate_up_bias, "silu", True)
     return swiglu_pass(F.linear(x, gate_up_weight, gate_up_bias))
 
 
-def _empty(x: Tensor, columns: int) -> Tensor:
+def _empty_output(x: Tensor, columns: int) -> Tensor:
     return x.new_empty((x.shape[0], columns))
 
 
 activation_op = register("activation_(Tensor(a!) x, str act) -> ()", activation_, lambda *_: None)
-swiglu_pass_op = register("swiglu_pass(Tensor gate_up) -> Tensor", swiglu_pass, lambda x: _empty(x, x.shape[1] // 2))
+swiglu_pass_op = register(
+    "swiglu_pass(Tensor gate_up) -> Tensor", swiglu_pass, lambda x: _empty_output(x, x.shape[1] // 2)
+)
 linear_act_op = register(
     "linear_act(Tensor x, Tensor weight, Tensor? bias, str act) -> Tensor",
     linear_act,
-    lambda x, weight, *_: _empty(x, weight.shape[0]),
+    lambda x, weight, *_: _empty_output(x, weight.shape[0]),
 )
 swiglu_op = register(
     "swiglu(Tensor x, Tensor gate_up_weight, Tensor? gate_up_bias) -> Tensor",
     swiglu,
-    lambda x, weight, *_: _empty(x, weight.shape[0] // 2),
+    lambda x, weight, *_: _empty_output(x, weight.shape[0] // 2),
 )

@@ -1,12 +1,11 @@
 """Patch embedding: pixel values times weights, plus bias and learned positions, written in the tower's order.
 
-Learned positions come first (`_add_position_rows`), and a cuBLAS product adds to them. The order comes with the rows
-that are converted (`_convert_rows`), or where nothing is to be converted from the epilogue of a product of our own
-(`_embed_patches`). Reordering moves whole tokens: `place_ptr` names the place of each, `UNIT` is the patches in one.
+With learned positions, `_add_position_rows` writes them (plus the bias) in the tower's order, `_convert_rows` writes
+the pixel values in that order and in the weight's dtype, and a cuBLAS product adds to the positions. Without them, and
+with pixel values in the weight's dtype already, one product of our own can write its rows in the tower's order
+(`_embed_patches`). Reordering moves whole tokens of MERGE_UNIT patches: `restore_ptr` has each token's place.
 
-Interpolating in the epilogue was tried: at 7056 x 1536 x 1152 its best tile took 50.6 µs, these two steps take 49.9,
-and at 4096 41.7 against 30.2 (H200, bf16; the bare product: 38.9 and 23.5). Converting rows on their way to a product
-would take them through registers: 67 µs and more, 64 for `_convert_rows` and cuBLAS (9216 x 1176 x 1280).
+Interpolating positions or converting pixel values inside the product was slower than separate passes (TUNING.md).
 """
 
 import torch
@@ -30,29 +29,32 @@ from qwenvit.kernels.norm import load_row, row_config, store_row
 from qwenvit.kernels.registration import register
 
 PASS_WARPS = 1
-"""Adding positions takes 7.6 µs in one warp a row and 8.5 in two at 4096 x 1152, 15.8 and 16.5 at 9216 (H200, bf16;
-of a run of its own)."""
+"""Warps of a program of `_add_position_rows` and `_convert_rows`, which processes one row (TUNING.md)."""
 
 
 @triton.jit
-def _destination(i_in, place_ptr, UNIT: tl.constexpr):
-    """Where a patch (or a block of them) goes; `place_ptr` is int64, shape (S / UNIT,), or None for their own order."""
+def _output_row(
+    i_in,
+    restore_ptr,  # int64, shape (S / MERGE_UNIT,): place of each token in the tower's order; None for the order given
+    MERGE_UNIT: tl.constexpr,
+):
+    """Return the output row of a patch, or of a block of patches."""
     i_out = i_in.to(tl.int64)
-    if place_ptr is not None:
-        i_out = tl.load(place_ptr + i_out // UNIT) * UNIT + i_out % UNIT
+    if restore_ptr is not None:
+        i_out = tl.load(restore_ptr + i_out // MERGE_UNIT) * MERGE_UNIT + i_out % MERGE_UNIT
     return i_out
 
 
 @triton.jit
 def _add_position_rows(
-    x_ptr,  # shape (S, C); None for the positions alone
+    x_ptr,  # shape (S, C); None writes the positions alone
     table_ptr,  # shape (entries, C)
-    taps_ptr,  # int64, entries of the table around each patch, shape (S, 4)
-    tap_weights_ptr,  # fp32, shape (S, 4)
-    bias_ptr,  # shape (C,); None where there is none
-    place_ptr,  # int64, shape (S / UNIT,); None for the rows' own order
+    taps_ptr,  # int64, shape (S, 4): table entries around each patch
+    tap_weights_ptr,  # fp32, shape (S, 4): bilinear weights of those entries
+    bias_ptr,  # shape (C,), or None
+    restore_ptr,  # int64, shape (S / MERGE_UNIT,): place of each token; None for the order given
     y_ptr,  # shape (S, C)
-    UNIT: tl.constexpr,
+    MERGE_UNIT: tl.constexpr,
     C: tl.constexpr,
     MAIN: tl.constexpr,
     TAIL: tl.constexpr,
@@ -75,34 +77,34 @@ def _add_position_rows(
     if x_ptr is not None:
         b_main += b_x_main
         b_tail += b_x_tail
-    store_row(y_ptr + _destination(i_in, place_ptr, UNIT) * C, b_main, b_tail, C, MAIN, TAIL)
+    store_row(y_ptr + _output_row(i_in, restore_ptr, MERGE_UNIT) * C, b_main, b_tail, C, MAIN, TAIL)
 
 
 @triton.jit
 def _convert_rows(
     pixel_ptr,  # shape (S, K)
-    place_ptr,  # int64, shape (S / UNIT,); None for the rows' own order
-    y_ptr,  # shape (S, K), rows `stride_y` apart
+    restore_ptr,  # int64, shape (S / MERGE_UNIT,): place of each token; None for the order given
+    y_ptr,  # shape (S, K), row stride `stride_y`
     stride_y,
-    UNIT: tl.constexpr,
+    MERGE_UNIT: tl.constexpr,
     K: tl.constexpr,
     MAIN: tl.constexpr,
     TAIL: tl.constexpr,
 ):
     i_in = tl.program_id(0).to(tl.int64)
     b_main, b_tail = load_row(pixel_ptr + i_in * K, K, MAIN, TAIL)
-    store_row(y_ptr + _destination(i_in, place_ptr, UNIT) * stride_y, b_main, b_tail, K, MAIN, TAIL)
+    store_row(y_ptr + _output_row(i_in, restore_ptr, MERGE_UNIT) * stride_y, b_main, b_tail, K, MAIN, TAIL)
 
 
 @triton.jit(do_not_specialize=["M"])
 def _embed_patches(
     pixels,  # shape (M, K): TMA descriptor
-    weight,  # shape (N, K): TMA descriptor seen as (1, 1, N, K)
-    bias_ptr,  # shape (N,); None where there is none
-    place_ptr,  # int64, shape (M / UNIT,)
+    weight,  # shape (N, K): TMA descriptor of shape (1, 1, N, K)
+    bias_ptr,  # shape (N,), or None
+    restore_ptr,  # int64, shape (M / MERGE_UNIT,): place of each token
     out_ptr,  # shape (M, N)
     M,
-    UNIT: tl.constexpr,
+    MERGE_UNIT: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -116,10 +118,10 @@ def _embed_patches(
         i_row, i_col = tile_at(i_tile, n_row_tiles, N_COL_TILES, BAND)
         i_row *= BLOCK_M
         i_col *= BLOCK_N
-        b_sum = accumulate(pixels, weight, i_row, 0, 0, i_col, None, M, K, BLOCK_M, BLOCK_N, BLOCK_K, True)
+        b_acc = accumulate(pixels, weight, i_row, 0, 0, i_col, None, M, K, BLOCK_M, BLOCK_N, BLOCK_K, True)
         o_row = i_row + tl.arange(0, BLOCK_M)
-        p_row = out_ptr + _destination(tl.minimum(o_row, M - 1), place_ptr, UNIT)[:, None] * N
-        b_left, b_right = split_halves(b_sum)
+        p_row = out_ptr + _output_row(tl.minimum(o_row, M - 1), restore_ptr, MERGE_UNIT)[:, None] * N
+        b_left, b_right = split_halves(b_acc)
         for i_half in tl.static_range(2):
             o_col = i_col + i_half * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
             b_half = add_bias(b_left if i_half == 0 else b_right, bias_ptr, o_col, N)
@@ -128,23 +130,21 @@ def _embed_patches(
 
 
 PATCH_TILE = Tile(block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=4, programs=1)
-"""47.2 µs at S = 9216, K = 1176, N = 1280 (H200, bf16); with 3 stages 49.2, 128 x 128 by two programs of 4 warps 55.4,
-six others 56 to 76. cuBLAS takes 47.9 for the product alone."""
+"""The fastest of nine tiles (TUNING.md)."""
 
 
 def fused_is_faster(pixel_values: Tensor, weight: Tensor) -> bool:
-    """Whether `_embed_patches` beats a pass that reorders and cuBLAS, given an order alone.
+    """Return whether `_embed_patches` beats a reordering pass and cuBLAS, given a new order but no learned positions.
 
-    Tiles are large, so the last round of them decides: 47.2 µs against 60.0 at S = 9216 (rounds 91 % full), 16.5
-    against 17.4 at 2304 (68 %), but 30.8 against 26.8 at 4096 (61 %) and 15.8 against 9.2 at 1024 (30 %).
+    Its tiles are large, so the last wave decides: a threshold on wave efficiency (TUNING.md).
     """
     n_tiles = triton.cdiv(len(pixel_values), PATCH_TILE.block_m) * triton.cdiv(len(weight), PATCH_TILE.block_n)
-    readable = pixel_values.dtype == weight.dtype and uses_tma(pixel_values, weight)
+    tma_readable = pixel_values.dtype == weight.dtype and uses_tma(pixel_values, weight)
     threshold = tuning(capability(weight.device)[0]).patch_wave_efficiency
-    return readable and wave_efficiency(n_tiles, weight, PATCH_TILE.programs) >= threshold
+    return tma_readable and wave_efficiency(n_tiles, weight, PATCH_TILE.programs) >= threshold
 
 
-def embed_to_order(
+def embed_and_reorder(
     pixel_values: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -152,7 +152,7 @@ def embed_to_order(
     merge_unit: int,
     tile: Tile = PATCH_TILE,
 ) -> Tensor:
-    """The product of rows and weights, each row written to its place, for what TMA can read."""
+    """Return `pixel_values @ weight.T + bias`, `[S, C]`, with tokens in the tower's order. TMA reads both operands."""
     (M, K), N = pixel_values.shape, weight.shape[0]
     out = weight.new_empty((M, N))
     if M == 0:
@@ -163,28 +163,33 @@ def embed_to_order(
     with torch.cuda.device_of(out):  # Triton launches on the current device, which need not be the tensor's
         _embed_patches[(min(n_tiles, tile.programs * multiprocessors(out.device)),)](
             pixels, weights, bias, restore_index, out, M,
-            UNIT=merge_unit, N=N, K=K, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
+            MERGE_UNIT=merge_unit, N=N, K=K, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
             BAND=tile.band, num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
     return out
 
 
-def _stage_rows(pixel_values: Tensor, restore_index: Tensor | None, merge_unit: int, dtype: torch.dtype) -> Tensor:
-    """Rows in the dtype and order wanted, each starting a 128-byte line; what lies between them is never read."""
+def _convert_and_reorder(
+    pixel_values: Tensor, restore_index: Tensor | None, merge_unit: int, dtype: torch.dtype
+) -> Tensor:
+    """Return `[S, K]` pixel values in another dtype and order.
+
+    Rows start at multiples of 128 bytes, a cache line. Nothing reads the padding between them.
+    """
     S, K = pixel_values.shape
-    line = 128 // dtype.itemsize
-    rows = pixel_values.new_empty((S, triton.cdiv(K, line) * line), dtype=dtype)
-    config = row_config(K, adds=False)
+    elements_per_line = 128 // dtype.itemsize
+    rows = pixel_values.new_empty((S, triton.cdiv(K, elements_per_line) * elements_per_line), dtype=dtype)
+    config = row_config(K, has_residual=False)
     if S:
         with torch.cuda.device_of(rows):
             _convert_rows[(S,)](
-                pixel_values, restore_index, rows, rows.stride(0), UNIT=merge_unit, K=K, MAIN=config.main,
+                pixel_values, restore_index, rows, rows.stride(0), MERGE_UNIT=merge_unit, K=K, MAIN=config.main,
                 TAIL=config.tail, num_warps=PASS_WARPS,
             )  # fmt: skip
     return rows[:, :K]
 
 
-def _write_positions(
+def _launch_add_positions(
     y: Tensor,
     x: Tensor | None,
     table: Tensor,
@@ -194,34 +199,35 @@ def _write_positions(
     restore_index: Tensor | None,
     merge_unit: int,
 ) -> Tensor:
+    """Write positions, plus x and bias if there are any, to `y` `[S, C]`, and return it."""
     S, C = y.shape
-    config = row_config(C, adds=x is not None)
+    config = row_config(C, has_residual=x is not None)
     if S:
         with torch.cuda.device_of(y):
             _add_position_rows[(S,)](
-                x, table, taps, tap_weights, bias, restore_index, y, UNIT=merge_unit, C=C, MAIN=config.main,
+                x, table, taps, tap_weights, bias, restore_index, y, MERGE_UNIT=merge_unit, C=C, MAIN=config.main,
                 TAIL=config.tail, num_warps=PASS_WARPS,
             )  # fmt: skip
     return y
 
 
 def interpolate_positions(table: Tensor, taps: Tensor, tap_weights: Tensor) -> Tensor:
-    """Learned positions of patches; see `qwenvit.ops.interpolate_positions`.
+    """Return the learned positions of patches; see `qwenvit.ops.interpolate_positions`.
 
     I/O: reads table, taps and tap_weights, writes y. 8 FLOPs an element.
     """
     y = table.new_empty((taps.shape[0], table.shape[1]))
-    return _write_positions(y, None, table, taps, tap_weights, None, None, 1)
+    return _launch_add_positions(y, None, table, taps, tap_weights, None, None, 1)
 
 
 def add_positions(
     x: Tensor, table: Tensor, taps: Tensor, tap_weights: Tensor, restore_index: Tensor | None, merge_unit: int
 ) -> Tensor:
-    """Patches and their learned positions; see `qwenvit.ops.add_positions`.
+    """Return patches plus their learned positions; see `qwenvit.ops.add_positions`.
 
     I/O: reads x, table, taps and tap_weights, writes y. 9 FLOPs an element.
     """
-    return _write_positions(torch.empty_like(x), x, table, taps, tap_weights, None, restore_index, merge_unit)
+    return _launch_add_positions(torch.empty_like(x), x, table, taps, tap_weights, None, restore_index, merge_unit)
 
 
 def patch_embed(
@@ -234,20 +240,21 @@ def patch_embed(
     restore_index: Tensor | None,
     merge_unit: int,
 ) -> Tensor:
-    """Patches embedded; see `qwenvit.ops.patch_embed`.
+    """Return embedded patches; see `qwenvit.ops.patch_embed`.
 
-    I/O: reads pixel_values, weight and table, writes y; rows to be converted are written and read once more, and so are
-    positions, and rows to be reordered where `fused_is_faster` says no. 2·S·K·N FLOPs.
+    I/O: reads pixel_values, weight and table, writes y. Writes and reads once more: learned positions, converted rows,
+    and rows to reorder unless `fused_is_faster`. 2·S·K·N FLOPs.
     """
     rows = pixel_values
     if table is None and restore_index is not None and fused_is_faster(rows, weight):
-        return embed_to_order(rows, weight, bias, restore_index, merge_unit)
+        return embed_and_reorder(rows, weight, bias, restore_index, merge_unit)
     if rows.dtype != weight.dtype or restore_index is not None:
-        rows = _stage_rows(rows, restore_index, merge_unit, weight.dtype)
+        rows = _convert_and_reorder(rows, restore_index, merge_unit, weight.dtype)
     if table is None or taps is None or tap_weights is None:
         return F.linear(rows, weight, bias)
     y = weight.new_empty((len(rows), len(weight)))
-    return _write_positions(y, None, table, taps, tap_weights, bias, restore_index, merge_unit).addmm_(rows, weight.T)
+    _launch_add_positions(y, None, table, taps, tap_weights, bias, restore_index, merge_unit)
+    return y.addmm_(rows, weight.T)
 
 
 interpolate_positions_op = register(

@@ -1,11 +1,11 @@
-"""QKV projection with rotary embedding: as the epilogue of the matrix product, and as one pass in place.
+"""QKV projection with rotary embedding, fused into the matrix product or as cuBLAS and one pass in place.
 
-The epilogue would spend its time on cosines and sines if a tile were 128 neighbouring columns: 64 pairs of each row,
-which in fp32 is a tenth of what the product itself reads through L2 (at M = 4096, N = 3840, K = 1280 they took the
-product from 62.5 to 71.2 µs, as long as a pass of their own). So a tile takes the same channels of several units, which
-share their angles, a unit being the fewest heads that split into groups of GROUP channels: with head_dim 80 and groups
-of 32, a tile is one group of 4 units of 2 heads, and reads a quarter of the angles. TMA gathers those rows of the
-weight as one 4-D block, and the columns go back to their places in the store.
+A fused tile of 128 neighbouring columns would need 64 cosines and 64 sines for each row, and reading them would cost
+as much time as a separate pass (TUNING.md). So a tile takes GROUP neighbouring channels at the same place of several
+units, which share their angles. A unit is the fewest heads whose channels split evenly into groups: with head_dim 80
+and groups of 32, a unit is 2 heads (160 channels, 5 groups), and a tile of 128 columns is one group of 4 units, which
+needs a quarter of the angles. TMA gathers those rows of the weight as one 4-D block. The store writes the columns to
+their places.
 """
 
 import math
@@ -24,7 +24,7 @@ from qwenvit.kernels.gemm.tiles import (
     Tile,
     accumulate,
     add_bias,
-    descriptor_of,
+    make_descriptor,
     split_halves,
     store_tile,
     tile_at,
@@ -35,9 +35,9 @@ from qwenvit.kernels.registration import register
 
 
 @triton.jit
-def _angles(
-    cos_ptr,  # fp32, shape (M, D), of which the first half of each row is read
-    sin_ptr,  # same
+def _load_angles(
+    cos_ptr,  # fp32, shape (M, D); only the first D / 2 columns are read
+    sin_ptr,  # fp32, shape (M, D); only the first D / 2 columns are read
     i_row,
     i_pair,
     M,
@@ -45,7 +45,7 @@ def _angles(
     BLOCK_M: tl.constexpr,
     N_PAIRS: tl.constexpr,
 ):
-    """Cosines and sines of N_PAIRS neighbouring pairs, joined so that both are waited for at once."""
+    """Return cosines and sines of N_PAIRS neighbouring pairs, (BLOCK_M, N_PAIRS, 2): joined, they share one wait."""
     o_row = tl.minimum(i_row + tl.arange(0, BLOCK_M), M - 1).to(tl.int64)[:, None]
     o_angle = o_row * D + ((i_pair + tl.arange(0, N_PAIRS)) % (D // 2))[None, :]
     return tl.join(tl.load(cos_ptr + o_angle), tl.load(sin_ptr + o_angle))
@@ -54,17 +54,17 @@ def _angles(
 @triton.jit(do_not_specialize=["M"])
 def _project_and_rotate(
     x_ptr,  # shape (M, K): TMA descriptor or pointer
-    w_ptr,  # shape (N, K): TMA descriptor seen as (N / UNIT, UNIT / GROUP, GROUP, K), or pointer
+    w_ptr,  # shape (N, K): TMA descriptor of shape (N / UNIT, UNIT / GROUP, GROUP, K), or pointer
     bias_ptr,  # shape (N,), or None
-    cos_ptr,  # fp32, shape (M, D)
-    sin_ptr,  # same
+    cos_ptr,  # fp32, shape (M, D); only the first D / 2 columns are read
+    sin_ptr,  # fp32, shape (M, D); only the first D / 2 columns are read
     out_ptr,  # shape (M, N), N = 3·H·D
     M,
     H: tl.constexpr,
     D: tl.constexpr,
     K: tl.constexpr,
-    UNIT: tl.constexpr,
-    GROUP: tl.constexpr,
+    UNIT: tl.constexpr,  # columns of a unit
+    GROUP: tl.constexpr,  # columns of a group
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -72,42 +72,42 @@ def _project_and_rotate(
     TMA: tl.constexpr,
 ):
     N: tl.constexpr = 3 * H * D
-    UNITS: tl.constexpr = BLOCK_N // GROUP
+    TILE_UNITS: tl.constexpr = BLOCK_N // GROUP
     N_GROUPS: tl.constexpr = UNIT // GROUP
-    N_COL_TILES: tl.constexpr = (N // UNIT + UNITS - 1) // UNITS * N_GROUPS
+    N_COL_TILES: tl.constexpr = (N // UNIT + TILE_UNITS - 1) // TILE_UNITS * N_GROUPS
     n_row_tiles = tl.cdiv(M, BLOCK_M)
     for i_tile in tl.range(tl.program_id(0), n_row_tiles * N_COL_TILES, tl.num_programs(0), flatten=TMA):
         i_row, i_col = tile_at(i_tile, n_row_tiles, N_COL_TILES, BAND)
         i_row *= BLOCK_M
-        i_unit = i_col // N_GROUPS * UNITS
+        i_unit = i_col // N_GROUPS * TILE_UNITS
         i_group = i_col % N_GROUPS
         o_w = (i_unit + tl.arange(0, BLOCK_N) // GROUP) * UNIT + i_group * GROUP + tl.arange(0, BLOCK_N) % GROUP
-        b_sum = accumulate(
+        b_acc = accumulate(
             x_ptr, w_ptr, i_row, i_unit, i_group, 0, tl.minimum(o_w, N - 1), M, K, BLOCK_M, BLOCK_N, BLOCK_K, TMA
         )
-        b_angles = _angles(cos_ptr, sin_ptr, i_row, i_group * (GROUP // 2), M, D, BLOCK_M, GROUP // 2)
-        b_left, b_right = split_halves(b_sum)
+        b_angles = _load_angles(cos_ptr, sin_ptr, i_row, i_group * (GROUP // 2), M, D, BLOCK_M, GROUP // 2)
+        b_left, b_right = split_halves(b_acc)
         for i_half in tl.static_range(2):
             o_half = tl.arange(0, BLOCK_N // 2)
-            o_col = (i_unit + i_half * (UNITS // 2) + o_half // GROUP) * UNIT + i_group * GROUP + o_half % GROUP
+            o_col = (i_unit + i_half * (TILE_UNITS // 2) + o_half // GROUP) * UNIT + i_group * GROUP + o_half % GROUP
             b_half = add_bias(b_left if i_half == 0 else b_right, bias_ptr, o_col, N)
             if i_unit * UNIT < 2 * H * D:
-                b_first, b_second = b_half.reshape(BLOCK_M, UNITS // 2, GROUP // 2, 2).split()
-                b_every = tl.broadcast_to(b_angles[:, None, :, :], (BLOCK_M, UNITS // 2, GROUP // 2, 2))
-                b_cos, b_sin = b_every.split()
-                b_turned = tl.join(b_first * b_cos - b_second * b_sin, b_second * b_cos + b_first * b_sin)
-                b_turned = b_turned.reshape(BLOCK_M, BLOCK_N // 2)
-                if 2 * H * D % (UNITS * UNIT) != 0:  # K and V meet in one tile
-                    b_turned = tl.where((o_col < 2 * H * D)[None, :], b_turned, b_half)
-                b_half = b_turned
+                b_first, b_second = b_half.reshape(BLOCK_M, TILE_UNITS // 2, GROUP // 2, 2).split()
+                b_unit_angles = tl.broadcast_to(b_angles[:, None, :, :], (BLOCK_M, TILE_UNITS // 2, GROUP // 2, 2))
+                b_cos, b_sin = b_unit_angles.split()
+                b_rotated = tl.join(b_first * b_cos - b_second * b_sin, b_second * b_cos + b_first * b_sin)
+                b_rotated = b_rotated.reshape(BLOCK_M, BLOCK_N // 2)
+                if 2 * H * D % (TILE_UNITS * UNIT) != 0:  # a tile may have columns of both K and V
+                    b_rotated = tl.where((o_col < 2 * H * D)[None, :], b_rotated, b_half)
+                b_half = b_rotated
             store_tile(out_ptr, b_half, i_row + tl.arange(0, BLOCK_M), o_col, M, N)
 
 
 @triton.jit(do_not_specialize=["M"])
 def _rotate_in_place(
-    qkv_ptr,  # shape (M, 3, H, D)
-    cos_ptr,  # fp32, shape (M, D), of which the first half of each row is read
-    sin_ptr,  # same
+    qkv_ptr,  # shape (M, 3, H, D), overwritten
+    cos_ptr,  # fp32, shape (M, D); only the first D / 2 columns are read
+    sin_ptr,  # fp32, shape (M, D); only the first D / 2 columns are read
     M,
     H: tl.constexpr,
     D: tl.constexpr,
@@ -115,7 +115,7 @@ def _rotate_in_place(
     BLOCK_M: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    N_PAIRS: tl.constexpr = H * D  # of Q and K together
+    N_PAIRS: tl.constexpr = H * D  # rotary pairs of Q and K together
     N_CHUNKS: tl.constexpr = (N_PAIRS + BLOCK_P - 1) // BLOCK_P
     i_chunk = tl.program_id(0) % N_CHUNKS
     o_row = tl.program_id(0) // N_CHUNKS * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -138,8 +138,8 @@ def _rotate_in_place(
     b_new_first = b_first * b_cos - b_second * b_sin
     b_new_second = b_second * b_cos + b_first * b_sin
     if INTERLEAVED:
-        b_turned = tl.join(b_new_first, b_new_second).reshape(BLOCK_M, 2 * BLOCK_P)
-        tl.store(p_row + o_col[None, :], b_turned.to(qkv_ptr.dtype.element_ty), mask=m_col)
+        b_rotated = tl.join(b_new_first, b_new_second).reshape(BLOCK_M, 2 * BLOCK_P)
+        tl.store(p_row + o_col[None, :], b_rotated.to(qkv_ptr.dtype.element_ty), mask=m_col)
     else:
         tl.store(p_first, b_new_first.to(qkv_ptr.dtype.element_ty), mask=m_pair)
         tl.store(p_first + D // 2, b_new_second.to(qkv_ptr.dtype.element_ty), mask=m_pair)
@@ -147,7 +147,7 @@ def _rotate_in_place(
 
 @dataclass(frozen=True)
 class RotatePass:
-    """Rows and pairs of one program of the pass in place."""
+    """Launch config of `_rotate_in_place`: rows and rotary pairs of a program."""
 
     rows: int
     pairs: int
@@ -155,27 +155,21 @@ class RotatePass:
 
 
 ROTATE_PASS = RotatePass(rows=2, pairs=256, num_warps=4)
-"""The fastest or within 1 % of it with adjacent pairs, head_dim 64, 72 and 80 and M = 4096 to 16384. With head_dim 80,
-12.6, 26.4 and 45.5 µs at M = 4096, 9216 and 16384: 81, 87 and 90 % of copy bandwidth, where a copy of as many bytes
-reaches 83, 91 and 95 %. The worst of 1 to 8 rows, 256 to 1024 pairs and 4 or 8 warps took 10 % longer, programs that
-stay resident 2 %, a head to a row of the block 34 %."""
+"""The fastest, or within 1 % of it, for adjacent pairs in the published towers (TUNING.md)."""
 
 
-def group_of(N: int, D: int) -> int:
-    """Neighbouring channels a tile takes of each unit: the most that divide the columns, up to 32.
+def channel_group(N: int, D: int) -> int:
+    """Return the neighbouring channels of a unit that a tile takes: the most, up to 32, that give N whole units.
 
-    At M = 4096 groups of 16, 32 and 64 took 66.8, 66.7 and 69.3 µs with head_dim 80, 57.8, 56.3 and 58.2 with 72, and
-    44.6, 43.2 and 44.2 with 64: smaller ones write fewer bytes in a row, larger ones read more angles.
+    Smaller groups write fewer contiguous bytes; larger ones read more angles.
     """
     return next(group for group in (32, 16, 8, 4) if N % math.lcm(D, group) == 0)
 
 
 def fused_is_faster(hidden_states: Tensor, weight: Tensor) -> bool:
-    """Whether the fused kernel beats cuBLAS and the pass, adjacent pairs given: where its rounds are full enough.
+    """Return whether the fused kernel beats cuBLAS and a pass, for adjacent pairs: a threshold on wave efficiency.
 
-    The narrower the tower, the more the pass is of the whole, and the less full they need to be. Of 36 cases
-    (N = 3840, 3456, 3072, 2304 of the published towers, M = 784 to 16384) the 26 chosen gain 0.99 to 1.22 times, and
-    the 10 others would gain 0.83 to 1.01 times.
+    The threshold is lower in narrow towers, where the pass is a larger share of the time (TUNING.md).
     """
     M, K = hidden_states.shape
     n_tiles = triton.cdiv(M, TMA_TILE.block_m) * triton.cdiv(weight.shape[0], TMA_TILE.block_n)
@@ -193,7 +187,7 @@ def project_and_rotate(
     tile: Tile | None = None,
     group: int | None = None,
 ) -> Tensor:
-    """The fused kernel: rotary pairs adjacent, `[S, C]` -> `[S, 3·H·D]`; `group` channels of a head to a tile."""
+    """Run the fused kernel, `[S, C]` -> `[S, 3·H·D]`, on adjacent rotary pairs; `group`: see `channel_group`."""
     M, K = hidden_states.shape
     N = weight.shape[0]
     out = hidden_states.new_empty((M, N))
@@ -202,14 +196,14 @@ def project_and_rotate(
     D = N // (3 * num_heads)
     tma = uses_tma(hidden_states, weight)
     tile = tile or (TMA_TILE if tma else POINTER_TILE)
-    group = group or group_of(N, D)
+    group = group or channel_group(N, D)
     unit = math.lcm(D, group)
-    units = tile.block_n // group
+    tile_units = tile.block_n // group
     x, w = hidden_states, weight
     if tma:
-        x = descriptor_of(x, [M, K], [tile.block_m, tile.block_k])
-        w = descriptor_of(w, [N // unit, unit // group, group, K], [units, 1, group, tile.block_k])
-    n_tiles = triton.cdiv(M, tile.block_m) * triton.cdiv(N // unit, units) * (unit // group)
+        x = make_descriptor(x, [M, K], [tile.block_m, tile.block_k])
+        w = make_descriptor(w, [N // unit, unit // group, group, K], [tile_units, 1, group, tile.block_k])
+    n_tiles = triton.cdiv(M, tile.block_m) * triton.cdiv(N // unit, tile_units) * (unit // group)
     with torch.cuda.device_of(out):  # Triton launches on the current device, which need not be the tensor's
         _project_and_rotate[(min(n_tiles, tile.programs * multiprocessors(out.device)),)](
             x, w, bias, cos, sin, out, M,
@@ -221,7 +215,10 @@ def project_and_rotate(
 
 
 def rotate_qk_(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, interleaved: bool) -> None:
-    """Rotate Q and K of packed `[S, 3·H·D]` in place; see `qwenvit.ops.rotate_qk_`."""
+    """Rotate Q and K of packed `[S, 3·H·D]` in place; see `qwenvit.ops.rotate_qk_`.
+
+    I/O: reads and writes two thirds of qkv, reads half of cos and sin.
+    """
     M, width = qkv.shape
     if M == 0:
         return
@@ -243,7 +240,7 @@ def qkv_rope(
     num_heads: int,
     interleaved: bool,
 ) -> Tensor:
-    """Projection and rotation, `[S, C]` -> `[S, 3·H·D]`; see `qwenvit.ops.qkv_rope`."""
+    """Return the projection with Q and K rotated, `[S, C]` -> `[S, 3·H·D]`; see `qwenvit.ops.qkv_rope`."""
     if interleaved and fused_is_faster(hidden_states, weight):
         return project_and_rotate(hidden_states, weight, bias, cos, sin, num_heads)
     qkv = F.linear(hidden_states, weight, bias)

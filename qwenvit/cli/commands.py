@@ -1,9 +1,10 @@
-"""What the subcommands of `qwenvit` do: each takes the parsed arguments and returns the exit code."""
+"""The subcommands of `qwenvit`: each takes the parsed arguments and returns the exit code."""
 
 import argparse
 import json
 import sys
 import time
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import tqdm
 from PIL import Image
 from torch import Tensor
@@ -36,42 +38,60 @@ IMAGE_SUFFIXES = {
 
 
 class CommandError(Exception):
-    """A failure already told in one line; carries nothing but that line."""
+    """A failure of the command line; its text is the message to print."""
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the parsed subcommand and return its exit code; print warnings and a failure as one line each."""
+    commands = {"encode": encode, "info": info, "fetch": fetch, "picture": picture}
+    try:
+        with warnings.catch_warnings():  # restores showwarning
+            warnings.showwarning = lambda message, *_, **__: print(f"qwenvit: warning: {message}", file=sys.stderr)
+            return commands[arguments.command](arguments)
+    except KeyboardInterrupt:
+        print("qwenvit: interrupted", file=sys.stderr)
+        return 130
+    except (CommandError, ArithmeticError, OSError, TypeError, ValueError, HfHubHTTPError) as error:
+        print(f"qwenvit: error: {_one_line(error)}", file=sys.stderr)
+        return 1
+    except torch.OutOfMemoryError as error:
+        print(f"qwenvit: error: {_one_line(error).split('. ')[0]}; try --max-pixels or --dtype", file=sys.stderr)
+        return 1
 
 
 def encode(arguments: argparse.Namespace) -> int:
-    """Embed files and folders; broken files are named and left out, and make the exit code 1."""
+    """Embed files and folders; name and skip broken files, which make the exit code 1."""
     files = _image_files(arguments.inputs)
-    into_folder = _prepare_output(arguments.output)
+    to_folder = _prepare_output(arguments.output)
     encoder = _load(arguments)
-    encoder.image_processor.with_bounds(**_bounds(arguments))  # impossible bounds are told once, not for every file
-    whole: dict[str, Tensor] = {}
+    encoder.image_processor.with_bounds(**_pixel_bounds(arguments))  # fail on impossible bounds here, not at every file
+    all_tensors: dict[str, Tensor] = {}
     grids: dict[str, tuple[int, ...]] = {}
-    done = 0
+    encoded = 0
     print(f"{'image':<32} {'grid':>9} {'tokens':>7} {'ms':>9} {'norm':>9}")
     try:
         for path, name in tqdm(files, unit="image", disable=None):
             try:
                 start = time.perf_counter()
-                item = encoder.encode(path, **_bounds(arguments))[0]
-                norm = float(item.tokens.float().norm(dim=1).mean())  # waits for the device
+                item = encoder.encode(path, **_pixel_bounds(arguments))[0]
+                norm = float(item.tokens.float().norm(dim=1).mean())  # float() waits for the GPU
                 milliseconds = (time.perf_counter() - start) * 1e3
             except (ArithmeticError, MemoryError, OSError, TypeError, ValueError, torch.OutOfMemoryError) as error:
-                tqdm.write(f"qwenvit: error: {path}: {one_line(error)}", file=sys.stderr)
+                tqdm.write(f"qwenvit: error: {path}: {_one_line(error)}", file=sys.stderr)
                 continue
             grid = f"{item.grid[1]}x{item.grid[2]}"
             tqdm.write(f"{name[-32:]:<32} {grid:>9} {len(item.tokens):>7} {milliseconds:>9.1f} {norm:>9.2f}")
-            if into_folder:
-                _save(_tensors(item, ""), {name: item.grid}, arguments, arguments.output / f"{name}.safetensors")
+            if to_folder:
+                _save(_named_tensors(item, ""), {name: item.grid}, arguments, arguments.output / f"{name}.safetensors")
             else:
-                whole |= _tensors(item, f"{name}/")
+                all_tensors |= _named_tensors(item, f"{name}/")
                 grids[name] = item.grid
-            done += 1
-    finally:  # what is done is kept, also when the rest is interrupted
-        if whole:
-            _save(whole, grids, arguments, arguments.output)
-        print(f"{done} of {len(files)} images -> {arguments.output if done else 'nothing written'}")
-    return 0 if done == len(files) else 1
+            encoded += 1
+    finally:  # an interrupted run keeps what it has encoded
+        if all_tensors:
+            _save(all_tensors, grids, arguments, arguments.output)
+        print(f"{encoded} of {len(files)} images -> {arguments.output if encoded else 'nothing written'}")
+    return 0 if encoded == len(files) else 1
 
 
 def info(arguments: argparse.Namespace) -> int:
@@ -81,23 +101,22 @@ def info(arguments: argparse.Namespace) -> int:
             raise CommandError("--load needs a MODEL")
         print(f"{'name':<20} {'repository':<34} {'depth':>5} {'width':>6} {'heads':>6} {'out':>6} {'parameters':>11}")
         for name, published in PUBLISHED.items():
-            c = published.config
-            size = f"{parameters(c) / 1e6:.1f} M"
+            config = published.config
+            size = f"{parameters(config) / 1e6:.1f} M"
             print(
-                f"{name:<20} {published.repo_id:<34} {c.depth:>5} {c.hidden_size:>6} {c.num_heads:>6} "
-                f"{c.out_hidden_size:>6} {size:>11}"
+                f"{name:<20} {published.repo_id:<34} {config.depth:>5} {config.hidden_size:>6} {config.num_heads:>6} "
+                f"{config.out_hidden_size:>6} {size:>11}"
             )
         return 0
-    config, processor = _described(arguments)
+    config, processor = _config_and_processor(arguments)
     for key, value in config.to_hf().items():
         print(f"{key:<26} {value}")
     print(f"{'parameters':<26} {parameters(config) / 1e6:.1f} M")
-    for size in arguments.size:
-        grid = processor.grid_for(*size)
-        plan = GridPlan.build([grid], config)
+    for height, width in arguments.size:
+        plan = GridPlan.build([processor.grid_for(height, width)], config)
         tokens = plan.num_patches // config.merge_unit
         print(
-            f"{f'{size[0]}x{size[1]} image':<26} {plan.num_patches} patches, {tokens} tokens, "
+            f"{f'{height}x{width} image':<26} {plan.num_patches} patches, {tokens} tokens, "
             f"{flops(config, plan) / 1e9:.1f} GFLOP"
         )
     if arguments.load:
@@ -110,8 +129,8 @@ def info(arguments: argparse.Namespace) -> int:
 
 
 def fetch(arguments: argparse.Namespace) -> int:
-    """Write a model's tower alone to a folder."""
-    encoder = Encoder.from_pretrained(arguments.model, device="cpu", dtype="auto", **_hub(arguments))
+    """Write a model's vision tower and its configs to a folder."""
+    encoder = Encoder.from_pretrained(arguments.model, device="cpu", dtype="auto", **_hub_options(arguments))
     encoder.save_pretrained(arguments.output)
     print(f"{arguments.model}: {parameters(encoder.config) / 1e6:.1f} M parameters -> {arguments.output}")
     return 0
@@ -120,56 +139,56 @@ def fetch(arguments: argparse.Namespace) -> int:
 def picture(arguments: argparse.Namespace) -> int:
     """Draw the principal components of an image's patch features."""
     encoder = _load(arguments)
-    features = patch_features(encoder, arguments.image, **_bounds(arguments))
+    features = patch_features(encoder, arguments.image, **_pixel_bounds(arguments))
     image = Image.fromarray(open_image(arguments.image).permute(1, 2, 0).contiguous().numpy())
-    drawn = pca_picture(features, image.size)
-    sheet = drawn if arguments.map_only else side_by_side(image, drawn)
+    feature_picture = pca_picture(features, image.size)
+    output = feature_picture if arguments.map_only else side_by_side(image, feature_picture)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(arguments.output)
+    output.save(arguments.output)
     print(f"{features.shape[0]}x{features.shape[1]} patches -> {arguments.output}")
     return 0
 
 
 def _load(arguments: argparse.Namespace) -> Encoder:
     return Encoder.from_pretrained(
-        arguments.model, device=arguments.device, dtype=arguments.dtype, impl=arguments.impl, **_hub(arguments)
+        arguments.model, device=arguments.device, dtype=arguments.dtype, impl=arguments.impl, **_hub_options(arguments)
     )
 
 
-def _hub(arguments: argparse.Namespace) -> dict[str, Any]:
+def _hub_options(arguments: argparse.Namespace) -> dict[str, Any]:
     return {key: getattr(arguments, key) for key in ("revision", "local_files_only", "force_download")}
 
 
-def _bounds(arguments: argparse.Namespace) -> dict[str, Any]:
+def _pixel_bounds(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"min_pixels": arguments.min_pixels, "max_pixels": arguments.max_pixels}
 
 
-def _described(arguments: argparse.Namespace) -> tuple[VisionConfig, ImageProcessor]:
-    """Config and preprocessing of a model, without its weights."""
+def _config_and_processor(arguments: argparse.Namespace) -> tuple[VisionConfig, ImageProcessor]:
+    """Return a model's config and image processor without loading its weights."""
     if arguments.model == demo.NAME:
-        return demo.CONFIG, demo.image_processor()
+        return demo.CONFIG, ImageProcessor.for_family(demo.CONFIG.family)
     if not Path(arguments.model).expanduser().exists():
         with suppress(ValueError):
             config = published_config(arguments.model)
             return config, ImageProcessor.for_family(config.family)
-    source = locate(arguments.model, config_only=True, **_hub(arguments))
+    source = locate(arguments.model, config_only=True, **_hub_options(arguments))
     config = read_config(source)
     return config, read_processors(directory_of(source), config.family)[0]
 
 
 def _image_files(inputs: Sequence[Path]) -> list[tuple[Path, str]]:
-    """Each image file with a name for it: its own, or its path below the folder it was found in."""
+    """Return each image file and the name it gets in the output: its path relative to the input folder, or its name."""
     files: list[tuple[Path, str]] = []
     for path in inputs:
         if path.is_dir():
-            # macOS leaves a `._photo.jpg` of its own beside each photo on foreign disks; it is no image.
-            inside = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("._"))
-            found = [p for p in inside if p.suffix.lower() in IMAGE_SUFFIXES]
-            if not found:
+            # macOS writes metadata files such as `._photo.jpg` on disks of other file systems.
+            all_files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("._"))
+            images = [p for p in all_files if p.suffix.lower() in IMAGE_SUFFIXES]
+            if not images:
                 raise CommandError(f"{path}: no images in this folder ({', '.join(sorted(IMAGE_SUFFIXES))})")
-            if others := len(inside) - len(found):
-                print(f"qwenvit: {path}: {others} other files passed over", file=sys.stderr)
-            files += [(p, p.relative_to(path).as_posix()) for p in found]
+            if others := len(all_files) - len(images):
+                print(f"qwenvit: {path}: {others} other files skipped", file=sys.stderr)
+            files += [(p, p.relative_to(path).as_posix()) for p in images]
         elif path.is_file():
             files.append((path, path.name))
         else:
@@ -189,7 +208,7 @@ def _is_unicode(name: str) -> bool:
 
 
 def _prepare_output(target: Path) -> bool:
-    """Make the folder that is needed, before any work is done; tells whether the output is a folder."""
+    """Create the output folder, or the folder of the output file; return whether the output is a folder."""
     if target.is_dir() or not target.suffix:
         target.mkdir(parents=True, exist_ok=True)
         return True
@@ -199,7 +218,7 @@ def _prepare_output(target: Path) -> bool:
     return False
 
 
-def _tensors(item: ItemEmbeddings, prefix: str) -> dict[str, Tensor]:
+def _named_tensors(item: ItemEmbeddings, prefix: str) -> dict[str, Tensor]:
     tensors = {f"{prefix}tokens": item.tokens}
     tensors |= {f"{prefix}deepstack.{level}": layer for level, layer in enumerate(item.deepstack)}
     return {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
@@ -212,6 +231,6 @@ def _save(
     write_safetensors(target, tensors, {"grids": json.dumps(grids), "model": json.dumps(arguments.model)})
 
 
-def one_line(error: Exception) -> str:
-    """An error as the one line the command prints."""
+def _one_line(error: Exception) -> str:
+    """Return an error's message in one line."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -1,6 +1,6 @@
-"""Looking at features: the first three principal components of the patches as red, green and blue."""
+"""Maps of patch features, and pictures of their first three principal components in red, green and blue."""
 
-from typing import Any
+from typing import Unpack
 
 import torch
 from PIL import Image
@@ -9,20 +9,25 @@ from torch import Tensor
 from qwenvit.encoder import Encoder
 from qwenvit.plan.grid_plan import GridPlan
 from qwenvit.preprocess.decode import ImageInput
+from qwenvit.preprocess.options import ImageOptions
 
 
 @torch.no_grad()
-def patch_features(encoder: Encoder, image: ImageInput, **options: Any) -> Tensor:
-    """Features of an image's patches after the last block, as a map.
+def patch_features(encoder: Encoder, image: ImageInput, **options: Unpack[ImageOptions]) -> Tensor:
+    """Return the features of an image's patches after the last block, as a map.
 
     Args:
         encoder: a loaded encoder.
-        image: one image, as `Encoder.encode` takes it.
-        **options: of the image processor.
+        image: a PIL image, a uint8 array or tensor, a path, or encoded bytes.
+        options: min_pixels, max_pixels, size, resize, do_rescale, channels; see `ImageOptions`.
 
     Returns:
-        `[rows, columns, hidden_size]` fp32 on the CPU; rows and columns of patches, in reading order whatever the
-        order inside the tower.
+        `[rows, columns, hidden_size]` fp32 on the CPU, one entry a patch, in reading order.
+
+    Raises:
+        TypeError: an unknown option, or an image of a type or dtype that is not supported.
+        ValueError: an impossible option, or an image that cannot be used.
+        OSError: a file that cannot be read.
     """
     pixel_values, grid = encoder.image_processor([image], **options)
     features = encoder(pixel_values, grid).last_hidden_state.float().cpu()
@@ -34,14 +39,14 @@ def patch_features(encoder: Encoder, image: ImageInput, **options: Any) -> Tenso
 
 
 def pca_picture(feature_map: Tensor, size: tuple[int, int] | None = None) -> Image.Image:
-    """Colour each place by its first three principal components, each stretched over its 1st to 99th percentile.
+    """Colour each cell by its first three principal components, each scaled from its 1st to its 99th percentile.
 
     Args:
         feature_map: `[rows, columns, channels]` in any floating dtype.
-        size: `(width, height)` of the picture in pixels; default: one pixel a place.
+        size: `(width, height)` of the picture in pixels. Default: one pixel a cell.
 
     Raises:
-        ValueError: not a map of at least three channels.
+        ValueError: not floats `[rows, columns, channels]` with at least three channels.
     """
     if feature_map.ndim != 3 or feature_map.shape[-1] < 3 or not feature_map.is_floating_point():
         raise ValueError(
@@ -53,7 +58,7 @@ def pca_picture(feature_map: Tensor, size: tuple[int, int] | None = None) -> Ima
     centred = flat - flat.mean(0)
     _, directions = torch.linalg.eigh(centred.T @ centred)
     directions = directions[:, -3:].flip(1)
-    # An eigenvector's sign is arbitrary; the largest entry positive makes the picture the same everywhere.
+    # An eigenvector's sign is arbitrary: make its largest entry positive, so that every machine draws the same colours.
     largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))
     components = centred @ (directions * largest.sign())
     low, high = components.quantile(torch.tensor([0.01, 0.99], dtype=torch.float64), dim=0)
@@ -63,9 +68,9 @@ def pca_picture(feature_map: Tensor, size: tuple[int, int] | None = None) -> Ima
 
 
 def side_by_side(image: Image.Image, picture: Image.Image, gap: int = 8) -> Image.Image:
-    """An image and its map next to each other on white, both at the image's size."""
+    """Return an image and its map side by side on white, both at the image's size, `gap` pixels apart."""
     image = image.convert("RGB")
-    sheet = Image.new("RGB", (2 * image.width + gap, image.height), "white")
-    sheet.paste(image, (0, 0))
-    sheet.paste(picture.resize(image.size, Image.Resampling.NEAREST), (image.width + gap, 0))
-    return sheet
+    canvas = Image.new("RGB", (2 * image.width + gap, image.height), "white")
+    canvas.paste(image, (0, 0))
+    canvas.paste(picture.resize(image.size, Image.Resampling.NEAREST), (image.width + gap, 0))
+    return canvas

@@ -1,19 +1,12 @@
-"""The `qwenvit` command: its arguments and how it fails."""
+"""The `qwenvit` command: its arguments."""
 
 import argparse
-import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from huggingface_hub.errors import HfHubHTTPError
-
 from qwenvit import __version__
-from qwenvit.arguments import DTYPES
-from qwenvit.cli import commands
-from qwenvit.cli.commands import CommandError, one_line
-from qwenvit.default_encoder import DEFAULT_MODEL
+from qwenvit.arguments import DTYPE_NAMES
+from qwenvit.config.published import DEFAULT_MODEL
 
 MODEL_HELP = (
     "directory or .safetensors file, Hub repository (Qwen/Qwen2.5-VL-7B-Instruct), published short name "
@@ -22,21 +15,11 @@ MODEL_HELP = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code (0 done, 1 failed, 2 wrong usage)."""
+    """Run the command line; return 0 (success), 1 (failure) or 130 (interrupted). Wrong usage exits with 2."""
     arguments = _parser().parse_args(argv)
-    try:
-        with warnings.catch_warnings():  # puts everything back at the end
-            warnings.showwarning = lambda message, *_, **__: print(f"qwenvit: warning: {message}", file=sys.stderr)
-            return int(arguments.run(arguments))
-    except KeyboardInterrupt:
-        print("qwenvit: interrupted", file=sys.stderr)
-        return 130
-    except (CommandError, ArithmeticError, OSError, TypeError, ValueError, HfHubHTTPError) as error:
-        print(f"qwenvit: error: {one_line(error)}", file=sys.stderr)
-        return 1
-    except torch.OutOfMemoryError as error:
-        print(f"qwenvit: error: {one_line(error).split('. ')[0]}; try --max-pixels or --dtype", file=sys.stderr)
-        return 1
+    from qwenvit.cli.commands import run  # not at the top: torch takes seconds to import, and --help needs none of it
+
+    return run(arguments)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -46,17 +29,15 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Try it without a download: qwenvit encode PICTURE.png --model demo",
     )
     parser.add_argument("--version", action="version", version=f"qwenvit {__version__}")
-    subcommands = parser.add_subparsers(required=True, metavar="COMMAND")
+    subcommands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
 
     hub = argparse.ArgumentParser(add_help=False)
     hub.add_argument("--revision", help="Hub branch, tag or commit")
     hub.add_argument("--local-files-only", action="store_true", help="never use the network")
-    hub.add_argument(
-        "--force-download", action="store_true", help="ask the Hub for the branch's current commit, not the kept one"
-    )
+    hub.add_argument("--force-download", action="store_true", help="ask the Hub for the branch's current commit")
     tower = argparse.ArgumentParser(add_help=False, parents=[hub])
     tower.add_argument("--device", help="default: the GPU where there is one, else the CPU")
-    tower.add_argument("--dtype", choices=[*DTYPES, "auto"], help="default: bfloat16 on a GPU, float32 on the CPU")
+    tower.add_argument("--dtype", choices=[*DTYPE_NAMES, "auto"], help="default: bfloat16 on a GPU, float32 on the CPU")
     tower.add_argument("--impl", choices=["auto", "triton", "reference"], default="auto", help="default: %(default)s")
     pixels = argparse.ArgumentParser(add_help=False)
     pixels.add_argument("--min-pixels", type=int, help="smaller images are enlarged to this area")
@@ -68,14 +49,15 @@ def _parser() -> argparse.ArgumentParser:
         help="images in, embeddings out",
         description="Embed image files. Prints each image's grid of tokens (rows x columns), their number, the time "
         "and the mean norm of its tokens.",
-        epilog="The .safetensors file holds NAME/tokens and NAME/deepstack.K for every image, and the grids in its "
-        "metadata. Give a folder as output to write one file per image instead.",
+        epilog="The .safetensors file has NAME/tokens and NAME/deepstack.K for every image, and the grids in its "
+        "metadata. With a folder as output, every image gets a file of its own.",
     )
-    command.add_argument("inputs", nargs="+", type=Path, metavar="FILE_OR_FOLDER", help="folders are searched whole")
+    command.add_argument(
+        "inputs", nargs="+", type=Path, metavar="FILE_OR_FOLDER", help="folders are searched recursively"
+    )
     target = Path("embeddings.safetensors")
     command.add_argument("-o", "--output", type=Path, default=target, help="file or folder (default: %(default)s)")
     command.add_argument("-m", "--model", default=DEFAULT_MODEL, help=f"{MODEL_HELP} (default: %(default)s)")
-    command.set_defaults(run=commands.encode)
 
     command = subcommands.add_parser(
         "info",
@@ -88,19 +70,17 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--size", type=_size, nargs="+", default=[(448, 448), (1344, 1344)], metavar="HxW", help="image sizes in pixels"
     )
-    command.add_argument("--load", action="store_true", help="load the weights too and print how long it took")
-    command.set_defaults(run=commands.info)
+    command.add_argument("--load", action="store_true", help="also load the weights and print the time it took")
 
     command = subcommands.add_parser(
         "fetch",
         parents=[hub],
-        help="a model's tower alone, to a folder",
-        description="Download only the vision tensors of a checkpoint (or take them from a directory) and write them "
+        help="write a model's tower to a folder",
+        description="Download only the vision tensors of a checkpoint (or read them from a directory) and write them "
         "with their configs to a folder that qwenvit and transformers load.",
     )
     command.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     command.add_argument("output", type=Path, metavar="FOLDER")
-    command.set_defaults(run=commands.fetch)
 
     command = subcommands.add_parser(
         "picture",
@@ -112,7 +92,6 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("-o", "--output", type=Path, default=Path("features.png"), help="default: %(default)s")
     command.add_argument("-m", "--model", default=DEFAULT_MODEL, help=f"{MODEL_HELP} (default: %(default)s)")
     command.add_argument("--map-only", action="store_true", help="the map without the image beside it")
-    command.set_defaults(run=commands.picture)
     return parser
 
 

@@ -1,4 +1,4 @@
-"""What a tower is: its config, its family, the published checkpoints."""
+"""The description of a vision tower: its config, its family, the published checkpoints."""
 
 from qwenvit.config.vision_config import VisionConfig
 

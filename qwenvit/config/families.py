@@ -1,4 +1,4 @@
-"""The families of Qwen vision towers and what sets their structure apart."""
+"""The families of Qwen vision towers and how their structures differ."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,21 +6,28 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Family:
-    """What sets one family's tower apart, beyond numbers a config.json carries."""
+    """The structure that all towers of a family share and that config.json does not state."""
 
     model_types: tuple[str, ...]
-    """Every `model_type` met for it, the tower's own (as transformers >= 5.23 writes it) first."""
+    """Every `model_type` of the family; the first is the vision config's in transformers >= 5.23."""
     hidden_act: str
+    """Activation of the MLP where config.json has no `hidden_act`."""
     norm: Literal["layer", "rms"] = "layer"
+    """Norm in the blocks: LayerNorm or RMSNorm."""
     gated_mlp: bool = False
+    """Whether the MLP is gated (SwiGLU)."""
     separate_qkv: bool = False
+    """Whether checkpoints store Q, K and V as three weights."""
     windowed: bool = False
+    """Whether some blocks attend within windows."""
     learned_positions: bool = False
+    """Whether patches get learned positions besides RoPE."""
     deepstack: bool = False
+    """Whether chosen blocks emit DeepStack features (arXiv:2406.04334)."""
 
     @property
     def patch_bias(self) -> bool:
-        """Whether the patch embedding has a bias: exactly the towers with learned positions do."""
+        """Whether the patch embedding has a bias: it does exactly in the families with learned positions."""
         return self.learned_positions
 
 
@@ -53,6 +60,8 @@ FAMILIES: dict[str, Family] = {
         learned_positions=True,
     ),
 }
+"""Families by name."""
 FAMILY_OF_MODEL_TYPE: dict[str, str] = {
     model_type: name for name, family in FAMILIES.items() for model_type in family.model_types
 }
+"""Family name by `model_type`."""

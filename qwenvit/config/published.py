@@ -1,55 +1,67 @@
-"""The published checkpoints, their towers' values side by side.
+"""The published checkpoints and the values of their towers.
 
-| name                  | depth | width | MLP  | heads | out width | patch | extras                               |
-|-----------------------|-------|-------|------|-------|-----------|-------|--------------------------------------|
-| qwen2_vl-*            | 32    | 1280  | 5120 | 16    | 1536–8192 | 14    |                                      |
+| name                  | depth | width | MLP  | heads | out width | patch | extras                                |
+|-----------------------|-------|-------|------|-------|-----------|-------|---------------------------------------|
+| qwen2_vl-*            | 32    | 1280  | 5120 | 16    | 1536–8192 | 14    |                                       |
 | qwen2_5_vl-3b, -7b    | 32    | 1280  | 3420 | 16    | 2048–3584 | 14    | 112 px windows, full in 7, 15, 23, 31 |
-| qwen2_5_vl-32b, -72b  | 32    | 1280  | 3456 | 16    | 5120–8192 | 14    | same                                 |
-| qwen3_vl-2b, -4b      | 24    | 1024  | 4096 | 16    | 2048–2560 | 16    | DeepStack after 5, 11, 17            |
-| qwen3_vl-8b and up    | 27    | 1152  | 4304 | 16    | 2048–5120 | 16    | DeepStack after 8, 16, 24            |
-| qwen3_5-0.8b          | 12    | 768   | 3072 | 12    | 1024      | 16    |                                      |
-| qwen3_5-2b, -4b       | 24    | 1024  | 4096 | 16    | 2048–2560 | 16    |                                      |
-| qwen3_5-9b and up     | 27    | 1152  | 4304 | 16    | 2048–5120 | 16    | so do Qwen3.6 and Qwen3.8            |
-| qwen2_5_omni-*        | 32    | 1280  | 3420 | 16    | 2048–3584 | 14    | as Qwen2.5-VL, separate q, k and v   |
-| qwen3_omni-30b-a3b    | 27    | 1152  | 4304 | 16    | 2048      | 16    | as Qwen3-VL, other merger names      |
+| qwen2_5_vl-32b, -72b  | 32    | 1280  | 3456 | 16    | 5120–8192 | 14    | 112 px windows, full in 7, 15, 23, 31 |
+| qwen3_vl-2b, -4b      | 24    | 1024  | 4096 | 16    | 2048–2560 | 16    | DeepStack after 5, 11, 17             |
+| qwen3_vl-8b and up    | 27    | 1152  | 4304 | 16    | 2048–5120 | 16    | DeepStack after 8, 16, 24             |
+| qwen3_5-0.8b          | 12    | 768   | 3072 | 12    | 1024      | 16    |                                       |
+| qwen3_5-2b, -4b       | 24    | 1024  | 4096 | 16    | 2048–2560 | 16    |                                       |
+| qwen3_5-9b and up     | 27    | 1152  | 4304 | 16    | 2048–5120 | 16    | also Qwen3.6 and Qwen3.8              |
+| qwen2_5_omni-*        | 32    | 1280  | 3420 | 16    | 2048–3584 | 14    | as Qwen2.5-VL, separate q, k and v    |
+| qwen3_omni-30b-a3b    | 27    | 1152  | 4304 | 16    | 2048      | 16    | as Qwen3-VL, other merger names       |
 """
 
 from dataclasses import dataclass, replace
 
 from qwenvit.config.vision_config import VisionConfig
 
+DEFAULT_MODEL = "Qwen/Qwen2.5-VL-7B-Instruct"
+"""Hub repository that `qwenvit.encode` and the command line load when no model is named."""
+
 
 @dataclass(frozen=True)
 class Published:
-    """A published checkpoint: its Hub repository and its tower."""
+    """A published checkpoint: its Hub repository and the config of its vision tower."""
 
     repo_id: str
     config: VisionConfig
 
 
-_QWEN2 = VisionConfig("qwen2_vl", 32, 1280, 5120, 16, 3584, "quick_gelu", 14)
+_QWEN2 = VisionConfig(
+    family="qwen2_vl",
+    depth=32,
+    hidden_size=1280,
+    intermediate_size=5120,
+    num_heads=16,
+    out_hidden_size=3584,
+    hidden_act="quick_gelu",
+    patch_size=14,
+)
 _QWEN2_5 = VisionConfig(
-    "qwen2_5_vl",
-    32,
-    1280,
-    3420,
-    16,
-    3584,
-    "silu",
-    14,
+    family="qwen2_5_vl",
+    depth=32,
+    hidden_size=1280,
+    intermediate_size=3420,
+    num_heads=16,
+    out_hidden_size=3584,
+    hidden_act="silu",
+    patch_size=14,
     window_size=112,
     fullatt_block_indexes=(7, 15, 23, 31),
     tokens_per_second=2,
 )
 _QWEN3_LARGE = VisionConfig(
-    "qwen3_vl",
-    27,
-    1152,
-    4304,
-    16,
-    4096,
-    "gelu_pytorch_tanh",
-    16,
+    family="qwen3_vl",
+    depth=27,
+    hidden_size=1152,
+    intermediate_size=4304,
+    num_heads=16,
+    out_hidden_size=4096,
+    hidden_act="gelu_pytorch_tanh",
+    patch_size=16,
     num_position_embeddings=2304,
     deepstack_visual_indexes=(8, 16, 24),
 )
@@ -100,11 +112,11 @@ PUBLISHED: dict[str, Published] = {
         "Qwen/Qwen3-Omni-30B-A3B-Instruct", replace(_QWEN3_LARGE, family="qwen3_omni"), 2048
     ),
 }
-"""Published towers by short name, as `compare_hf.py --random` and `qwenvit info` take them."""
+"""Published checkpoints by the short names that `compare_hf.py --random` and `qwenvit info` accept."""
 
 
 def published_config(name: str) -> VisionConfig:
-    """The config of a published tower by short name (`"qwen2_5_vl-7b"`) or Hub repository.
+    """Return the config of a published tower by short name (`"qwen2_5_vl-7b"`) or Hub repository.
 
     Raises:
         ValueError: the name is not in the registry.

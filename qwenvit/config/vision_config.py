@@ -1,4 +1,4 @@
-"""What a Qwen vision tower is made of: one frozen description for every family."""
+"""`VisionConfig`: one frozen description of a vision tower for every Qwen family."""
 
 import math
 from collections.abc import Mapping
@@ -8,19 +8,19 @@ from typing import Any
 from qwenvit.config.families import FAMILIES, Family
 from qwenvit.config.hf_config import fields_from_hf, positive_integer
 
-ACTIVATIONS = ("quick_gelu", "silu", "gelu_pytorch_tanh", "gelu")
-NORM_EPS = 1e-6  # fixed in every published tower; no config.json carries it
+HF_ACTIVATIONS = ("quick_gelu", "silu", "gelu_pytorch_tanh", "gelu")  # transformers' names
+NORM_EPS = 1e-6  # the modelling code of every family fixes it; config.json does not state it
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """The shape of one vision tower. Widths are in channels, `window_size` in pixels.
+    """The structure and sizes of one vision tower. Widths are in channels; patches and windows in pixels.
 
-    `hidden_size` is always the tower's own width and `out_hidden_size` the language model's, also for Qwen2-VL,
-    whose config.json calls them `embed_dim` and `hidden_size`.
+    `hidden_size` is the tower's width and `out_hidden_size` the language model's, for every family. (Qwen2-VL's
+    config.json calls them `embed_dim` and `hidden_size`.)
 
     Raises:
-        ValueError: a value that no tower of the family could have, named with what was expected.
+        ValueError: a field has a value that no tower of the family can have.
     """
 
     family: str
@@ -36,22 +36,22 @@ class VisionConfig:
     in_channels: int = 3
     rope_theta: float = 10000.0
     window_size: int | None = None
-    """Side of an attention window in pixels; None where every block attends to the whole frame."""
+    """Side of an attention window in pixels; None in towers without windows."""
     fullatt_block_indexes: tuple[int, ...] = ()
-    """Blocks that attend to the whole frame in a windowed tower; empty where all do."""
+    """Blocks of a windowed tower that attend to whole frames; empty in towers without windows."""
     num_position_embeddings: int | None = None
-    """Entries of the square learned position table; None where there is none."""
+    """Entries of the square table of learned positions; None in towers without one."""
     deepstack_visual_indexes: tuple[int, ...] = ()
-    """Blocks after which DeepStack features are taken."""
+    """Blocks whose outputs become DeepStack features."""
     tokens_per_second: int | None = None
-    """Temporal M-RoPE positions per second of video; None where the family has none."""
+    """Temporal M-RoPE positions per second of video; None in families that do not state it."""
 
     def __post_init__(self) -> None:
         _check(self)
 
     @property
     def traits(self) -> Family:
-        """The family's structure: kinds of norm and MLP, windows, learned positions, DeepStack."""
+        """The structure that the family fixes: kinds of norm and MLP, windows, learned positions, DeepStack."""
         return FAMILIES[self.family]
 
     @property
@@ -61,7 +61,7 @@ class VisionConfig:
 
     @property
     def merge_unit(self) -> int:
-        """Patches merged into one output token."""
+        """Number of patches merged into one output token."""
         return self.spatial_merge_size**2
 
     @property
@@ -71,27 +71,31 @@ class VisionConfig:
 
     @property
     def position_grid(self) -> int:
-        """Side of the learned position table (0 where there is none)."""
+        """Side of the square table of learned positions; 0 in towers without one."""
         return math.isqrt(self.num_position_embeddings or 0)
 
     def is_full_attention(self, block: int) -> bool:
-        """Whether block number `block` attends to whole frames rather than windows."""
+        """Return whether block number `block` attends to whole frames rather than windows."""
         return self.window_size is None or block in self.fullatt_block_indexes
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "VisionConfig":
-        """Read a Hugging Face `config.json`: composite (`vision_config`, `thinker_config`) or the tower's own.
+        """Build the config from a Hugging Face `config.json`.
+
+        Args:
+            config: the parsed file, either composite (with `vision_config` or `thinker_config`) or the vision tower's.
 
         Raises:
             TypeError: `config` is not a mapping.
-            ValueError: unknown family, missing key, unsupported activation or values that contradict each other.
+            ValueError: the family is unknown, a key is missing, the activation is unsupported, or values contradict
+                each other.
         """
         if not isinstance(config, Mapping):
             raise TypeError(f"config: expected a mapping as read from config.json, got {type(config).__name__}")
         return cls(**fields_from_hf(config))
 
     def to_hf(self) -> dict[str, Any]:
-        """The tower's own config as transformers' vision config classes read it (inverse of `from_hf`)."""
+        """Return the vision config as transformers' config classes read it (the inverse of `from_hf`)."""
         hf: dict[str, Any] = {
             "model_type": self.traits.model_types[0],
             "depth": self.depth,
@@ -129,8 +133,8 @@ def _check(c: VisionConfig) -> None:
         positive_integer(name, getattr(c, name))
     if not isinstance(c.rope_theta, int | float) or not 0 < c.rope_theta < math.inf:
         raise ValueError(f"rope_theta: expected a positive number, got {c.rope_theta!r}")
-    if c.hidden_act not in ACTIVATIONS:
-        raise ValueError(f"hidden_act: expected one of {ACTIVATIONS}, got {c.hidden_act!r}")
+    if c.hidden_act not in HF_ACTIVATIONS:
+        raise ValueError(f"hidden_act: expected one of {HF_ACTIVATIONS}, got {c.hidden_act!r}")
     if c.hidden_size % c.num_heads or c.head_dim % 4:
         raise ValueError(
             f"num_heads: {c.hidden_size} channels do not split into {c.num_heads} heads of a multiple of 4 channels "
@@ -138,7 +142,7 @@ def _check(c: VisionConfig) -> None:
         )
     if c.family == "qwen2_vl" and c.intermediate_size % c.hidden_size:
         raise ValueError(
-            f"intermediate_size: qwen2_vl's is a whole mlp_ratio times hidden_size={c.hidden_size}, "
+            f"intermediate_size: expected a multiple of hidden_size={c.hidden_size} in a qwen2_vl tower, "
             f"got {c.intermediate_size}"
         )
     if c.traits.windowed != (c.window_size is not None):
@@ -151,8 +155,8 @@ def _check(c: VisionConfig) -> None:
             f"{c.patch_size * c.spatial_merge_size} pixels, got {c.window_size}"
         )
     if c.traits.learned_positions != (c.num_position_embeddings is not None):
-        with_or_without = "learned positions" if c.traits.learned_positions else "no learned positions"
-        raise ValueError(f"num_position_embeddings: {c.family} towers have {with_or_without}")
+        no = "" if c.traits.learned_positions else "no "
+        raise ValueError(f"num_position_embeddings: {c.family} towers have {no}learned positions")
     if c.num_position_embeddings is not None and c.position_grid**2 != c.num_position_embeddings:
         raise ValueError(f"num_position_embeddings: expected a square number, got {c.num_position_embeddings}")
     if c.deepstack_visual_indexes and not c.traits.deepstack:

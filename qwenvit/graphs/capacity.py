@@ -1,4 +1,4 @@
-"""How much room CUDA graphs have: in steps, so that one serves many sizes."""
+"""Capacities of CUDA graphs: sizes rounded up in steps, so that one graph serves many batches."""
 
 from typing import NamedTuple
 
@@ -6,68 +6,82 @@ from torch import Tensor
 
 from qwenvit.config.vision_config import VisionConfig
 
-MOST_PATCHES = 32768
-"""Larger batches run without a graph: launches are a small part of their time, and buffers would be large."""
-LEAST_REACH = 4096
-"""Patches of the first and largest graph there is, at least."""
-LEAST_SIDE = 512
-"""Rows and columns of patches that every graph has angles for; larger frames double it."""
+MAX_GRAPH_PATCHES = 32768
+"""Larger batches run without a graph: launches take a small part of their time, and a graph's memory would be large."""
+MIN_POOL_PATCHES = 4096
+"""The memory pool is large enough for a graph of at least this many patches."""
+MIN_SIDE = 512
+"""Every graph has RoPE angles for at least this many rows and columns of patches; larger frames get a power of two."""
 
 
 class Capacity(NamedTuple):
-    """What there is room for; a capacity covers another when it has as much of everything."""
+    """Numbers of patches, frames and so on: those of a batch, or the most that a graph can take.
+
+    A graph can run a batch when each of its numbers is at least the batch's.
+    """
 
     patches: int
     frames: int
     windows: int
     items: int
     side: int
-    """Most rows or columns of patches."""
+    """Rows or columns of patches, whichever is larger."""
 
 
-class Grids(NamedTuple):
-    """Grids made ready: what they need, the room they get, and their table."""
+class PreparedGrids(NamedTuple):
+    """What `GraphedTower` computes once for the grids of a batch."""
 
-    need: Capacity
-    room: Capacity
-    """`need` itself where there is no graph."""
+    needed: Capacity
+    """The numbers of the batch itself."""
+    capacity: Capacity | None
+    """The capacity of the graph that runs the batch; None if it runs without a graph."""
     table: Tensor
-    """Of `device_plan.grid_table`, in memory that a GPU reads by itself."""
+    """`device_plan.grid_table` for the items of `capacity`, or of `needed` without a graph, in pinned host memory."""
 
 
 def capacity_for(need: Capacity, merge_unit: int) -> Capacity:
-    """The graph's capacity for what some grids need.
+    """Return the capacity of the graph that runs a batch.
 
-    Patches are rounded up to a multiple of a thirty-second of the power of two below (at least 16), other counts to
-    powers of two that begin at what images of ordinary shapes need, so that they seldom make a difference. One frame
-    stays one: attention divides a single segment best where it knows that it is one.
+    Patches are rounded up to a multiple of 1/32 of the power of two below them, and of at least 16. Other numbers are
+    rounded up to powers of two, starting at what images of ordinary shapes need, so that patches alone usually decide.
+    A single frame stays a single frame: attention splits one segment best when it knows that there is only one.
 
-    Room costs more than its share, since cuBLAS chooses anew for every height: of Qwen3-VL-8B's MLP the two products
-    take 14.1 and 19.0 µs at 784 patches, and 17.9 and 22.5 at 832, a sixteenth more (H200, bf16).
+    The steps are fine because spare capacity costs more time than its share of the patches: cuBLAS selects another
+    kernel for every height (TUNING.md).
+
+    Args:
+        need: the numbers of the batch.
+        merge_unit: patches of a merged token; the capacity's patches are a multiple of it.
     """
-    step = max(16, power(need.patches) // 64)
+    step = max(16, next_power_of_two(need.patches) // 64)
     patches = -(-need.patches // step) * step
     least = max(8, patches // 1024)
-    usual = patches // 64 + patches // 256 + 16
-    windows = (usual if need.windows <= usual else power(need.windows)) if need.windows else 0
-    frames = 1 if need.frames == 1 else power(max(need.frames, least))
-    items = 1 if need.items == 1 else power(max(need.items, least))
-    return Capacity(-(-patches // merge_unit) * merge_unit, frames, windows, items, power(max(need.side, LEAST_SIDE)))
+    usual_windows = patches // 64 + patches // 256 + 16
+    windows = 0
+    if need.windows:  # none in towers without windows
+        windows = usual_windows if need.windows <= usual_windows else next_power_of_two(need.windows)
+    frames = 1 if need.frames == 1 else next_power_of_two(max(need.frames, least))
+    items = 1 if need.items == 1 else next_power_of_two(max(need.items, least))
+    side = next_power_of_two(max(need.side, MIN_SIDE))
+    return Capacity(-(-patches // merge_unit) * merge_unit, frames, windows, items, side)
 
 
-def power(count: int) -> int:
-    """The next power of two."""
+def next_power_of_two(count: int) -> int:
+    """Return the smallest power of two that is at least `count`."""
     return 1 << (count - 1).bit_length()
 
 
 def single_image_capacity(patches: int, config: VisionConfig) -> Capacity:
-    """The graph's capacity for one image of ordinary shape."""
+    """Return the capacity of the graph that runs one image of ordinary shape."""
     windows = 0 if config.window_size is None else 1
     return capacity_for(Capacity(patches, 1, windows, 1, 1), config.merge_unit)
 
 
 def pool_patches_for(patches: int) -> int:
-    """Patches of the largest graph, where one of so many is needed: up to an eighth more."""
-    patches = max(patches, LEAST_REACH)
-    step = power(patches) // 16
+    """Return the patches of the graph that sizes the memory pool, when a graph of `patches` is needed.
+
+    At least `MIN_POOL_PATCHES`, and otherwise up to an eighth more than `patches`.
+    """
+    patches = max(patches, MIN_POOL_PATCHES)
+    step = next_power_of_two(patches) // 16
     return -(-patches // step) * step

@@ -1,4 +1,4 @@
-"""One forward pass of the fast tower in a CUDA graph, and the memory that graphs use by turns."""
+"""One forward pass of the fast tower, captured in a CUDA graph whose memory pool other graphs share."""
 
 import gc
 from collections.abc import Iterator
@@ -17,7 +17,10 @@ from qwenvit.towers.fast import FastTower
 
 @dataclass(frozen=True)
 class UnownedTensor:
-    """A tensor without its memory, which the graph that uses it keeps, and others write to as well."""
+    """The address, shape and dtype of a tensor, without a reference to its memory.
+
+    The graph that captured the tensor keeps the memory allocated; graphs that share its pool write to the same memory.
+    """
 
     address: int
     shape: torch.Size
@@ -25,17 +28,17 @@ class UnownedTensor:
 
     @classmethod
     def of(cls, tensor: Tensor) -> "UnownedTensor":
-        """A tensor that may go now: `tensor` gives it back."""
+        """Describe a tensor, which may be freed afterwards."""
         return cls(tensor.data_ptr(), tensor.shape, tensor.dtype)
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
-        """The bytes, as CUDA libraries for Python hand them to one another; there is no bfloat16 among its types."""
-        bytes_of_all = self.shape.numel() * self.dtype.itemsize
-        return {"version": 3, "typestr": "|u1", "shape": (bytes_of_all,), "data": (self.address, False)}
+        """The tensor's bytes, in the form that CUDA libraries for Python exchange; the form knows no bfloat16."""
+        num_bytes = self.shape.numel() * self.dtype.itemsize
+        return {"version": 3, "typestr": "|u1", "shape": (num_bytes,), "data": (self.address, False)}
 
     def tensor(self, device: torch.device) -> Tensor:
-        """To be written right before a replay, or read between one and whatever runs after it."""
+        """Return a tensor at the address. Write it right before a replay, or read it before anything else runs."""
         return torch.as_tensor(self, device=device).view(self.dtype).view(self.shape)
 
 
@@ -43,80 +46,91 @@ class Graph:
     """One captured forward pass.
 
     Args:
-        tower: on a CUDA device.
-        room: how much it takes.
-        angles: of `device_plan.angle_tables`.
-        stream: that it is captured on.
-        pool: of the memory it uses by turns with other graphs.
+        tower: the tower, on a CUDA device.
+        capacity: the largest batch that the graph takes.
+        angles: the cosines and sines from `device_plan.angle_tables`.
+        stream: the stream to capture on.
+        pool: the memory pool, which other graphs may share.
     """
 
     def __init__(
         self,
         tower: FastTower,
-        room: Capacity,
+        capacity: Capacity,
         angles: tuple[Tensor, Tensor],
         stream: torch.cuda.Stream,
         pool: Any,
     ) -> None:
         config, weight = tower.config, tower.patch_embed.weight
-        self.frames = tower.patch_embed.frames
+        self._expand_frames = tower.patch_embed.expand_frames
         merge = config.spatial_merge_size
         self.merge_unit = config.merge_unit
         smallest = torch.tensor([[1, merge, merge]], device="cpu")
-        self.table = device_plan.grid_table(smallest, config, room.items).to(weight.device)
-        self._shown: Tensor | None = None
+        self.table = device_plan.grid_table(smallest, config, capacity.items).to(weight.device)
+        self._host_table: Tensor | None = None  # the table that was last copied to `self.table`
 
         def run() -> list[UnownedTensor]:
-            # As wide as a block's rows, so that these may lie there afterwards: torch gets memory from CUDA piece by
-            # piece, and a tensor lies in one. (Qwen2.5-VL-7B at 1344² takes 250 MiB in all so, and 272 otherwise.)
-            wide = weight.new_empty(room.patches * max(config.patch_dim, config.hidden_size))
-            pixel_values = wide[: room.patches * config.patch_dim].view(room.patches, -1)
-            places = [UnownedTensor.of(pixel_values)]
-            plan = device_plan.compute_plan(self.table, angles, config, room, tower.impl)
+            # Allocate rows as wide as the hidden states, so that these can reuse the memory: torch requests memory from
+            # CUDA in segments, and a tensor cannot span two (TUNING.md).
+            wide = weight.new_empty(capacity.patches * max(config.patch_dim, config.hidden_size))
+            pixel_values = wide[: capacity.patches * config.patch_dim].view(capacity.patches, -1)
+            unowned_input = UnownedTensor.of(pixel_values)
+            plan = device_plan.compute_plan(self.table, angles, config, capacity, tower.impl)
             x = tower.embed(pixel_values, plan)
             del wide, pixel_values
             output = tower.transform(x, plan)
             outputs = [output.last_hidden_state, output.pooler_output, *output.deepstack_features]
-            return places + list(map(UnownedTensor.of, outputs))
+            return [unowned_input, *map(UnownedTensor.of, outputs)]
 
-        # Compiles kernels and sets libraries up, which a capture may not; on another stream, so that the capture's own
-        # gets its cuBLAS workspace in the pool, where nobody else frees it.
+        # Compile kernels and initialize libraries first: a capture may do neither. Run on another stream than the
+        # capture's: the capture then allocates its cuBLAS workspace in the pool, where nobody else frees it.
         run()
         self.graph = torch.cuda.CUDAGraph()
-        with _no_collection(), torch.cuda.graph(self.graph, pool, stream, capture_error_mode="thread_local"):
-            places = run()
-        self.pixel_values, *self.outputs = (place.tensor(weight.device) for place in places)
-        self._rows = self.pixel_values
+        with (
+            garbage_collection_paused(),
+            torch.cuda.graph(self.graph, pool, stream, capture_error_mode="thread_local"),
+        ):
+            unowned = run()
+        self.pixel_values, *self.outputs = (part.tensor(weight.device) for part in unowned)
+        self._input_rows = self.pixel_values  # the rows of `pixel_values` that the last batch had
 
     def replay(self, table: Tensor, pixel_values: Tensor) -> TowerOutput:
-        """Run on the current stream; the result is a copy. `pixel_values` on the host are read before this returns.
+        """Run the graph on the current stream.
 
-        The GPU waits until the graph is launched: what comes before is as short as it can be.
+        The GPU waits until the graph is launched, so the host does as little as possible before.
+
+        Args:
+            table: `device_plan.grid_table` of the batch, for the capacity's items, in pinned host memory.
+            pixel_values: `[patches, C·T·P·P]`, or `[patches, C·P·P]` of still images alone, on any device. The call
+                returns only after it has read them from the host.
+
+        Returns:
+            Copies of the graph's outputs, without padding.
         """
         patches = len(pixel_values)
-        if table is not self._shown:
-            self._shown = None
+        if table is not self._host_table:
+            self._host_table = None  # in case the copy fails
             self.table.copy_(table, non_blocking=True)
-            self._shown = table
-        if len(self._rows) != patches:
-            self._rows = self.pixel_values[:patches]
-        rows = self._rows
+            self._host_table = table
+        if len(self._input_rows) != patches:
+            self._input_rows = self.pixel_values[:patches]
+        rows = self._input_rows
         if pixel_values.shape == rows.shape:
             rows.copy_(pixel_values, non_blocking=pixel_values.is_cuda)
-        else:  # one frame of still images; a copy from the host would move its repetitions too
-            self.frames(rows).copy_(self.frames(pixel_values.to(rows.device, rows.dtype)))
+        else:  # one frame of still images: move it to the GPU, then repeat it there
+            self._expand_frames(rows).copy_(self._expand_frames(pixel_values.to(rows.device, rows.dtype)))
         self.graph.replay()
         tokens = patches // self.merge_unit
         hidden, *merged = self.outputs
-        written = [hidden[:patches], *(layer[:tokens] for layer in merged)]
-        copies = [torch.empty_like(x) for x in written]
-        torch._foreach_copy_(copies, written)
+        unpadded = [hidden[:patches], *(layer[:tokens] for layer in merged)]
+        copies = [torch.empty_like(x) for x in unpadded]
+        torch._foreach_copy_(copies, unpadded)
         return TowerOutput(copies[0], copies[1], copies[2:])
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
-    """Python's collector of cycles stays away: were it to free somebody's graph, CUDA would give up the capture."""
+def garbage_collection_paused() -> Iterator[None]:
+    """Pause Python's collector of cycles: CUDA aborts a capture during which it frees another CUDA graph."""
     enabled = gc.isenabled()
     gc.disable()
     try:

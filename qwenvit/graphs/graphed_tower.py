@@ -1,9 +1,9 @@
-"""The fast tower in CUDA graphs: one for each capacity, which any grids that fit may use.
+"""The fast tower in CUDA graphs: one graph for each capacity, which serves any grids that fit.
 
-A graph holds everything from the table of grids and the pixel values, copied to where it reads them, to the output: no
-two layouts can be confused, for the layout is computed inside. Capacities grow in steps of a thirty-second, or of 16
-patches; windows and frames are rounded up further, and empty ones cost next to nothing. Results are copied out, so all
-graphs may use the same memory by turns.
+A graph contains the whole pass: its inputs are a table of the grids and the pixel values. It computes positions,
+windows and segments itself, so batches of equal size and different grids can share a graph. Capacities grow in fine
+steps of patches; spare windows and frames cost almost nothing. Outputs are copied out, so all graphs can share one
+memory pool.
 """
 
 import threading
@@ -20,238 +20,257 @@ from torch import Tensor, nn
 
 from qwenvit.graphs import device_plan
 from qwenvit.graphs.capacity import (
-    MOST_PATCHES,
+    MAX_GRAPH_PATCHES,
     Capacity,
-    Grids,
+    PreparedGrids,
     capacity_for,
+    next_power_of_two,
     pool_patches_for,
-    power,
     single_image_capacity,
 )
 from qwenvit.graphs.graph import Graph
 from qwenvit.graphs.weight_guard import WeightGuard
 from qwenvit.outputs import TowerOutput
+from qwenvit.plan.inputs import CheckedGrid, check_grid
 from qwenvit.towers.fast import FastTower, refuse_gradients
 
-MOST_GRAPHS = 512
-"""Graphs kept; the one not used for longest makes room. They share memory (`_allocate_pool`), so each costs little."""
-MOST_GRIDS = 1024
-"""Tables of grids that are kept."""
-CAPTURING = threading.Lock()
-"""torch allows one capture at a time in a process, whoever's it is."""
+MAX_GRAPHS = 512
+"""Beyond this many graphs, the least recently used one is dropped. Graphs share a pool, so each costs little memory."""
+MAX_PREPARED_GRIDS = 1024
+"""Beyond this many different batches, the oldest prepared grids are dropped."""
+CAPTURE_LOCK = threading.Lock()
+"""torch allows one capture at a time in a process, of whichever tower."""
 
 
 class GraphedTower:
-    """A fast tower on a GPU that captures a graph for each capacity it meets, and replays it from then on.
+    """A fast tower on a GPU that captures a graph for each new capacity, and replays it afterwards.
 
-    Any thread and any stream may call it: calls take turns, on the host by a lock and on the GPU by an event. Weights
-    may be loaded or replaced between calls. It lives as long as its tower holds it, and does not keep the tower alive.
+    Any thread and any stream may call it: a lock serializes calls on the host, an event serializes them on the GPU.
+    Weights may be loaded or replaced between calls. The tower owns this object, which has only a weak reference back.
 
     Args:
-        tower: on a CUDA device.
+        tower: the tower, on a CUDA device.
     """
 
     def __init__(self, tower: FastTower) -> None:
         self._tower = weakref.ref(tower)
         self._lock = threading.Lock()
-        self._grids = OrderedDict[bytes, Grids]()
-        self._begin()
+        self._prepared = OrderedDict[bytes, PreparedGrids]()
+        self._reset()
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        """Copies and pickles of a tower begin without graphs."""
+        """Replace this by None in copies and pickles of a tower: they start without graphs."""
         return type(None), ()
 
     @property
     def tower(self) -> FastTower:
-        """The tower, which holds this; None once it is gone."""
+        """The tower that owns this; None after the tower is gone."""
         return cast(FastTower, self._tower())
 
-    def _begin(self) -> None:
+    def _reset(self) -> None:
+        """Drop all graphs, and start again with the weights as they are now."""
         weight = self.tower.patch_embed.weight
         self.device, self._is_fp32 = weight.device, weight.dtype == torch.float32
         self._weights = WeightGuard(self.tower)
         self._angles: dict[int, tuple[Tensor, Tensor]] = {}
         self._graphs: OrderedDict[tuple[Capacity, object], Graph] = OrderedDict()
-        self._reach = 0
+        self._pool_patches = 0
         with torch.cuda.device(self.device):
-            # Of high priority, since torch hands its few streams round, and those of low priority to everyone.
-            self._stream, self._idle = torch.cuda.Stream(self.device, priority=-1), torch.cuda.Event()
+            # High priority: torch hands out a few streams in rotation, and those of low priority to everyone.
+            self._capture_stream = torch.cuda.Stream(self.device, priority=-1)
+            self._last_call_done = torch.cuda.Event()
 
-    def __call__(self, pixel_values: Tensor, grid: Tensor) -> TowerOutput:
+    def __call__(self, pixel_values: Tensor, grid: CheckedGrid) -> TowerOutput:
         """Encode packed patches.
 
         Args:
             pixel_values: `[patches, C·T·P·P]`, or `[patches, C·P·P]` of still images alone, in any floating dtype, on
                 any device.
-            grid: `[items, 3]` int64 on the CPU, checked.
+            grid: the grids of the same patches.
 
         Raises:
-            ValueError: gradients are asked for, the tower has hooks, or the current stream is being captured.
+            ValueError: gradients are requested, the tower has forward hooks, or the current stream is being captured.
         """
         if torch.compiler.is_compiling():
-            return _untraced()(self, pixel_values, grid)
+            return _encode_untraced()(self, pixel_values, grid.tensor)
         return self._encode(pixel_values, grid)
 
-    def _encode(self, pixel_values: Tensor, grid: Tensor) -> TowerOutput:
+    def _encode(self, pixel_values: Tensor, grid: CheckedGrid) -> TowerOutput:
         if torch.cuda.is_current_stream_capturing():
             raise ValueError("the encoder captures graphs of its own: capture enc.tower(pixel_values, plan) in yours")
         refuse_gradients([pixel_values])
         with self._lock:
             prepared = self._prepare(grid)
-            captured = self._key(prepared.room) in self._graphs
+            captured = prepared.capacity is not None and self._graph_key(prepared.capacity) in self._graphs
             if not captured:
-                self._renew()
+                self._reset_if_weights_moved()
             output = self._run(pixel_values, prepared)
-            # Looked for while the GPU is at work: all that graphs read is kept alive, so that they may run in vain.
-            if captured and self._renew():
+            # Replay first and check for moved weights while the GPU works. Old memory stays allocated, so a stale
+            # replay is safe; then run again.
+            if captured and self._reset_if_weights_moved():
                 output = self._run(pixel_values, prepared)
             refuse_gradients(self._weights.parameters)
         return output
 
     def release_memory(self) -> None:
-        """Keep no memory of weights, which are about to be moved."""
-        with self._lock, CAPTURING:  # as nobody may wait for a GPU during a capture
-            torch.cuda.synchronize(self.device)  # graphs may be reading it
-            self._weights.release()
+        """Stop keeping the memory of the weights allocated: they are about to be moved."""
+        with self._lock, CAPTURE_LOCK:  # a thread that waits for the GPU would break another's capture
+            torch.cuda.synchronize(self.device)  # graphs may still be reading the weights
+            self._weights.release_memory()
 
     def retain_memory(self) -> bool:
-        """Keep it again, if they were not moved after all; whether that is so."""
+        """Keep the memory of the weights allocated again; return whether they were not moved after all."""
         with self._lock:
-            self._weights.hold()
-            return self._weights.unchanged()
+            self._weights.retain_memory()
+            return self._weights.weights_unmoved()
 
-    def _renew(self) -> bool:
-        """Begin anew if weights lie elsewhere than graphs think; whether that was so. Hooks are refused."""
-        if changed := not self._weights.unchanged():
-            with CAPTURING:
-                torch.cuda.synchronize(self.device)
-            self._begin()
-        self._weights.refuse_hooks()
-        return changed
-
-    def _run(self, pixel_values: Tensor, grids: Grids) -> TowerOutput:
-        with self._turn():
-            if grids.room is not grids.need:
-                return self._graph(grids.room).replay(grids.table, pixel_values)
-            with _plain(self.device):
-                angles = self._angles_for(power(grids.need.side))
-                table = grids.table.to(self.device, non_blocking=True)
-                plan = device_plan.compute_plan(table, angles, self.tower.config, grids.need, self.tower.impl)
-                return self.tower(pixel_values.to(self.device), plan)
-
-    def _prepare(self, grid: Tensor) -> Grids:
-        key = grid.numpy().tobytes()
-        if key not in self._grids:
-            config = self.tower.config
-            need = device_plan.measure_grids(grid, config)
-            room = capacity_for(need, config.merge_unit) if need.patches <= MOST_PATCHES else need
-            self._grids[key] = Grids(need, room, device_plan.grid_table(grid, config, room.items).pin_memory())
-            if len(self._grids) > MOST_GRIDS:
-                self._grids.popitem(last=False)
-        return self._grids[key]
-
-    @contextmanager
-    def _turn(self) -> Iterator[None]:
-        """On the GPU, after the calls before, whatever streams they ran on."""
-        stream = torch.cuda.current_stream(self.device)
-        stream.wait_event(self._idle)
-        try:
-            yield
-        finally:  # whatever was launched before a failure runs on
-            self._idle.record(stream)
-
-    def warm_up(self, patches: int) -> int:
-        """Capture the graphs of one image of every size up to so many patches; returns their number.
+    def _reset_if_weights_moved(self) -> bool:
+        """Drop the graphs if the weights are no longer where the graphs read them; return whether that was so.
 
         Raises:
-            ValueError: more patches than graphs are made for.
+            ValueError: the tower has forward hooks.
+        """
+        if moved := not self._weights.weights_unmoved():
+            with CAPTURE_LOCK:
+                torch.cuda.synchronize(self.device)
+            self._reset()
+        self._weights.refuse_hooks()
+        return moved
+
+    def _run(self, pixel_values: Tensor, grids: PreparedGrids) -> TowerOutput:
+        with self._serialized():
+            if grids.capacity is not None:
+                return self._graph_for(grids.capacity).replay(grids.table, pixel_values)
+            with _default_modes(self.device):
+                angles = self._angles_for(next_power_of_two(grids.needed.side))
+                table = grids.table.to(self.device, non_blocking=True)
+                plan = device_plan.compute_plan(table, angles, self.tower.config, grids.needed, self.tower.impl)
+                return self.tower(pixel_values.to(self.device), plan)
+
+    def _prepare(self, grid: CheckedGrid) -> PreparedGrids:
+        if grid.key not in self._prepared:
+            config = self.tower.config
+            needed = device_plan.measure_grids(grid.tensor, config)
+            capacity = capacity_for(needed, config.merge_unit) if needed.patches <= MAX_GRAPH_PATCHES else None
+            items = needed.items if capacity is None else capacity.items
+            table = device_plan.grid_table(grid.tensor, config, items).pin_memory()
+            self._prepared[grid.key] = PreparedGrids(needed, capacity, table)
+            if len(self._prepared) > MAX_PREPARED_GRIDS:
+                self._prepared.popitem(last=False)
+        return self._prepared[grid.key]
+
+    @contextmanager
+    def _serialized(self) -> Iterator[None]:
+        """Make the GPU start this call's work after that of earlier calls, on whichever streams these ran."""
+        stream = torch.cuda.current_stream(self.device)
+        stream.wait_event(self._last_call_done)
+        try:
+            yield
+        finally:  # also after a failure: work launched before it still runs
+            self._last_call_done.record(stream)
+
+    def warm_up(self, patches: int) -> int:
+        """Capture the graphs of one image of every size up to `patches`, and return their number.
+
+        Raises:
+            ValueError: more than `MAX_GRAPH_PATCHES`, or the tower has forward hooks.
         """
         unit = self.tower.config.merge_unit
-        if patches > MOST_PATCHES:
-            expected = f"at most {MOST_PATCHES // unit}, beyond which no graph is used"
+        if patches > MAX_GRAPH_PATCHES:
+            expected = f"at most {MAX_GRAPH_PATCHES // unit}, beyond which no graph is used"
             raise ValueError(f"max_tokens: expected {expected}, got {patches // unit}")
-        rooms, reached = [], unit
-        while reached < patches + unit:
-            rooms.append(single_image_capacity(reached, self.tower.config))
-            reached = rooms[-1].patches + unit
+        capacities, next_size = [], unit
+        while next_size < patches + unit:
+            capacities.append(single_image_capacity(next_size, self.tower.config))
+            next_size = capacities[-1].patches + unit
         with self._lock:
-            self._renew()
-            with self._turn():
-                for room in tqdm(rooms[::-1], unit="graph", disable=None):
-                    self._graph(room)
-        return len(rooms)
+            self._reset_if_weights_moved()
+            with self._serialized():
+                for capacity in tqdm(capacities[::-1], unit="graph", disable=None):
+                    self._graph_for(capacity)
+        return len(capacities)
 
     def _angles_for(self, side: int) -> tuple[Tensor, Tensor]:
         if side not in self._angles:
             self._angles[side] = device_plan.angle_tables(self.tower.config, side, self.device)
         return self._angles[side]
 
-    def _key(self, room: Capacity) -> tuple[Capacity, object]:
+    def _graph_key(self, capacity: Capacity) -> tuple[Capacity, object]:
         if not self._is_fp32:
-            return room, None
-        matmul = torch.backends.cuda.matmul  # a capture keeps the way of multiplying fp32 that it finds
-        return room, getattr(matmul, "fp32_precision", None) or matmul.allow_tf32
+            return capacity, None
+        matmul = torch.backends.cuda.matmul  # a graph keeps the precision of fp32 products that it was captured with
+        return capacity, getattr(matmul, "fp32_precision", None) or matmul.allow_tf32
 
-    def _graph(self, room: Capacity) -> Graph:
-        key = self._key(room)
+    def _graph_for(self, capacity: Capacity) -> Graph:
+        """Return the graph of this capacity; capture it first if there is none."""
+        key = self._graph_key(capacity)
         if key not in self._graphs:
             try:
-                with CAPTURING, _plain(self.device):
-                    if room.patches > self._reach:
-                        self._allocate_pool(room.patches)
+                with CAPTURE_LOCK, _default_modes(self.device):
+                    if capacity.patches > self._pool_patches:
+                        self._allocate_pool(capacity.patches)
                     if key not in self._graphs:
-                        self._capture(room)
+                        self._capture(capacity)
             except BaseException:
-                self._reach = 0  # the pool may refuse captures from now on, so the next one gets another
+                self._pool_patches = 0  # a pool may refuse captures after a failed one, so the next gets a new pool
                 raise
         self._graphs.move_to_end(key)
         return self._graphs[key]
 
     def _allocate_pool(self, patches: int) -> None:
-        """Begin with a graph of so many patches or some more, whose memory is enough for all smaller ones.
+        """Start a new pool with a graph of at least `patches`: its memory is enough for all smaller graphs.
 
-        In rising order each would add memory: what a smaller one left is no place for its largest tensors. Smaller ones
-        are captured again for it.
+        Captured in rising order, each graph would add memory: the free memory that a smaller graph leaves cannot take
+        the largest tensors of the next. Smaller graphs are captured again, in the new pool.
         """
-        torch.cuda.synchronize(self.device)  # the graphs that go may still be running
+        torch.cuda.synchronize(self.device)  # the graphs to be dropped may still be running
         self._graphs.clear()
-        self._reach = pool_patches_for(patches)
-        room = single_image_capacity(self._reach, self.tower.config)
+        self._pool_patches = pool_patches_for(patches)
+        capacity = single_image_capacity(self._pool_patches, self.tower.config)
         self._pool = torch.cuda.graph_pool_handle()
-        self._capture(room)
+        self._capture(capacity)
 
-    def _capture(self, room: Capacity) -> None:
-        if len(self._graphs) >= MOST_GRAPHS:
+    def _capture(self, capacity: Capacity) -> None:
+        if len(self._graphs) >= MAX_GRAPHS:
             torch.cuda.synchronize(self.device)
             self._graphs.popitem(last=False)
-        angles = self._angles_for(room.side)
-        self._graphs[self._key(room)] = Graph(self.tower, room, angles, self._stream, self._pool)
+        angles = self._angles_for(capacity.side)
+        graph = Graph(self.tower, capacity, angles, self._capture_stream, self._pool)
+        self._graphs[self._graph_key(capacity)] = graph
 
 
 @cache
-def _untraced() -> Callable[[GraphedTower, Tensor, Tensor], TowerOutput]:
-    """`_encode`, which torch.compile leaves alone; no decorator of it, which would import Dynamo with the package."""
-    return torch.compiler.disable(GraphedTower._encode)
+def _encode_untraced() -> Callable[[GraphedTower, Tensor, Tensor], TowerOutput]:
+    """Return a function that torch.compile does not trace: `_encode` of grids as a tensor.
+
+    A decorator would do the same, but import Dynamo with the package.
+    """
+
+    def encode(graphs: GraphedTower, pixel_values: Tensor, grid_thw: Tensor) -> TowerOutput:
+        grid = check_grid(grid_thw, graphs.tower.config.spatial_merge_size)  # for its key, unknown while tracing
+        return graphs._encode(pixel_values, grid)
+
+    return torch.compiler.disable(encode)
 
 
 @contextmanager
-def _plain(device: torch.device) -> Iterator[None]:
-    """Whatever modes a caller is in, what is computed or captured is the same."""
+def _default_modes(device: torch.device) -> Iterator[None]:
+    """Set torch's modes whatever the caller's are: the tower's device, no inference mode, gradients or autocast."""
     with torch.cuda.device(device), torch.inference_mode(False), torch.no_grad(), torch.autocast("cuda", enabled=False):
         yield
 
 
 def graphs_of(tower: nn.Module) -> GraphedTower | None:
-    """The tower's graphs, if it is one that runs in them."""
+    """Return the tower's graphs, made at the first call; None for a tower that does not run in graphs."""
     if not isinstance(tower, FastTower) or tower.impl == "reference" or not tower.patch_embed.weight.is_cuda:
         return None
-    if not _holds(tower):
-        with CAPTURING:
-            if not _holds(tower):
+    if not _has_own_graphs(tower):
+        with CAPTURE_LOCK:
+            if not _has_own_graphs(tower):
                 tower.graphs = GraphedTower(tower)
     return cast(GraphedTower, tower.graphs)
 
 
-def _holds(tower: FastTower) -> bool:
-    """Whether it has graphs, and they are its own: a shallow copy of a tower brings those of the original."""
+def _has_own_graphs(tower: FastTower) -> bool:
+    """Whether the tower has graphs of its own weights: a shallow copy of a tower has those of the original."""
     return tower.graphs is not None and tower.graphs.tower is tower

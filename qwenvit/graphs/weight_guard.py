@@ -1,4 +1,4 @@
-"""Whether a module's weights are where they were: CUDA graphs hold addresses, and modules are easily moved."""
+"""Detect moved weights: CUDA graphs read fixed addresses, and modules are easily moved or converted."""
 
 from collections.abc import Iterable
 from operator import attrgetter, is_
@@ -8,40 +8,41 @@ from torch import Tensor, nn
 
 
 class WeightGuard:
-    """The parameters of a module, where they lay when this was made, and whether anybody hooks on to it.
+    """Watches where the parameters of a module are stored, and whether the module has forward hooks.
 
-    Walking the modules of a tower takes half a millisecond, a fifth of a small image's time on the GPU. So the places
-    are listed once, and looking them through takes a fifth of that. Memory that is watched stays allocated, so that no
-    other parameter comes to lie there.
+    The guard lists all parameters when it is made, since walking the modules at every call takes five times as long
+    (TUNING.md). It keeps their memory allocated, so that no later parameter can get the same address.
 
     Attributes:
-        parameters: of the module.
+        parameters: the module's parameters when the guard was made.
     """
 
     def __init__(self, module: nn.Module) -> None:
         modules = list(module.modules())
-        self._modules = _Entries((part._modules, name) for part in modules for name in part._modules)
-        places = ((part._parameters, name) for part in modules for name, x in part._parameters.items() if x is not None)
-        self._parameters = _Entries(places)
-        self.parameters = self._parameters.found
+        self._submodules = _DictEntries((part._modules, name) for part in modules for name in part._modules)
+        self._parameters = _DictEntries(
+            (part._parameters, name) for part in modules for name, x in part._parameters.items() if x is not None
+        )
+        self.parameters = self._parameters.values
         self._hooks = [hooks for part in modules for hooks in (part._forward_pre_hooks, part._forward_hooks)]
-        self._lying = self._snapshot()
-        self.hold()
+        self._first_snapshot = self._snapshot()
+        self.retain_memory()
 
-    def hold(self) -> None:
-        """Keep the memory allocated in which the parameters lie."""
+    def retain_memory(self) -> None:
+        """Keep the memory of the parameters allocated, even if they move elsewhere."""
         self._memory = [parameter.detach() for parameter in self.parameters]
 
-    def release(self) -> None:
-        """Keep it no longer."""
+    def release_memory(self) -> None:
+        """Stop keeping the memory of the parameters allocated."""
         self._memory = []
 
-    def unchanged(self) -> bool:
-        """Whether it has the same submodules and parameters still, at the same addresses and of the same dtypes."""
-        return self._modules.unchanged() and self._parameters.unchanged() and self._snapshot() == self._lying
+    def weights_unmoved(self) -> bool:
+        """Whether the module has the same submodules and parameters, at the same addresses and of the same dtypes."""
+        same_objects = self._submodules.are_same_objects() and self._parameters.are_same_objects()
+        return same_objects and self._snapshot() == self._first_snapshot
 
     def refuse_hooks(self) -> None:
-        """ValueError where the module or a part of it has forward hooks: graphs run them at their capture alone."""
+        """Raise ValueError if the module or a submodule has forward hooks: a replayed graph does not call them."""
         if any(self._hooks):
             raise ValueError(
                 "tower: expected no forward hooks, which CUDA graphs leave out; use impl='reference', or "
@@ -49,15 +50,16 @@ class WeightGuard:
             )
 
     def _snapshot(self) -> tuple[list[int], list[object]]:
+        """Return the addresses and dtypes of the parameters."""
         return list(map(Tensor.data_ptr, self.parameters)), list(map(attrgetter("dtype"), self.parameters))
 
 
-class _Entries:
-    """Entries of dictionaries, and what they were."""
+class _DictEntries:
+    """Entries of dictionaries, and the objects that they had when this was made."""
 
     def __init__(self, entries: Iterable[tuple[dict[str, Any], str]]) -> None:
-        self._holders, self._names = (list(column) for column in zip(*entries, strict=True))
-        self.found: list[Any] = list(map(dict.get, self._holders, self._names))
+        self._dicts, self._names = (list(column) for column in zip(*entries, strict=True))
+        self.values: list[Any] = list(map(dict.get, self._dicts, self._names))
 
-    def unchanged(self) -> bool:
-        return all(map(is_, map(dict.get, self._holders, self._names), self.found))
+    def are_same_objects(self) -> bool:
+        return all(map(is_, map(dict.get, self._dicts, self._names), self.values))

@@ -1,1 +1,1 @@
-"""qwenvit inside other frameworks; each module imports its own."""
+"""Integrations with other frameworks; each module imports its own framework only."""

@@ -1,1 +1,1 @@
-"""M-RoPE: the positions of a language model's text and vision tokens."""
+"""M-RoPE positions of a language model's text and vision tokens."""

@@ -1,8 +1,11 @@
-"""The one door to the kernels: each operation here runs in Triton or as its reference, with the same meaning.
+"""The checked entry points to the kernels: each operation runs in Triton or in plain torch, with the same meaning.
 
-`impl="auto"` chooses by the tensors' device alone: Triton on a CUDA device, the reference elsewhere. An explicit
-choice never falls back. (Triton's interpreter, `TRITON_INTERPRET=1`, runs `impl="triton"` on CPU tensors.) Kernels are
-imported where they are called: triton is there on Linux alone, and slow to import.
+Every operation checks its arguments and then dispatches on `impl`: `"triton"` runs the Triton kernel (on CPU tensors
+only in Triton's interpreter, `TRITON_INTERPRET=1`), `"reference"` runs `qwenvit.ops.reference`, and `"auto"` means
+`"triton"` for tensors on a CUDA device and `"reference"` elsewhere. An explicit choice never falls back. The Triton
+kernels compute no gradients: with `requires_grad` tensors and gradients enabled, `"triton"` raises ValueError.
+
+Kernels are imported when they are first called: triton exists on Linux only and takes long to import.
 """
 
 from qwenvit.ops.attention import rope_attention

@@ -1,4 +1,4 @@
-"""Attention within segments, queries and keys rotated on the way."""
+"""Attention within segments, with rotary embedding of queries and keys."""
 
 import math
 from typing import Any
@@ -6,14 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwenvit.arguments import DTYPES, Impl
+from qwenvit.arguments import Impl
 from qwenvit.ops import reference
-from qwenvit.ops.checks import check_floating, check_tensor
+from qwenvit.ops.checks import FLOATING, check_floating, check_tensor
 from qwenvit.ops.dispatch import use_triton
 
 HEAD_DIMS = (64, 72, 80)
-"""Channels per head of every published tower."""
-FLOATING = tuple(DTYPES.values())
+"""Channels per head of the published towers."""
 
 
 def rope_attention(
@@ -28,39 +27,41 @@ def rope_attention(
     interleaved: bool = False,
     impl: Impl = "auto",
 ) -> Tensor:
-    """Rotate queries and keys, then let each token attend to the tokens of its segment.
+    """Rotate queries and keys (RoPE, arXiv:2104.09864), then attend within each segment.
 
-    With S tokens, H heads and head_dim D, and `max_seqlen` of at most 64, 4·S·H·D elements move (Q, K and V read once,
-    the output written once) and 4·S·D bytes of angles. Otherwise, where there are angles, a pass reads and writes Q and
-    K first: 4·S·H·D elements more, and 2·S·H·D for a V of head_dim 72 in 16 bits; it writes rows of 72 as 80. A segment
-    of L tokens takes 4·L²·H·D FLOPs. Inference only: no gradient flows through `impl="triton"`.
+    A segment of L tokens takes 4·L²·H·D FLOPs, with H heads of D channels. I/O for S tokens: with `max_seqlen` of at
+    most 64, one kernel reads Q, K and V, writes the output (4·S·H·D elements) and reads half of each row of `cos` and
+    `sin` (4·S·D bytes). Otherwise, if `cos` is given, a pass rotates Q and K first and moves 4·S·H·D elements more; it
+    pads heads of 72 channels to 80 and, in 16-bit dtypes, copies V of that width too (2·S·H·D). `impl="triton"`
+    computes no gradients.
 
     Args:
-        q: `[S, H, D]`, bfloat16, float16 or float32 (in IEEE fp32, no TF32), D one of 64, 72 and 80. Any strides but
-            the last, which is 1: a view of a packed projection `[S, 3·H·D]` will do. Strides and addresses that are
-            multiples of 16 bytes are fastest.
-        k: same.
-        v: same.
-        cos: `[S, D]` fp32, inner stride 1, the second half of each row like the first; None where q and k are rotated.
-        sin: same.
-        cu_seqlens: `[segments + 1]` int32 on the device of `q`, contiguous, rising from 0 to S; segments may be empty.
-            `"triton"` trusts it and reads nothing back.
-        max_seqlen: tokens in the longest segment where the caller knows: up to 64 choose the kernel for windows. A
-            hint, of influence on speed alone.
-        scale: factor on the scores, positive; None for 1 / √D.
-        interleaved: whether the channels of a pair are 2i and 2i + 1 of a head (weights permuted at load) rather than
-            i and i + D / 2 (as transformers has them).
-        impl: `"triton"`, `"reference"` or `"auto"`.
+        q: queries, `[S, H, D]`, bfloat16, float16 or float32 (IEEE fp32, no TF32), with D one of 64, 72 and 80. The
+            last stride must be 1, the others are free: a view of a packed projection `[S, 3·H·D]` is accepted.
+            Strides and addresses that are multiples of 16 bytes are fastest.
+        k: keys, shape, dtype and device of `q`; last stride 1.
+        v: values, shape, dtype and device of `q`; last stride 1.
+        cos: cosines `[S, D]` fp32, last stride 1, with equal halves in each row; None if `q` and `k` are already
+            rotated.
+        sin: sines, in the format of `cos`; None exactly if `cos` is None.
+        cu_seqlens: `[segments + 1]` int32 on the device of `q`, contiguous, non-decreasing from 0 to S; segments may be
+            empty. `"triton"` does not check the values, which would synchronise with the GPU.
+        max_seqlen: tokens in the longest segment, if the caller knows. At most 64 selects the window kernel. A wrong
+            value costs speed, not correctness.
+        scale: factor on the scores, positive; None means 1 / √D.
+        interleaved: True if a rotary pair is channels 2i and 2i + 1 of a head (`qwenvit.packing.pack_qkv`), False if it
+            is channels i and i + D / 2, as in transformers.
+        impl: `"triton"`, `"reference"` or `"auto"` (Triton on a CUDA device).
 
     Returns:
         `[S, H, D]`, contiguous, in the dtype of `q`.
 
     Raises:
-        TypeError: a dtype or type other than these.
-        ValueError: shapes, strides, devices or values that do not fit.
+        TypeError: an argument has another type or dtype.
+        ValueError: an argument has another shape, stride, device or value; `"triton"` is asked for gradients.
     """
-    at_a_glance = _fit(q, k, v, cu_seqlens)
-    if not at_a_glance:
+    checked = _passes_fast_check(q, k, v, cu_seqlens)
+    if not checked:
         for name, x in (("q", q), ("k", k), ("v", v)):
             _check_heads(name, x, q)
     if (cos is None) != (sin is None):
@@ -68,7 +69,7 @@ def rope_attention(
     for name, angles in (("cos", cos), ("sin", sin)):
         if angles is not None:
             _check_angles(name, angles, q)
-    if not at_a_glance:
+    if not checked:
         check_tensor("cu_seqlens", cu_seqlens, (None,), torch.int32, q)
     if not len(cu_seqlens):
         raise ValueError("cu_seqlens: expected at least one entry, got none")
@@ -85,8 +86,8 @@ def rope_attention(
     return rope_attention_op(q, k, v, cos, sin, cu_seqlens, max_seqlen, scale, interleaved)
 
 
-def _fit(q: Any, k: Any, v: Any, cu_seqlens: Any) -> bool:
-    """Whether `_check_heads` and `check_tensor` will find nothing, seen at a glance: they take three times as long."""
+def _passes_fast_check(q: Any, k: Any, v: Any, cu_seqlens: Any) -> bool:
+    """Return whether the tensors are valid, in a third of the time of the checks that say what is wrong."""
     tensors = isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)
     if not (tensors and isinstance(cu_seqlens, Tensor)):
         return False
@@ -116,7 +117,7 @@ def _check_heads(name: str, x: Tensor, q: Tensor) -> None:
 
 
 def _check_rows(name: str, x: Tensor, shape: tuple[int, ...], q: Tensor) -> None:
-    """As `op_checks.check_tensor`, with any strides but the last."""
+    """Raise ValueError unless `x` has this shape, the device of `q` and a last stride of 1."""
     if x.shape != shape or x.device != q.device:
         raise ValueError(f"{name}: expected {list(shape)} on {q.device}, got {list(x.shape)} on {x.device}")
     if x.stride(-1) != 1 and x.numel():

@@ -1,26 +1,28 @@
-"""What the operations of `qwenvit.ops` accept, and what they say of anything else."""
+"""Checks of the arguments of `qwenvit.ops`: each raises TypeError or ValueError with the argument's name."""
 
 import torch
 from torch import Tensor
 
-from qwenvit.arguments import DTYPES
 from qwenvit.ops.reference import ACTIVATIONS
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16)
+"""The dtypes that the kernels support."""
 
 
 def check(fits: bool, name: str, expected: str, got: object) -> None:
-    """Raise ValueError unless the named argument fits."""
+    """Raise ValueError "{name}: expected …, got …" unless `fits`."""
     if not fits:
         raise ValueError(f"{name}: expected {expected}, got {got}")
 
 
 def check_matrix(name: str, tensor: Tensor) -> None:
-    """Refuse anything but a contiguous matrix of a dtype that the kernels know."""
+    """Raise unless `tensor` is a contiguous matrix `[rows, columns]` in one of the `FLOATING` dtypes."""
     check_floating(name, tensor, "[rows, columns]")
     check_tensor(name, tensor, (None, None), None, tensor)
 
 
 def check_projection(name: str, x: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "") -> None:
-    """Refuse what `F.linear` would, and strides it would not."""
+    """Raise unless x `[S, C]`, weight `[N, C]` and bias `[N]` or None agree in dtype and device and are contiguous."""
     check_matrix(name, x)
     check_tensor(f"{prefix}weight", weight, (None, x.shape[1]), x.dtype, x)
     if bias is not None:
@@ -28,7 +30,16 @@ def check_projection(name: str, x: Tensor, weight: Tensor, bias: Tensor | None, 
 
 
 def check_rotation(name: str, width: int, cos: Tensor, sin: Tensor, num_heads: int, like: Tensor) -> None:
-    """Refuse heads that do not divide packed Q, K and V, and angles that do not fit them."""
+    """Raise unless `width` columns are Q, K and V in `num_heads` heads, and `cos` and `sin` fit them.
+
+    Args:
+        name: the argument that has these columns.
+        width: 3·H·D.
+        cos: `[S, D]` fp32.
+        sin: `[S, D]` fp32.
+        num_heads: H.
+        like: a tensor with S rows on the expected device.
+    """
     check(
         num_heads > 0 and width > 0 and width % (12 * num_heads) == 0,
         name,
@@ -40,14 +51,17 @@ def check_rotation(name: str, width: int, cos: Tensor, sin: Tensor, num_heads: i
 
 
 def check_act(act: str) -> None:
-    """Refuse an activation that is not known."""
+    """Raise ValueError unless `act` is one of `ACTIVATIONS`."""
     check(act in ACTIVATIONS, "act", f"one of {ACTIVATIONS}", repr(act))
 
 
 def check_tensor(
     name: str, tensor: Tensor, shape: tuple[int | None, ...], dtype: torch.dtype | None, like: Tensor
 ) -> None:
-    """Refuse what a kernel would misread: shape (None: any size, `...` sizes in front), dtype, device, layout."""
+    """Raise unless `tensor` is contiguous, on the device of `like`, and of this shape and dtype.
+
+    None in `shape` stands for any size, a `dtype` of None for any dtype.
+    """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
     got = tuple(tensor.shape)
@@ -63,7 +77,7 @@ def check_tensor(
 
 
 def check_floating(name: str, tensor: Tensor, dims: str) -> None:
-    """Refuse anything but a tensor of a dtype that the kernels know."""
-    if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPES.values():
+    """Raise TypeError unless `tensor` is a tensor in one of the `FLOATING` dtypes; `dims` is its shape in words."""
+    if not isinstance(tensor, Tensor) or tensor.dtype not in FLOATING:
         got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
         raise TypeError(f"{name}: expected a float32, bfloat16 or float16 tensor {dims}, got {got}")

@@ -1,14 +1,14 @@
-"""Which implementation of an operation runs."""
+"""The choice between the Triton kernel and the reference."""
 
 import torch
 from torch import Tensor
 
 
 def use_triton(impl: str, tensor: Tensor) -> bool:
-    """Whether `impl` means the Triton kernel for this tensor.
+    """Return whether `impl` selects the Triton kernel for an operation on `tensor`.
 
     Raises:
-        ValueError: an unknown `impl`, or gradients asked of a kernel that has none.
+        ValueError: `impl` is unknown, or it selects Triton while autograd would record the operation.
     """
     if impl not in ("auto", "triton", "reference"):
         raise ValueError(f"impl: expected 'auto', 'triton' or 'reference', got {impl!r}")

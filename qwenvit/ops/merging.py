@@ -1,4 +1,4 @@
-"""Joining patches into tokens: a merger up to its first matrix product, and the merge of a feature map."""
+"""Merging of patches: a merger's norm and reordering before its first matrix product, and blocks of a feature map."""
 
 from typing import Literal
 
@@ -24,22 +24,30 @@ def merge_norm(
     merge_unit: int = 4,
     impl: Impl = "auto",
 ) -> Tensor:
-    """A merger up to its first GEMM: norm, patches joined into tokens, tokens put back into reading order.
+    """Compute the input of a merger's first matrix product: norm, merge patches to tokens, restore reading order.
+
+    I/O: reads `x` once, writes as many elements; about 6 FLOPs each.
 
     Args:
-        x: `[patches, C]` as for `norm`, the patches of a token neighbours.
-        weight: `[C]`, or `[merge_unit * C]` where the joined token is normalised.
-        bias: likewise; None for none.
-        restore_index: `[tokens]` int64, the token to put at each place (`GridPlan.restore_index`); its values are
-            trusted. None where tokens lie in reading order.
-        kind: which norm.
-        eps: as for `norm`.
-        norm_merged: whether joined tokens are normalised, as by DeepStack's mergers, and not patches.
+        x: `[patches, C]`, contiguous, float32, bfloat16 or float16. Each `merge_unit` consecutive rows are one token.
+        weight: in the dtype of `x`: `[C]`, or `[merge_unit * C]` if `norm_merged`.
+        bias: shape and dtype of `weight`, for LayerNorm only, or None.
+        restore_index: `[tokens]` int64: output row i is input token `restore_index[i]` (`GridPlan.restore_index`). Its
+            values are not checked. None keeps the order.
+        kind: `"rms"` or `"layer"`.
+        eps: added to the mean square (RMSNorm) or the variance (LayerNorm).
+        norm_merged: False normalises each patch over C; True normalises each token over `merge_unit * C`, as the
+            DeepStack mergers do.
         merge_unit: patches in a token.
-        impl: see `norm`.
+        impl: `"triton"`, `"reference"` or `"auto"` (Triton on a CUDA device).
 
     Returns:
-        `[patches / merge_unit, merge_unit * C]`. I/O: reads x, writes as much; about 6 FLOPs an element.
+        `[patches / merge_unit, merge_unit * C]` in the dtype of `x`.
+
+    Raises:
+        TypeError: an argument has another type or dtype.
+        ValueError: shapes, devices or strides do not fit together; `kind` is unknown; RMSNorm is given a bias;
+            `merge_unit` does not divide the patches; `"triton"` is asked for gradients.
     """
     check_floating("x", x, "[patches, C]")
     check_tensor("x", x, (None, None), None, x)
@@ -60,16 +68,22 @@ def merge_norm(
 def spatial_merge(
     x: Tensor, mode: Literal["concat", "average"] = "concat", merge_size: int = 2, impl: Impl = "auto"
 ) -> Tensor:
-    """Join square blocks of a feature map.
+    """Merge square blocks of a feature map. I/O: reads `x` once, writes the result once.
 
     Args:
         x: `[H, W, C]` or `[T, H, W, C]`, float32, bfloat16 or float16, with unit stride along C.
-        mode: `"concat"` joins the channels of a block in reading order, `"average"` takes their mean.
-        merge_size: side of a block; divides H and W.
-        impl: see `norm`.
+        mode: `"concat"` concatenates the channels of a block's cells in reading order, `"average"` averages them.
+        merge_size: side of a block in cells; divides H and W.
+        impl: `"triton"`, `"reference"` or `"auto"` (Triton on a CUDA device).
 
     Returns:
-        `[(T,) H / merge_size, W / merge_size, C']` where C' is `merge_size² * C` or C. I/O: reads x, writes the result.
+        `[H / merge_size, W / merge_size, C']`, after T if `x` has it, in the dtype of `x`; C' is `merge_size² * C` for
+        `"concat"` and C for `"average"`.
+
+    Raises:
+        TypeError: `x` has another type or dtype.
+        ValueError: `x` has another shape or stride; `mode` is unknown; `merge_size` does not divide H and W;
+            `"triton"` is asked for gradients.
     """
     check_floating("x", x, "[H, W, C] or [T, H, W, C]")
     if x.ndim not in (3, 4):

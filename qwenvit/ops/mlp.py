@@ -1,4 +1,4 @@
-"""The first half of the MLP: projection and activation."""
+"""The first half of the MLP: projection and activation, fused or one after the other."""
 
 from torch import Tensor
 
@@ -9,24 +9,24 @@ from qwenvit.ops.dispatch import use_triton
 
 
 def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, act: str, impl: Impl = "auto") -> Tensor:
-    """`act(x @ weight.T + bias)`.
+    """Return `act(x @ weight.T + bias)`. 2·S·C·N FLOPs.
 
-    16-bit tensors go through one kernel where it wins (see `qwenvit.kernels.gemm.mlp`): it reads S·C + N·C elements and
-    writes S·N. Others go through cuBLAS and one pass in place, 2·S·N elements more. 2·S·C·N FLOPs.
+    16-bit tensors use one fused kernel at the shapes where it is faster (`qwenvit.kernels.gemm.mlp`): it reads
+    S·C + N·C elements and writes S·N. All other cases use cuBLAS and one in-place pass, which moves 2·S·N more.
 
     Args:
         x: `[S, C]`, contiguous, bfloat16, float16 or float32.
-        weight: `[N, C]`.
-        bias: `[N]`, or None.
-        act: `"gelu_tanh"`, `"quick_gelu"` (x · sigmoid(1.702 x)) or `"gelu"` (exact).
-        impl: `"triton"`, `"reference"` or `"auto"`.
+        weight: `[N, C]` in the dtype of `x`, contiguous.
+        bias: `[N]` in the dtype of `x`, or None.
+        act: `"gelu_tanh"` (GELU's tanh approximation), `"quick_gelu"` (x · sigmoid(1.702 x)) or `"gelu"` (exact).
+        impl: `"triton"`, `"reference"` or `"auto"` (Triton on a CUDA device).
 
     Returns:
         `[S, N]` in the dtype of `x`.
 
     Raises:
-        TypeError: another dtype than these.
-        ValueError: unknown activation; shapes, dtypes, devices or strides that do not fit together.
+        TypeError: an argument has another type or dtype.
+        ValueError: `act` is unknown; shapes, devices or strides do not fit together; `"triton"` is asked for gradients.
     """
     check_projection("x", x, weight, bias)
     check_act(act)
@@ -38,11 +38,19 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, act: str, impl: I
 
 
 def activation_(x: Tensor, act: str, impl: Impl = "auto") -> Tensor:
-    """`act` of each element, in place: one read and one write of `x`, which must be a contiguous matrix.
+    """Apply an activation to each element in place. I/O: reads x once, writes it once.
+
+    Args:
+        x: `[S, N]`, contiguous, bfloat16, float16 or float32. Overwritten.
+        act: `"gelu_tanh"` (GELU's tanh approximation), `"quick_gelu"` (x · sigmoid(1.702 x)) or `"gelu"` (exact).
+        impl: `"triton"`, `"reference"` or `"auto"` (Triton on a CUDA device).
+
+    Returns:
+        `x`.
 
     Raises:
-        TypeError: another dtype than bfloat16, float16 or float32.
-        ValueError: unknown activation, or not a contiguous matrix.
+        TypeError: `x` has another type or dtype.
+        ValueError: `act` is unknown; `x` is no contiguous matrix; `"triton"` is asked for gradients.
     """
     check_matrix("x", x)
     check_act(act)
@@ -55,23 +63,24 @@ def activation_(x: Tensor, act: str, impl: Impl = "auto") -> Tensor:
 
 
 def swiglu(x: Tensor, gate_up_weight: Tensor, gate_up_bias: Tensor | None, impl: Impl = "auto") -> Tensor:
-    """silu(gate) · up of one projection with alternating rows (`qwenvit.packing.pack_gate_up`; arXiv:2002.05202).
+    """Project to gate and up, and return silu(gate) · up (SwiGLU, arXiv:2002.05202). 4·S·C·I FLOPs.
 
-    16-bit tensors go through one kernel where it wins (see `qwenvit.kernels.gemm.mlp`): it reads S·C + 2·I·C elements
-    and writes S·I. Others go through cuBLAS and `swiglu_pass`, 4·S·I elements more. 4·S·C·I FLOPs.
+    16-bit tensors use one fused kernel at the shapes where it is faster (`qwenvit.kernels.gemm.mlp`): it reads
+    S·C + 2·I·C elements and writes S·I. All other cases use cuBLAS and `swiglu_pass`, which move 4·S·I elements more.
 
     Args:
         x: `[S, C]`, contiguous, bfloat16, float16 or float32.
-        gate_up_weight: `[2·I, C]`, row 2i the gate's row i and row 2i + 1 the up projection's.
-        gate_up_bias: `[2·I]`, or None.
-        impl: `"triton"`, `"reference"` or `"auto"`.
+        gate_up_weight: `[2·I, C]` in the dtype of `x`, contiguous: row 2i is row i of the gate projection, row 2i + 1
+            is row i of the up projection (`qwenvit.packing.pack_gate_up`).
+        gate_up_bias: `[2·I]` in the dtype of `x`, in the order of the weight's rows, or None.
+        impl: `"triton"`, `"reference"` or `"auto"` (Triton on a CUDA device).
 
     Returns:
         `[S, I]` in the dtype of `x`.
 
     Raises:
-        TypeError: another dtype than these.
-        ValueError: shapes, dtypes, devices or strides that do not fit together.
+        TypeError: an argument has another type or dtype.
+        ValueError: shapes, devices or strides do not fit together; `"triton"` is asked for gradients.
     """
     check_projection("x", x, gate_up_weight, gate_up_bias, "gate_up_")
     check(gate_up_weight.shape[0] % 2 == 0, "gate_up_weight", "an even number of rows", gate_up_weight.shape[0])
@@ -83,11 +92,18 @@ def swiglu(x: Tensor, gate_up_weight: Tensor, gate_up_bias: Tensor | None, impl:
 
 
 def swiglu_pass(gate_up: Tensor, impl: Impl = "auto") -> Tensor:
-    """`[S, 2·I]`, gate and up in alternate columns -> silu(gate) · up, `[S, I]`. Reads 2·S·I elements, writes S·I.
+    """Return silu(gate) · up of gate and up in alternating columns. I/O: reads 2·S·I elements, writes S·I.
+
+    Args:
+        gate_up: `[S, 2·I]`, contiguous, bfloat16, float16 or float32: column 2i is gate i, column 2i + 1 is up i.
+        impl: `"triton"`, `"reference"` or `"auto"` (Triton on a CUDA device).
+
+    Returns:
+        `[S, I]` in the dtype of `gate_up`.
 
     Raises:
-        TypeError: another dtype than bfloat16, float16 or float32.
-        ValueError: not a contiguous matrix with an even number of columns.
+        TypeError: `gate_up` has another type or dtype.
+        ValueError: `gate_up` is no contiguous matrix with an even number of columns; `"triton"` is asked for gradients.
     """
     check_matrix("gate_up", gate_up)
     check(gate_up.shape[1] % 2 == 0, "gate_up", "an even number of columns", gate_up.shape[1])

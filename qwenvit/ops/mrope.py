@@ -20,26 +20,31 @@ def rope_index(
     frames_apart: bool,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """M-RoPE positions of each token; `qwenvit.rope_index` is the same with the families' rules.
+    """Return the M-RoPE positions of each token. `qwenvit.rope_index` calls this with a family's rules.
 
-    Shapes, dtypes and devices are checked there, by the names its callers know, and not again here. `torch.compile`
-    breaks its graph around the call.
+    `qwenvit.rope_index` checks shapes, dtypes and devices, under the argument names that its callers know; this
+    operation does not repeat those checks. `torch.compile` breaks its graph around the call.
 
     Args:
         tokens: `[B, S]` integers, token ids or token types.
         image_token: the value of `tokens` that marks image tokens.
-        video_token: the value that marks video tokens.
-        mask: `[B, S]`, nonzero where a token counts; None for all.
-        image_grid_thw: `[images, 3]` integers in patches, in order of appearance; None for none.
-        video_grid_thw: `[videos, 3]`, likewise.
-        seconds: `[videos]` between a video's frame groups, of any real dtype; None for 1 each.
-        scale: temporal positions a second.
+        video_token: the value of `tokens` that marks video tokens.
+        mask: `[B, S]`, nonzero for each token that counts; None if all count.
+        image_grid_thw: `[images, 3]` integers: frame groups, rows and columns of patches, in order of appearance;
+            None for no images.
+        video_grid_thw: `[videos, 3]` integers: frame groups, rows and columns of patches, in order of appearance;
+            None for no videos.
+        seconds: `[videos]` seconds between a video's frame groups, of any real dtype; None for 1 each.
+        scale: temporal positions per second.
         merge: patches merged into one token, along each side.
-        frames_apart: whether text stands between a video's frame groups, so that each is placed like an image.
-        impl: `"triton"` trusts its inputs; `"reference"` looks at them and raises ValueError where they disagree.
+        frames_apart: whether text separates a video's frame groups, so that each starts like an image of its own.
+        impl: `"triton"` does not check that grids and tokens match; `"reference"` raises ValueError unless they do.
 
     Returns:
         Positions `[3, B, S]` (temporal, height, width) and deltas `[B, 1]`, int64, on the device of `tokens`.
+
+    Raises:
+        ValueError: `tokens` is empty, or (with `"reference"`) the grids do not match the tokens.
     """
     if not tokens.numel():
         raise ValueError(f"tokens: expected at least one, got shape {list(tokens.shape)}")

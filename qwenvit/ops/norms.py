@@ -1,4 +1,4 @@
-"""Norms, and what stands between the last block and a merger's first matrix product."""
+"""RMSNorm and LayerNorm, alone or fused with the addition of a residual."""
 
 from typing import Literal
 
@@ -14,7 +14,7 @@ NormKind = Literal["rms", "layer"]
 
 
 def check_norm(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, width: int) -> None:
-    """Refuse what the norm kernels would misread."""
+    """Raise unless `x` is contiguous, `kind` is known, and weight and bias are `[width]` in the dtype of `x`."""
     if not x.ndim:
         raise ValueError("x: expected shape [..., C], got a scalar")
     check_tensor("x", x, tuple(x.shape), None, x)
@@ -35,18 +35,25 @@ def norm(
     eps: float = NORM_EPS,
     impl: Impl = "auto",
 ) -> Tensor:
-    """RMSNorm (arXiv:1910.07467) or LayerNorm (arXiv:1607.06450) over the last dimension, statistics in fp32.
+    """Normalise over the last dimension: RMSNorm (arXiv:1910.07467) or LayerNorm (arXiv:1607.06450), fp32 statistics.
+
+    I/O: reads `x` once, writes as many elements; about 6 FLOPs each.
 
     Args:
         x: `[..., C]`, contiguous, float32, bfloat16 or float16.
         weight: `[C]` in the dtype of `x`.
-        bias: same, for LayerNorm; None for none.
-        kind: which norm.
-        eps: added to the mean square or the variance.
-        impl: see `qwenvit.ops`; `"triton"` is for inference, no gradient flows through it.
+        bias: `[C]` in the dtype of `x`, for LayerNorm only, or None.
+        kind: `"rms"` or `"layer"`.
+        eps: added to the mean square (RMSNorm) or the variance (LayerNorm).
+        impl: `"triton"`, `"reference"` or `"auto"` (Triton on a CUDA device).
 
     Returns:
-        Same shape and dtype as `x`. I/O: reads x, writes as much; about 6 FLOPs an element.
+        `[..., C]` in the dtype of `x`.
+
+    Raises:
+        TypeError: an argument has another type or dtype.
+        ValueError: shapes, devices or strides do not fit together; `kind` is unknown; RMSNorm is given a bias;
+            `"triton"` is asked for gradients.
     """
     check_floating("x", x, "[..., C]")
     check_norm(x, weight, bias, kind, x.shape[-1] if x.ndim else 1)
@@ -67,22 +74,29 @@ def add_norm(
     shift: Tensor | None = None,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """The norm of `x + residual`, and that sum.
+    """Return the norm of `x + residual`, and the sum `x + residual + shift`.
+
+    I/O: reads `x` and `residual`, writes the norm and the sum; about 7 FLOPs for each element of `x`.
 
     Args:
-        x: `[..., C]`, as for `norm`.
-        residual: as `x`.
-        weight: as for `norm`, like the arguments after it.
-        bias: see there.
-        kind: see there.
-        eps: see there.
-        shift: `[C]` in the dtype of `x`, added to the sum that is returned and not to the one that is normalised: the
-            bias of a product that will be accumulated onto it. None for none.
-        impl: see there.
+        x: `[..., C]`, contiguous, float32, bfloat16 or float16.
+        residual: shape and dtype of `x`, contiguous.
+        weight: `[C]` in the dtype of `x`.
+        bias: `[C]` in the dtype of `x`, for LayerNorm only, or None.
+        kind: `"rms"` or `"layer"`.
+        eps: added to the mean square (RMSNorm) or the variance (LayerNorm).
+        shift: `[C]` in the dtype of `x`, added to the returned sum but not to the normalised one; None means zero. If
+            the next matrix product accumulates onto the sum, its bias passed here needs no pass of its own.
+        impl: `"triton"`, `"reference"` or `"auto"` (Triton on a CUDA device).
 
     Returns:
-        The norm and the sum, each as `x`. `"triton"` normalises the sum before rounding it, `"reference"` after.
-        I/O: reads x and residual, writes as much; about 7 FLOPs an element.
+        The norm and the sum, each `[..., C]` in the dtype of `x`. `"triton"` normalises the unrounded fp32 sum,
+        `"reference"` the rounded one.
+
+    Raises:
+        TypeError: an argument has another type or dtype.
+        ValueError: shapes, devices or strides do not fit together; `kind` is unknown; RMSNorm is given a bias;
+            `"triton"` is asked for gradients.
     """
     _check_add_norm(x, residual, weight, bias, kind, shift)
     if not use_triton(impl, x):
@@ -102,10 +116,29 @@ def add_norm_(
     shift: Tensor | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
-    """`add_norm` whose sum takes the place of `residual`, which therefore may not share memory with `x`.
+    """Return the norm of `x + residual`, and write the sum `x + residual + shift` to `residual`.
+
+    I/O: reads `x` and `residual`, writes the norm and the sum; about 7 FLOPs for each element of `x`.
+
+    Args:
+        x: `[..., C]`, contiguous, float32, bfloat16 or float16.
+        residual: shape and dtype of `x`, contiguous. Overwritten; must not share memory with `x`.
+        weight: `[C]` in the dtype of `x`.
+        bias: `[C]` in the dtype of `x`, for LayerNorm only, or None.
+        kind: `"rms"` or `"layer"`.
+        eps: added to the mean square (RMSNorm) or the variance (LayerNorm).
+        shift: `[C]` in the dtype of `x`, added to the stored sum but not to the normalised one; None means zero. If the
+            next matrix product accumulates onto the sum, its bias passed here needs no pass of its own.
+        impl: `"triton"`, `"reference"` or `"auto"` (Triton on a CUDA device).
 
     Returns:
-        The norm, as `x`.
+        The norm, `[..., C]` in the dtype of `x`. `"triton"` normalises the unrounded fp32 sum, `"reference"` the
+        rounded one.
+
+    Raises:
+        TypeError: an argument has another type or dtype.
+        ValueError: shapes, devices or strides do not fit together; `kind` is unknown; RMSNorm is given a bias;
+            `"triton"` is asked for gradients.
     """
     _check_add_norm(x, residual, weight, bias, kind, shift)
     if not use_triton(impl, x):

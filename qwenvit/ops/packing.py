@@ -1,39 +1,47 @@
-"""Weights as the kernels want them: rows reordered or zero rows added, once, at load time. The function is unchanged.
+"""Weight layouts of the kernels: rows are reordered or padded with zeros at load time, and outputs do not change.
 
-The functions take and give tensors in the layout of `torch.nn.Linear`: weights `[out, in]`, biases `[out]`.
+Weights are `[out, in]` and biases `[out]`, as in `torch.nn.Linear`, before and after.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LANES = 128
-"""Widths are padded to whole tiles of the GEMMs, which also aligns rows to 16 bytes: unaligned, they cost 3.4 times."""
+WIDTH_MULTIPLE = 128
+"""Widths are padded to a multiple of this: whole GEMM tiles, and rows aligned to 16 bytes (TUNING.md)."""
 
 
 def adjacent_pairs(num_heads: int, head_dim: int, device: torch.device | str = "cpu") -> Tensor:
-    """Where the channels of packed Q, K and V come from when rotary pairs become neighbours in Q and K.
+    """Return the row order that makes the channels of a rotary pair adjacent in Q and K.
 
-    Channels i and i + head_dim / 2 of a head go to 2i and 2i + 1. The same order in Q and K leaves every score as it
-    was; V keeps its own.
+    Channels i and i + head_dim / 2 of a head move to 2i and 2i + 1. Scores do not change, since Q and K move alike. V
+    keeps its order.
+
+    Args:
+        num_heads: heads of each of Q, K and V.
+        head_dim: channels per head, even.
+        device: where the result is created.
 
     Returns:
-        `[3·num_heads·head_dim]` int64: `weight[order]` is the packed weight.
+        `[3·num_heads·head_dim]` int64: `weight[order]` is the reordered weight of packed Q, K and V.
     """
     rows = torch.arange(3 * num_heads * head_dim, device=device).view(3, num_heads, 2, head_dim // 2)
     return torch.cat((rows[:2].transpose(2, 3).flatten(), rows[2].flatten()))
 
 
 def pack_qkv(weight: Tensor, bias: Tensor | None, num_heads: int) -> tuple[Tensor, Tensor | None]:
-    """QKV projection whose output has rotary pairs adjacent in Q and K (`interleaved=True` of the kernels).
+    """Reorder a QKV projection so that rotary pairs are adjacent in Q and K (`interleaved=True` in `qwenvit.ops`).
 
     Args:
-        weight: `[3·num_heads·head_dim, in]`, Q above K above V.
-        bias: `[3·num_heads·head_dim]` or None.
-        num_heads: heads of each.
+        weight: `[3·num_heads·head_dim, in]`: rows of Q, then K, then V.
+        bias: `[3·num_heads·head_dim]`, or None.
+        num_heads: heads of each of Q, K and V.
+
+    Returns:
+        Weight and bias with their rows in the order of `adjacent_pairs`; shapes and dtypes do not change.
 
     Raises:
-        ValueError: the rows do not split into three times `num_heads` heads of an even width.
+        ValueError: the rows are not Q, K and V of `num_heads` heads with an even head_dim.
     """
     rows = weight.shape[0]
     if rows % (6 * num_heads):
@@ -45,33 +53,38 @@ def pack_qkv(weight: Tensor, bias: Tensor | None, num_heads: int) -> tuple[Tenso
 def pack_gate_up(
     gate_weight: Tensor, gate_bias: Tensor | None, up_weight: Tensor, up_bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """One projection for SwiGLU: row 2i is the gate's row i and row 2i + 1 the up projection's, zero-padded.
+    """Interleave the gate and up projections of SwiGLU: row 2i is row i of the gate, row 2i + 1 is row i of up.
 
-    A padded channel is silu(0) · 0 = 0; `pad_columns` gives the down projection as many columns.
+    Zero rows pad the width to a multiple of 128. Padded channels are silu(0) · 0 = 0; `pad_columns` pads the down
+    projection to match.
 
     Args:
         gate_weight: `[intermediate, in]`.
-        gate_bias: `[intermediate]`; None for no biases.
+        gate_bias: `[intermediate]`, or None if neither projection has a bias.
         up_weight: `[intermediate, in]`.
-        up_bias: `[intermediate]`; None for no biases.
+        up_bias: `[intermediate]`, or None if neither projection has a bias.
 
     Returns:
-        Weight `[2·padded, in]` and bias `[2·padded]`, `padded` being the next multiple of 128.
+        Weight `[2·padded, in]` and bias `[2·padded]` or None, where `padded` is `intermediate` rounded up to a multiple
+        of 128.
 
     Raises:
-        ValueError: gate and up differ in shape, or one alone has a bias.
+        ValueError: gate and up have different shapes, or only one of them has a bias.
     """
     if gate_weight.shape != up_weight.shape:
         raise ValueError(f"up_weight: expected the gate's shape {list(gate_weight.shape)}, got {list(up_weight.shape)}")
     if (gate_bias is None) != (up_bias is None):
         raise ValueError("up_bias: expected a bias in both of gate and up, or in neither")
-    pad = -gate_weight.shape[0] % LANES
+    pad = -gate_weight.shape[0] % WIDTH_MULTIPLE
     weight = F.pad(torch.stack((gate_weight, up_weight), dim=1), (0, 0, 0, 0, 0, pad)).flatten(0, 1)
     if gate_bias is None or up_bias is None:
         return weight, None
     return weight, F.pad(torch.stack((gate_bias, up_bias), dim=1), (0, 0, 0, pad)).flatten()
 
 
-def pad_columns(weight: Tensor, multiple: int = LANES) -> Tensor:
-    """`[out, in]` -> `[out, padded]`: zero columns up to a multiple, for the inputs that `pack_gate_up` added."""
+def pad_columns(weight: Tensor, multiple: int = WIDTH_MULTIPLE) -> Tensor:
+    """Append zero columns, `[out, in]` -> `[out, padded]`, where `padded` is `in` rounded up to a multiple.
+
+    This fits the down projection to the channels that `pack_gate_up` adds, and aligns rows of a patch embedding.
+    """
     return F.pad(weight, (0, -weight.shape[1] % multiple))

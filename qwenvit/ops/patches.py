@@ -1,4 +1,4 @@
-"""Pixel values to the tower's first hidden states, and learned positions."""
+"""Patch embedding and learned positions: from pixel values to the input of the first block."""
 
 import torch
 from torch import Tensor
@@ -26,17 +26,23 @@ def _check_order(restore_index: Tensor | None, patches: int, merge_unit: int, li
 
 
 def interpolate_positions(table: Tensor, taps: Tensor, tap_weights: Tensor, impl: Impl = "auto") -> Tensor:
-    """Learned positions of patches: four entries of the table, weighted and summed in fp32.
+    """Interpolate learned positions: for each patch, the weighted sum of four rows of the table, in fp32.
+
+    I/O: reads the table and 48 bytes a patch, writes the result; 8 FLOPs for each element of it.
 
     Args:
-        table: `[entries, C]`, float32, bfloat16 or float16.
-        taps: `[patches, 4]` int64, entries of the table (`GridPlan.position_taps`); trusted to lie in it.
-        tap_weights: `[patches, 4]` fp32 (`GridPlan.position_weights`).
-        impl: see `norm`.
+        table: `[entries, C]`, contiguous, float32, bfloat16 or float16.
+        taps: `[patches, 4]` int64, contiguous: rows of the table (`GridPlan.position_taps`). `"triton"` does not check
+            that they exist.
+        tap_weights: `[patches, 4]` fp32, contiguous: the rows' weights (`GridPlan.position_weights`).
+        impl: `"triton"`, `"reference"` or `"auto"` (Triton on a CUDA device).
 
     Returns:
-        `[patches, C]` in the dtype of `table`. I/O: reads the table and 48 bytes a patch, writes the result; 8 FLOPs
-        an element.
+        `[patches, C]` in the dtype of `table`.
+
+    Raises:
+        TypeError: an argument has another type or dtype.
+        ValueError: shapes, devices or strides do not fit together; `"triton"` is asked for gradients.
     """
     check_floating("table", table, "[entries, C]")
     _check_positions(table, taps, tap_weights, None, None, table)
@@ -56,21 +62,28 @@ def add_positions(
     merge_unit: int = 4,
     impl: Impl = "auto",
 ) -> Tensor:
-    """Embedded patches plus their learned positions, in the tower's order.
+    """Add learned positions to embedded patches, and move tokens from reading order to window order.
+
+    I/O: reads `x`, the table and 48 bytes a patch, writes as many elements as `x` has; 9 FLOPs each.
 
     Args:
-        x: `[patches, C]`, float32, bfloat16 or float16, in reading order.
-        table: `[entries, C]` in the dtype of `x`; see `interpolate_positions`, also for the next two.
-        taps: `[patches, 4]`.
-        tap_weights: `[patches, 4]`.
-        restore_index: `[patches / merge_unit]` int64, the place in the tower's order of each token in reading order
-            (`GridPlan.restore_index`); trusted to be a permutation. None for reading order.
+        x: embedded patches `[patches, C]`, contiguous, float32, bfloat16 or float16, tokens in reading order.
+        table: learned positions `[entries, C]` in the dtype of `x`, contiguous.
+        taps: `[patches, 4]` int64, contiguous: rows of the table (`GridPlan.position_taps`). `"triton"` does not check
+            that they exist.
+        tap_weights: `[patches, 4]` fp32, contiguous: the rows' weights (`GridPlan.position_weights`).
+        restore_index: `[patches / merge_unit]` int64: token i moves to `restore_index[i]`
+            (`GridPlan.restore_index`). `"triton"` does not check that it is a permutation. None keeps reading order.
         merge_unit: patches in a token.
-        impl: see `norm`.
+        impl: `"triton"`, `"reference"` or `"auto"` (Triton on a CUDA device).
 
     Returns:
-        As `x`. `"triton"` rounds once, after the sum. I/O: reads x, the table and 48 bytes a patch, writes as much as
-        x; 9 FLOPs an element.
+        `[patches, C]` in the dtype of `x`. `"triton"` rounds once, after the sum.
+
+    Raises:
+        TypeError: an argument has another type or dtype.
+        ValueError: shapes, devices or strides do not fit together; `merge_unit` does not divide the patches;
+            `"triton"` is asked for gradients.
     """
     check_floating("x", x, "[patches, C]")
     check_tensor("x", x, (None, None), None, x)
@@ -94,25 +107,36 @@ def patch_embed(
     merge_unit: int = 4,
     impl: Impl = "auto",
 ) -> Tensor:
-    """Patches to the tower's first hidden states: linear map, learned positions, window order.
+    """Embed patches: project pixel values, add learned positions, move tokens to window order. 2·patches·K·C FLOPs.
+
+    I/O: reads `pixel_values`, `weight` and `table`, writes the result. Three cases write and read rows once more:
+    conversion to another dtype, learned positions, and reordering at the shapes where the fused kernel is slower
+    (`qwenvit.kernels.gemm.patch_embed.fused_is_faster`).
 
     Args:
-        pixel_values: `[patches, K]`, float32, bfloat16 or float16, in reading order; converted to the dtype of
-            `weight` by a pass of their own.
-        weight: `[C, K]`, the convolution's kernel flattened, with unit stride along K; it sets the dtype. Rows that are
-            a multiple of 128 bytes apart (a view of a padded tensor) are read faster.
-        bias: `[C]`; None for none.
-        table: as for `add_positions`, with the next two; None for no learned positions.
-        taps: see there.
-        tap_weights: see there.
-        restore_index: see there.
+        pixel_values: `[patches, K]`, contiguous, float32, bfloat16 or float16, tokens in reading order. A separate pass
+            converts them to the dtype of `weight`.
+        weight: `[C, K]`, float32, bfloat16 or float16: the flattened kernel of the convolution, with unit stride along
+            K. It sets the dtype of the result. A row stride that is a multiple of 128 bytes (a view of a padded tensor)
+            is read faster.
+        bias: `[C]` in the dtype of `weight`, or None.
+        table: learned positions `[entries, C]` in the dtype of `weight`, contiguous. `table`, `taps` and `tap_weights`
+            are None for towers without learned positions.
+        taps: `[patches, 4]` int64, contiguous: rows of the table (`GridPlan.position_taps`). `"triton"` does not check
+            that they exist.
+        tap_weights: `[patches, 4]` fp32, contiguous: the rows' weights (`GridPlan.position_weights`).
+        restore_index: `[patches / merge_unit]` int64: token i moves to `restore_index[i]`
+            (`GridPlan.restore_index`). `"triton"` does not check that it is a permutation. None keeps reading order.
         merge_unit: patches in a token.
-        impl: see `norm`.
+        impl: `"triton"`, `"reference"` or `"auto"` (Triton on a CUDA device).
 
     Returns:
-        `[patches, C]`. I/O: reads pixel_values, weight and table, writes the result. Besides, rows to be converted, or
-        to be reordered where `qwenvit.kernels.gemm.patch_embed.fused_is_faster` says no, are written and read once
-        more, and so are learned positions. 2 · patches · K · C FLOPs.
+        `[patches, C]` in the dtype of `weight`.
+
+    Raises:
+        TypeError: an argument has another type or dtype.
+        ValueError: shapes, devices or strides do not fit together; only some of `table`, `taps` and `tap_weights` are
+            given; `merge_unit` does not divide the patches; `"triton"` is asked for gradients.
     """
     check_floating("weight", weight, "[C, K]")
     check_floating("pixel_values", pixel_values, "[patches, K]")

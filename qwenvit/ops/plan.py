@@ -1,4 +1,4 @@
-"""Everything a tower needs to know of its grids, from a table of them."""
+"""The grid plan (positions, order, attention segments) computed on the device of a table of grids."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,8 @@ from qwenvit.ops import reference
 from qwenvit.ops.checks import check_tensor
 from qwenvit.ops.dispatch import use_triton
 
-Plan = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+GridPlanTensors = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+"""cos, sin, frames' cu_seqlens, windows' cu_seqlens, restore_index, position taps, position weights."""
 
 
 def grid_plan(
@@ -21,27 +22,34 @@ def grid_plan(
     frames: int,
     windows: int,
     impl: Impl = "auto",
-) -> Plan:
-    """Positions, order, segments and table entries of packed grids; nothing is read back.
+) -> GridPlanTensors:
+    """Compute positions, token order, attention segments and position-table entries of a batch of grids.
+
+    `"triton"` does not synchronise with the host, so a CUDA graph can contain it. It writes 8·D + 48 bytes a patch.
 
     Args:
-        table: `[items + 1, 5]` int64 (`qwenvit.graphs.device_plan.grid_table`); its values are trusted.
-        cos_table: `[positions, D / 4]` fp32, cosines of one axis' angles; positions reach beyond every row and column.
-        sin_table: same.
-        config: the tower's: merge size, windows, learned positions.
-        patches: room for patches, a multiple of the merge unit.
-        frames: room for frame groups.
-        windows: room for windows.
-        impl: see the module `qwenvit.ops`.
+        table: `[items + 1, 5]` int64, contiguous: row i has the patches, frames and windows before item i, then its
+            rows and columns of patches; the last row has the totals (`qwenvit.graphs.device_plan.grid_table`).
+            `"triton"` does not check the values.
+        cos_table: `[positions, D / 4]` fp32, contiguous: cosines of the angles of a row or column number, for every
+            number that occurs.
+        sin_table: `[positions, D / 4]` fp32, contiguous: sines of the same angles.
+        config: the tower's config; D is its head_dim.
+        patches: capacity in patches, at least their number and a multiple of `config.merge_unit`.
+        frames: capacity in frame groups.
+        windows: capacity in attention windows.
+        impl: `"triton"`, `"reference"` or `"auto"` (Triton on a CUDA device).
 
     Returns:
-        cos and sin `[patches, D]` fp32, `cu_seqlens` of frames `[frames + 1]` and of windows `[windows + 1]` int32,
-        restore_index `[patches / merge unit]` int64, position taps `[patches, 4]` int64 and weights fp32, each as in
-        `GridPlan`, in the tower's order; None for what the tower has none of. Writes 8·D + 48 bytes a
-        patch.
+        Seven tensors with the meaning of the fields of `GridPlan`: cos and sin, each `[patches, D]` fp32; cu_seqlens of
+        frames `[frames + 1]` and of windows `[windows + 1]`, int32; restore_index `[patches / merge_unit]` int64;
+        position taps `[patches, 4]` int64 and their weights `[patches, 4]` fp32. Those of windows and learned positions
+        are None in towers without them. Spare patches are at position 0, belong to no segment and keep their place.
 
     Raises:
-        TypeError, ValueError: tensors that are not these; heads of more than 128 channels.
+        TypeError: an argument has another type or dtype.
+        ValueError: shapes, devices or strides do not fit together; head_dim is above 128; `merge_unit` does not divide
+            `patches`.
     """
     check_tensor("table", table, (None, 5), torch.int64, table)
     for name, angles in (("cos_table", cos_table), ("sin_table", sin_table)):

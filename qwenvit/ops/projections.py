@@ -1,4 +1,4 @@
-"""Operations around the tower's large matrix products: QKV with rotary embedding, and the first half of the MLP."""
+"""QKV projection with rotary embedding."""
 
 from torch import Tensor
 
@@ -18,28 +18,30 @@ def qkv_rope(
     interleaved: bool = True,
     impl: Impl = "auto",
 ) -> Tensor:
-    """Packed QKV projection with Q and K rotated, in fp32 angles (2-D RoPE: `qwenvit.plan.rope`).
+    """Project to packed Q, K and V, and rotate Q and K in fp32 (2-D RoPE: `qwenvit.plan.rope`). 6·S·C·H·D FLOPs.
 
-    16-bit tensors with `interleaved=True` go through one kernel where it wins (see `qwenvit.kernels.gemm.qkv_rope`): it
-    reads S·C + 3·H·D·C elements and S·D fp32 angles, writes S·3·H·D elements, and rotates before rounding. Others go
-    through cuBLAS and one pass in place over Q and K, which moves 4·S·H·D elements more. 6·S·C·H·D FLOPs.
+    16-bit tensors with `interleaved=True` use one fused kernel at the shapes where it is faster
+    (`qwenvit.kernels.gemm.qkv_rope`). It reads S·C + 3·H·D·C elements and half of each row of `cos` and `sin`, writes
+    3·S·H·D elements, and rotates before it rounds. All other cases use cuBLAS and one in-place pass over Q and K, which
+    moves 4·S·H·D elements more.
 
     Args:
         hidden_states: `[S, C]`, contiguous, bfloat16, float16 or float32.
-        weight: `[3·H·D, C]`, Q above K above V; for `interleaved=True` as `qwenvit.packing.pack_qkv` gives it.
-        bias: `[3·H·D]`, or None.
-        cos: `[S, D]` fp32, the second half of each row like the first.
-        sin: same.
+        weight: `[3·H·D, C]` in the dtype of `hidden_states`, contiguous: rows of Q, then K, then V. For
+            `interleaved=True`, the weight that `qwenvit.packing.pack_qkv` returns.
+        bias: `[3·H·D]` in the dtype of `hidden_states`, or None.
+        cos: cosines `[S, D]` fp32, contiguous, with equal halves in each row.
+        sin: sines `[S, D]` fp32, contiguous, with equal halves in each row.
         num_heads: H.
-        interleaved: rotary pairs are channels 2i and 2i + 1 of a head; False: i and i + D / 2.
-        impl: `"triton"`, `"reference"` or `"auto"`.
+        interleaved: True if a rotary pair is channels 2i and 2i + 1 of a head, False if it is channels i and i + D / 2.
+        impl: `"triton"`, `"reference"` or `"auto"` (Triton on a CUDA device).
 
     Returns:
         `[S, 3·H·D]` in the dtype of `hidden_states`.
 
     Raises:
-        TypeError: another dtype than these.
-        ValueError: shapes, dtypes, devices or strides that do not fit together.
+        TypeError: an argument has another type or dtype.
+        ValueError: shapes, devices or strides do not fit together; `"triton"` is asked for gradients.
     """
     check_projection("hidden_states", hidden_states, weight, bias)
     check_rotation("weight", weight.shape[0], cos, sin, num_heads, hidden_states)
@@ -53,22 +55,24 @@ def qkv_rope(
 def rotate_qk_(
     qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, interleaved: bool = True, impl: Impl = "auto"
 ) -> Tensor:
-    """Rotate Q and K of a packed projection in place. Moves 4·S·H·D elements and S·D fp32 angles; 6·S·H·D FLOPs.
+    """Rotate Q and K of packed Q, K and V in place, in fp32.
+
+    I/O: reads and writes 2·S·H·D elements, reads half of each row of `cos` and `sin` (4·S·D bytes). 6·S·H·D FLOPs.
 
     Args:
-        qkv: `[S, 3·H·D]`, contiguous, bfloat16, float16 or float32; Q, K and V each as `[H, D]`.
-        cos: `[S, D]` fp32, the second half of each row like the first.
-        sin: same.
+        qkv: `[S, 3·H·D]`, contiguous, bfloat16, float16 or float32: Q, then K, then V, each `[H, D]`. Overwritten.
+        cos: cosines `[S, D]` fp32, contiguous, with equal halves in each row.
+        sin: sines `[S, D]` fp32, contiguous, with equal halves in each row.
         num_heads: H.
-        interleaved: rotary pairs are channels 2i and 2i + 1 of a head; False: i and i + D / 2.
-        impl: `"triton"`, `"reference"` or `"auto"`.
+        interleaved: True if a rotary pair is channels 2i and 2i + 1 of a head, False if it is channels i and i + D / 2.
+        impl: `"triton"`, `"reference"` or `"auto"` (Triton on a CUDA device).
 
     Returns:
         `qkv`.
 
     Raises:
-        TypeError: another dtype than these.
-        ValueError: shapes, dtypes, devices or strides that do not fit together.
+        TypeError: an argument has another type or dtype.
+        ValueError: shapes, devices or strides do not fit together; `"triton"` is asked for gradients.
     """
     check_matrix("qkv", qkv)
     check_rotation("qkv", qkv.shape[1], cos, sin, num_heads, qkv)

@@ -1,4 +1,7 @@
-"""The operations of `qwenvit.ops` in plain torch: what each means, on any device, at no particular speed."""
+"""The operations of `qwenvit.ops` in plain torch: they define the results, on any device, and are not tuned for speed.
+
+Shapes: S tokens, C input channels, N output channels, I channels inside the MLP, H heads of head_dim D.
+"""
 
 from itertools import pairwise
 
@@ -11,24 +14,26 @@ from qwenvit.plan.grid_plan import GridPlan
 from qwenvit.plan.rope import apply_rope
 
 ACTIVATIONS = ("gelu_tanh", "quick_gelu", "gelu")
+"""Values of `act` in `qwenvit.ops.linear_act` and `activation_`."""
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Rotate heads `[S, heads, D]` by angles `[S, D]`, in fp32 whatever their dtype."""
     if not interleaved:
         return apply_rope(x, cos, sin)
     halves = x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)  # pairs (2i, 2i + 1) to (i, i + D / 2)
     return apply_rope(halves, cos, sin).unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
 
 
-def rotated(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, interleaved: bool) -> Tensor:
-    """`[S, 3·H·D]` with Q and K rotated, in fp32 whatever their dtype; V as it was."""
+def rotate_qk(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, interleaved: bool) -> Tensor:
+    """Rotate Q and K of packed Q, K and V by angles `[S, D]`, in fp32: `[S, 3·H·D]` -> `[S, 3·H·D]`."""
     q_and_k, v = qkv.tensor_split([qkv.shape[1] // 3 * 2], dim=1)
     return torch.cat((_rotate(q_and_k.unflatten(1, (2 * num_heads, -1)), cos, sin, interleaved).flatten(1), v), dim=1)
 
 
 def rotate_qk_(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, interleaved: bool) -> Tensor:
-    """`rotated`, in place."""
-    return qkv.copy_(rotated(qkv, cos, sin, num_heads, interleaved))
+    """Rotate Q and K of packed Q, K and V `[S, 3·H·D]` in place (`qwenvit.ops.rotate_qk_`)."""
+    return qkv.copy_(rotate_qk(qkv, cos, sin, num_heads, interleaved))
 
 
 def qkv_rope(
@@ -40,40 +45,40 @@ def qkv_rope(
     num_heads: int,
     interleaved: bool,
 ) -> Tensor:
-    """Projection, then `rotated`."""
-    return rotated(F.linear(hidden_states, weight, bias), cos, sin, num_heads, interleaved)
+    """Project, then rotate Q and K: `[S, C]` -> `[S, 3·H·D]` (`qwenvit.ops.qkv_rope`)."""
+    return rotate_qk(F.linear(hidden_states, weight, bias), cos, sin, num_heads, interleaved)
 
 
 def activation(x: Tensor, act: str) -> Tensor:
-    """`act` of each element."""
+    """Apply an activation to each element of `x` (any shape)."""
     if act == "quick_gelu":
         return x * torch.sigmoid(1.702 * x)
     return F.gelu(x, approximate="tanh" if act == "gelu_tanh" else "none")
 
 
 def activation_(x: Tensor, act: str) -> Tensor:
-    """`activation`, in place."""
+    """Apply an activation to each element of `x` in place (`qwenvit.ops.activation_`)."""
     return x.copy_(activation(x, act))
 
 
 def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> Tensor:
-    """Projection, then `activation`."""
+    """Project, then apply an activation: `[S, C]` -> `[S, N]` (`qwenvit.ops.linear_act`)."""
     return activation(F.linear(x, weight, bias), act)
 
 
 def swiglu_pass(gate_up: Tensor) -> Tensor:
-    """`[S, 2·I]`, gate and up in alternate columns -> silu(gate) · up, `[S, I]`."""
+    """Return silu(gate) · up of alternating columns: `[S, 2·I]` -> `[S, I]` (`qwenvit.ops.swiglu_pass`)."""
     gate, up = gate_up.unflatten(1, (-1, 2)).unbind(2)
     return F.silu(gate) * up
 
 
 def swiglu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Projection to gate and up, then `swiglu_pass`."""
+    """Project to gate and up, then return silu(gate) · up: `[S, C]` -> `[S, I]` (`qwenvit.ops.swiglu`)."""
     return swiglu_pass(F.linear(x, weight, bias))
 
 
 def norm(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, eps: float) -> Tensor:
-    """See `qwenvit.ops.norm`."""
+    """Normalise the last dimension: `[..., C]` -> `[..., C]` (`qwenvit.ops.norm`)."""
     if kind == "layer":
         return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
     wide = x.float()
@@ -84,7 +89,7 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, eps: float) 
 def add_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, shift: Tensor | None, kind: str, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """See `qwenvit.ops.add_norm`."""
+    """Return the norm of `x + residual`, and `x + residual + shift`: both `[..., C]` (`qwenvit.ops.add_norm`)."""
     total = x + residual
     return norm(total, weight, bias, kind, eps), total if shift is None else total + shift
 
@@ -99,24 +104,25 @@ def merge_norm(
     norm_merged: bool,
     merge_unit: int,
 ) -> Tensor:
-    """See `qwenvit.ops.merge_norm`."""
+    """Normalise and merge: `[patches, C]` -> `[tokens, merge_unit · C]`, reordered (`qwenvit.ops.merge_norm`)."""
     joined = (-1, merge_unit * x.shape[-1])
     y = norm(x.view(joined), weight, bias, kind, eps) if norm_merged else norm(x, weight, bias, kind, eps).view(joined)
     return y if restore_index is None else y[restore_index]
 
 
 def spatial_merge(x: Tensor, mode: str, merge_size: int) -> Tensor:
-    """See `qwenvit.ops.spatial_merge`."""
+    """Merge blocks: `[..., H, W, C]` -> `[..., H / merge_size, W / merge_size, C']` (`qwenvit.ops.spatial_merge`)."""
     blocks = x.unflatten(-2, (-1, merge_size)).unflatten(-4, (-1, merge_size)).transpose(-4, -3)
     return blocks.flatten(-3) if mode == "concat" else blocks.mean((-3, -2))
 
 
 def interpolate_positions(table: Tensor, taps: Tensor, tap_weights: Tensor) -> Tensor:
-    """See `qwenvit.ops.interpolate_positions`."""
+    """Sum weighted rows `[entries, C]`: taps `[patches, 4]` -> `[patches, C]` (`qwenvit.ops.interpolate_positions`)."""
     return (table[taps] * tap_weights[:, :, None]).sum(1).to(table.dtype)
 
 
-def _reorder(x: Tensor, restore_index: Tensor | None, merge_unit: int) -> Tensor:
+def _to_window_order(x: Tensor, restore_index: Tensor | None, merge_unit: int) -> Tensor:
+    """Move token i of `x`, `[patches, C]`, to `restore_index[i]`; a token is `merge_unit` rows."""
     if restore_index is None:
         return x
     tokens = x.unflatten(0, (-1, merge_unit))
@@ -126,8 +132,8 @@ def _reorder(x: Tensor, restore_index: Tensor | None, merge_unit: int) -> Tensor
 def add_positions(
     x: Tensor, table: Tensor, taps: Tensor, tap_weights: Tensor, restore_index: Tensor | None, merge_unit: int
 ) -> Tensor:
-    """See `qwenvit.ops.add_positions`."""
-    return _reorder(x + interpolate_positions(table, taps, tap_weights), restore_index, merge_unit)
+    """Add learned positions and reorder: `[patches, C]` -> `[patches, C]` (`qwenvit.ops.add_positions`)."""
+    return _to_window_order(x + interpolate_positions(table, taps, tap_weights), restore_index, merge_unit)
 
 
 def patch_embed(
@@ -140,11 +146,11 @@ def patch_embed(
     restore_index: Tensor | None,
     merge_unit: int,
 ) -> Tensor:
-    """See `qwenvit.ops.patch_embed`."""
+    """Project, add positions and reorder: `[patches, K]` -> `[patches, C]` (`qwenvit.ops.patch_embed`)."""
     x = F.linear(pixel_values.to(weight.dtype), weight, bias)
     if table is not None and taps is not None and tap_weights is not None:
         return add_positions(x, table, taps, tap_weights, restore_index, merge_unit)
-    return _reorder(x, restore_index, merge_unit)
+    return _to_window_order(x, restore_index, merge_unit)
 
 
 def rope_attention(
@@ -157,10 +163,12 @@ def rope_attention(
     scale: float,
     interleaved: bool,
 ) -> Tensor:
-    """Rotation in fp32, rounded to the tensors' dtype; then attention, segment by segment.
+    """Rotate Q and K, `[S, H, D]`, in fp32 and round them; then attend segment by segment: `[S, H, D]`.
+
+    The operation is `qwenvit.ops.rope_attention`.
 
     Raises:
-        ValueError: `cu_seqlens` does not rise from 0 to the number of tokens.
+        ValueError: `cu_seqlens` decreases, or does not start at 0 and end at S.
     """
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != len(q) or bounds != sorted(bounds):
@@ -170,7 +178,7 @@ def rope_attention(
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     for start, end in pairwise(bounds):
         if end > start:
-            # Contiguous, because torch's attention on a GPU cannot read fp32 rows that start between 16 bytes.
+            # contiguous(): torch's attention on a GPU cannot read fp32 rows that are not aligned to 16 bytes.
             own_q, own_k, own_v = (x[None, start:end].transpose(1, 2).contiguous() for x in (q, k, v))
             out[start:end] = F.scaled_dot_product_attention(own_q, own_k, own_v, scale=scale)[0].transpose(0, 1)
     return out
@@ -179,25 +187,24 @@ def rope_attention(
 def grid_plan(
     table: Tensor, config: VisionConfig, patches: int, frames: int, windows: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """See `qwenvit.ops.grid_plan`."""
+    """Build the `GridPlan` of a table `[items + 1, 5]` and pad it to capacity (`qwenvit.ops.grid_plan`)."""
     rows = table.cpu()
     sizes = rows[1:, 0] - rows[:-1, 0]
-    kept = sizes > 0
-    h_and_w = rows[:-1, 3:][kept]
-    plan = GridPlan.build(
-        torch.cat((sizes[kept, None] // h_and_w.prod(1, keepdim=True), h_and_w), 1), config, table.device
-    )
+    used = sizes > 0
+    h_and_w = rows[:-1, 3:][used]
+    grid_thw = torch.cat((sizes[used, None] // h_and_w.prod(1, keepdim=True), h_and_w), 1)
+    plan = GridPlan.build(grid_thw, config, table.device)
     spare = patches - plan.num_patches
 
-    def bounds(cu_seqlens: Tensor, room: int) -> Tensor:
-        return F.pad(cu_seqlens, (0, room + 1 - len(cu_seqlens)), value=plan.num_patches)
+    def pad_segments(cu_seqlens: Tensor, capacity: int) -> Tensor:
+        return F.pad(cu_seqlens, (0, capacity + 1 - len(cu_seqlens)), value=plan.num_patches)
 
     restore = taps = weights = window_bounds = None
     if plan.windows is not None and plan.restore_index is not None:
-        window_bounds = bounds(plan.windows.cu_seqlens, windows)
-        own_places = torch.arange(len(plan.restore_index), patches // config.merge_unit, device=table.device)
-        restore = torch.cat((plan.restore_index, own_places))
+        window_bounds = pad_segments(plan.windows.cu_seqlens, windows)
+        spare_tokens = torch.arange(len(plan.restore_index), patches // config.merge_unit, device=table.device)
+        restore = torch.cat((plan.restore_index, spare_tokens))
     cos, sin = F.pad(plan.cos, (0, 0, 0, spare), value=1.0), F.pad(plan.sin, (0, 0, 0, spare))
     if plan.position_taps is not None and plan.position_weights is not None:
         taps, weights = (F.pad(x, (0, 0, 0, spare)) for x in (plan.position_taps, plan.position_weights))
-    return cos, sin, bounds(plan.frames.cu_seqlens, frames), window_bounds, restore, taps, weights
+    return cos, sin, pad_segments(plan.frames.cu_seqlens, frames), window_bounds, restore, taps, weights

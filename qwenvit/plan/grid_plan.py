@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from qwenvit.config.vision_config import VisionConfig
-from qwenvit.plan.inputs import check_grid
+from qwenvit.plan.inputs import CheckedGrid, check_grid
 from qwenvit.plan.rope import rope_cos_sin
 
 
@@ -16,20 +16,20 @@ class Segments:
     """Runs of patches that attend to one another: whole frames, or windows."""
 
     cu_seqlens: Tensor
-    """`[segments + 1]` int32: where each segment starts, and where the last ends."""
+    """`[segments + 1]` int32: the first patch of each segment, then the number of patches."""
     max_seqlen: int
     """Patches in the longest segment."""
     groups: tuple[tuple[int, Tensor], ...]
-    """Segments of equal length together: `(length, [segments of it, length] int64 patch indices)`."""
+    """Segments grouped by length: `(length, [segments, length] int64 patch indices)` for each length."""
 
 
 @dataclass(frozen=True)
 class GridPlan:
     """Positions, order and attention segments of a batch of images and videos, packed one after another.
 
-    Patches of one frame lie in merge-block order: the `spatial_merge_size`² patches of a merged token are
-    neighbours, tokens follow in reading order. Windowed towers reorder tokens so that windows are contiguous; all
-    per-patch tensors here are in that tower order already.
+    Patches of a frame are in merge-block order: the `spatial_merge_size`² patches of a merged token are neighbours,
+    and tokens follow in reading order. Towers with windows reorder tokens so that each window is contiguous: the
+    tower's order. Every per-patch tensor here is in the tower's order.
     """
 
     grid_thw: Tensor
@@ -37,47 +37,47 @@ class GridPlan:
     position_ids: Tensor
     """`[patches, 2]` int64: row and column of each patch in its frame."""
     cos: Tensor
-    """`[patches, head_dim]` fp32."""
+    """`[patches, head_dim]` fp32: cosines of the RoPE angles."""
     sin: Tensor
-    """`[patches, head_dim]` fp32."""
+    """`[patches, head_dim]` fp32: sines of the RoPE angles."""
     frames: Segments
-    """Segments of full attention: one a frame group."""
+    """Segments of full attention: one for each frame group."""
     windows: Segments | None
     """Segments of window attention; None in towers without windows."""
     window_index: Tensor | None
-    """`[tokens]` int64: the token (in reading order) at each place of the tower's order."""
+    """`[tokens]` int64: reading order -> tower's order, `in_tower_order = in_reading_order[window_index]`."""
     restore_index: Tensor | None
-    """`[tokens]` int64: the place in the tower's order of each token in reading order."""
+    """`[tokens]` int64: tower's order -> reading order, the inverse of `window_index`."""
     position_taps: Tensor | None
-    """`[patches, 4]` int64: entries of the learned position table around each patch."""
+    """`[patches, 4]` int64: the rows of the learned position table that are interpolated for each patch."""
     position_weights: Tensor | None
-    """`[patches, 4]` fp32: their bilinear weights."""
+    """`[patches, 4]` fp32: the bilinear weights of those rows."""
 
     @property
     def num_patches(self) -> int:
-        """Rows of `pixel_values` the plan is for."""
+        """Rows of the `pixel_values` that the plan is for."""
         return self.position_ids.shape[0]
-
-    def tokens_per_item(self, config: VisionConfig) -> list[int]:
-        """Merged tokens of each image or video, in input order."""
-        return (self.grid_thw.prod(dim=1) // config.merge_unit).tolist()
 
     @classmethod
     def build(
-        cls, grid_thw: Tensor | Sequence[Sequence[int]], config: VisionConfig, device: torch.device | str = "cpu"
+        cls,
+        grid_thw: Tensor | Sequence[Sequence[int]] | CheckedGrid,
+        config: VisionConfig,
+        device: torch.device | str = "cpu",
     ) -> "GridPlan":
-        """Plan for the grids of a batch.
+        """Compute the plan for the grids of a batch.
 
         Args:
-            grid_thw: `[items, 3]` integers, frame groups x rows x columns of patches. Read on the host: pass it as a
-                CPU tensor to spare a synchronisation.
+            grid_thw: `[items, 3]` integers, frame groups x rows x columns of patches. The host reads it: a CPU tensor
+                avoids a synchronisation. A `CheckedGrid` is not checked again.
             config: the tower's config.
             device: where the plan's tensors go (`grid_thw` stays on the CPU).
 
         Raises:
             ValueError: wrong shape or dtype, sizes below 1, or rows and columns that do not split into merge blocks.
         """
-        grid, _ = check_grid(grid_thw, config.spatial_merge_size)
+        checked = grid_thw if isinstance(grid_thw, CheckedGrid) else check_grid(grid_thw, config.spatial_merge_size)
+        grid = checked.tensor
         frame, row, column = _patch_coordinates(grid, config.spatial_merge_size)
         heights, widths = grid[:, 1].repeat_interleave(grid[:, 0]), grid[:, 2].repeat_interleave(grid[:, 0])
         position_ids = torch.stack((row, column), dim=1)
@@ -100,27 +100,35 @@ class GridPlan:
 
 @dataclass(frozen=True)
 class DevicePlan:
-    """The tensors of a `GridPlan` that a tower reads, with room to spare.
+    """The tensors of a `GridPlan` that a tower reads, padded to a capacity.
 
-    Patches past the last item have position 0, no segment, and a place of their own at the end of the order.
+    Padding patches follow the last item: they have position 0, belong to no segment, and stay at the end of the
+    tower's order.
     """
 
     cos: Tensor
+    """`[capacity.patches, head_dim]` fp32."""
     sin: Tensor
+    """`[capacity.patches, head_dim]` fp32."""
     frames: Segments
+    """`cu_seqlens` is `[capacity.frames + 1]` int32; `groups` is empty."""
     windows: Segments | None
+    """`cu_seqlens` is `[capacity.windows + 1]` int32; `groups` is empty. None in towers without windows."""
     restore_index: Tensor | None
+    """`[capacity.patches / merge_unit]` int64; None in towers without windows."""
     position_taps: Tensor | None
+    """`[capacity.patches, 4]` int64; None in towers without learned positions."""
     position_weights: Tensor | None
+    """`[capacity.patches, 4]` fp32; None in towers without learned positions."""
 
 
 def _patch_coordinates(grid: Tensor, merge: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Frame number, row and column of every patch in merge-block order; `[patches]` int64 each."""
+    """Return the frame number, row and column of every patch, `[patches]` int64 each, in merge-block order."""
     sizes = (grid[:, 1] * grid[:, 2]).repeat_interleave(grid[:, 0])  # patches of each frame
     widths = grid[:, 2].repeat_interleave(grid[:, 0])
     frame = torch.arange(len(sizes), device="cpu").repeat_interleave(sizes)
-    within = torch.arange(len(frame), device="cpu") - (sizes.cumsum(0) - sizes)[frame]
-    block, inner = within // merge**2, within % merge**2
+    index_in_frame = torch.arange(len(frame), device="cpu") - (sizes.cumsum(0) - sizes)[frame]
+    block, inner = index_in_frame // merge**2, index_in_frame % merge**2
     blocks_per_row = (widths // merge)[frame]
     row = block // blocks_per_row * merge + inner // merge
     column = block % blocks_per_row * merge + inner % merge
@@ -128,6 +136,7 @@ def _patch_coordinates(grid: Tensor, merge: int) -> tuple[Tensor, Tensor, Tensor
 
 
 def _segments(lengths: Tensor, device: torch.device | str) -> Segments:
+    """Return the segments of these lengths, one after another."""
     ends = lengths.cumsum(0)
     cu_seqlens = torch.cat((ends.new_zeros(1), ends))
     groups = []
@@ -140,10 +149,13 @@ def _segments(lengths: Tensor, device: torch.device | str) -> Segments:
 def _window_order(
     heights: Tensor, widths: Tensor, frame: Tensor, position_ids: Tensor, config: VisionConfig, side: int
 ) -> tuple[Tensor, Tensor]:
-    """Tokens by window: the order of tokens `[tokens]`, and each window's length in patches `[windows]`.
+    """Sort tokens by window.
 
-    Windows are `side` x `side` tokens, cut at the frame's right and lower edge, in reading order; so are the tokens
-    inside each.
+    Windows are `side` x `side` tokens, cut off at the frame's right and lower edges. Windows follow in reading order,
+    and so do the tokens of each.
+
+    Returns:
+        `window_index` `[tokens]` int64, and the length of each window in patches, `[windows]` int64.
     """
     merge, unit = config.spatial_merge_size, config.merge_unit
     window_rows = (heights // merge + side - 1) // side
@@ -155,18 +167,19 @@ def _window_order(
 
 
 def _position_taps(row: Tensor, column: Tensor, height: Tensor, width: Tensor, side: int) -> tuple[Tensor, Tensor]:
-    """Bilinear resampling (corners aligned) of a `side` x `side` table to each patch: entries and weights.
+    """Interpolate a `side` x `side` table bilinearly, corners aligned, at each patch.
 
     Returns:
-        `[patches, 4]` int64 and fp32, in the order (upper left, upper right, lower left, lower right).
+        Rows of the table, `[patches, 4]` int64, and their weights, `[patches, 4]` fp32, in the order (upper left,
+        upper right, lower left, lower right).
     """
 
     def axis(index: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
-        at = index.float() * (side - 1) / (size - 1).clamp(min=1)
-        low = at.floor()
-        low_weight = 1 - (at - low)
+        position = index.float() * (side - 1) / (size - 1).clamp(min=1)
+        low = position.floor()
+        low_weight = 1 - (position - low)
         taps = torch.stack((low.long(), (low.long() + 1).clamp(max=side - 1)), dim=1)
-        return taps, torch.stack((low_weight, 1 - low_weight), dim=1)  # rounded as transformers rounds them
+        return taps, torch.stack((low_weight, 1 - low_weight), dim=1)  # in transformers' order of rounding
 
     row_taps, row_weights = axis(row, height)
     column_taps, column_weights = axis(column, width)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -9,12 +10,32 @@ from torch import Tensor
 
 from qwenvit.config.vision_config import VisionConfig
 
-MOST_PATCHES = 2**31 - 1
+MAX_BATCH_PATCHES = 2**31 - 1
 """`cu_seqlens` are 32-bit integers, here as in every attention kernel that takes them."""
 
 
-def check_grid(grid_thw: Tensor | Sequence[Sequence[int]], spatial_merge_size: int) -> tuple[Tensor, int]:
-    """`grid_thw` as `[items, 3]` int64 on the CPU, and its patches; or a ValueError that says what is wrong with it."""
+class CheckedGrid(NamedTuple):
+    """Grids that `check_grid` has accepted, and what it computed on the way."""
+
+    tensor: Tensor
+    """`[items, 3]` int64 on the CPU: frame groups, rows and columns of patches of each item."""
+    patches: int
+    """Patches of all items together."""
+    key: bytes
+    """The bytes of `tensor`, under which to cache what depends on it; empty while torch.compile traces."""
+
+
+def check_grid(grid_thw: Tensor | Sequence[Sequence[int]], spatial_merge_size: int) -> CheckedGrid:
+    """Check `grid_thw` and count its patches.
+
+    Args:
+        grid_thw: `[items, 3]` integers on any device: frame groups, rows and columns of patches.
+        spatial_merge_size: rows and columns must be multiples of it.
+
+    Raises:
+        ValueError: wrong shape or dtype, no item, sizes below 1, rows or columns that do not split into merge blocks,
+            or more than 2³¹ - 1 patches.
+    """
     try:
         grid = grid_thw if isinstance(grid_thw, Tensor) else torch.as_tensor(grid_thw, device="cpu")
     except (RuntimeError, TypeError, ValueError) as error:
@@ -28,28 +49,23 @@ def check_grid(grid_thw: Tensor | Sequence[Sequence[int]], spatial_merge_size: i
         grid = grid.to("cpu", torch.int64)
     if not shape[0]:
         raise ValueError("grid_thw: expected at least one item, got none")
-    return grid, _count_patches(grid, spatial_merge_size)
-
-
-def _count_patches(grid: Tensor, spatial_merge_size: int) -> int:
-    """Grids come again and again, and looking one through took a twentieth of a small image's time on the GPU (140 µs
-    of a host that had been busy with other things): so the answer is kept.
-    """
-    rows = grid.numpy()  # whose small operations take a fraction of torch's time
-    if torch.compiler.is_compiling():  # Dynamo looks into the cache and does not know bytes
-        return _count(rows, spatial_merge_size)
-    return _count_once(rows.tobytes(), spatial_merge_size)
+    rows = grid.numpy()  # small operations cost numpy a fraction of torch's time
+    if torch.compiler.is_compiling():  # Dynamo traces into the cache and does not know bytes
+        return CheckedGrid(grid, _count_patches(rows, spatial_merge_size), b"")
+    key = rows.tobytes()
+    return CheckedGrid(grid, _count_patches_cached(key, spatial_merge_size), key)
 
 
 @lru_cache(maxsize=1024)
-def _count_once(grid: bytes, spatial_merge_size: int) -> int:
-    return _count(np.frombuffer(grid, dtype=np.int64).reshape(-1, 3), spatial_merge_size)
+def _count_patches_cached(grid: bytes, spatial_merge_size: int) -> int:
+    """Count the patches of grids that often come again: checking them anew delays the GPU (TUNING.md)."""
+    return _count_patches(np.frombuffer(grid, dtype=np.int64).reshape(-1, 3), spatial_merge_size)
 
 
-def _count(rows: np.ndarray, spatial_merge_size: int) -> int:
-    # In floating point, where the product of absurd sizes does not wrap around to a harmless number.
-    if (patches := float(rows.astype(np.float64).prod(1).sum())) > MOST_PATCHES:
-        raise ValueError(f"grid_thw: expected at most {MOST_PATCHES} patches in a batch, got {patches:.3g}")
+def _count_patches(rows: np.ndarray, spatial_merge_size: int) -> int:
+    # Multiply in floating point: the product of absurd sizes would wrap around to a harmless integer.
+    if (patches := float(rows.astype(np.float64).prod(1).sum())) > MAX_BATCH_PATCHES:
+        raise ValueError(f"grid_thw: expected at most {MAX_BATCH_PATCHES} patches in a batch, got {patches:.3g}")
     if rows.min() < 1 or (rows[:, 1:] % spatial_merge_size).any():
         bad = (rows < 1).any(1) | (rows[:, 1:] % spatial_merge_size != 0).any(1)
         item = int(bad.argmax())
@@ -60,8 +76,18 @@ def _count(rows: np.ndarray, spatial_merge_size: int) -> int:
     return int(patches)
 
 
-def check_pixel_values(pixel_values: Tensor, grid: Tensor, patches: int, config: VisionConfig) -> None:
-    """Refuse anything but `[patches, C·T·P·P]` floats, as many as the grids stand for."""
+def check_pixel_values(pixel_values: Tensor, grid: CheckedGrid, config: VisionConfig) -> None:
+    """Check that `pixel_values` has the tower's width and a row for each patch of the grids.
+
+    Args:
+        pixel_values: `[patches, C·T·P·P]` in any floating dtype.
+        grid: the grids that came with it.
+        config: the tower's config.
+
+    Raises:
+        TypeError: not a floating tensor.
+        ValueError: any other shape.
+    """
     if not isinstance(pixel_values, Tensor) or not pixel_values.is_floating_point():
         got = pixel_values.dtype if isinstance(pixel_values, Tensor) else type(pixel_values).__name__
         raise TypeError(f"pixel_values: expected a floating tensor [patches, {config.patch_dim}], got {got}")
@@ -72,8 +98,8 @@ def check_pixel_values(pixel_values: Tensor, grid: Tensor, patches: int, config:
             f"pixel_values: expected [patches, {config.patch_dim}] (channels x frames x height x width of a patch), "
             f"got {shape}{hint}"
         )
-    if shape[0] != patches:
-        more = f" and {len(grid) - 8} more" if len(grid) > 8 else ""
+    if shape[0] != grid.patches:
+        more = f" and {len(grid.tensor) - 8} more" if len(grid.tensor) > 8 else ""
         raise ValueError(
-            f"pixel_values: grid_thw {grid[:8].tolist()}{more} stands for {patches} patches, got {shape[0]}"
+            f"pixel_values: grid_thw {grid.tensor[:8].tolist()}{more} stands for {grid.patches} patches, got {shape[0]}"
         )

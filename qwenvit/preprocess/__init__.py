@@ -1,1 +1,1 @@
-"""Whatever a user holds to `pixel_values` and `grid_thw`."""
+"""Preprocessing: images and videos to `pixel_values` and `grid_thw`."""

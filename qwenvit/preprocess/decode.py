@@ -1,4 +1,4 @@
-"""Opening images: whatever a user holds becomes one RGB tensor, or an error that says what to do."""
+"""Opening images: files, bytes, PIL images, arrays and tensors to RGB tensors."""
 
 import io
 import os
@@ -12,27 +12,27 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-Encoded = bytes | bytearray | memoryview | io.BytesIO
-ImageInput = Image.Image | NDArray[Any] | Tensor | str | os.PathLike[str] | Encoded
-SINGLE = (Image.Image, np.ndarray, Tensor, str, os.PathLike, bytes, bytearray, memoryview, io.BytesIO)
+EncodedImage = bytes | bytearray | memoryview | io.BytesIO
+ImageInput = Image.Image | NDArray[Any] | Tensor | str | os.PathLike[str] | EncodedImage
+IMAGE_TYPES = (Image.Image, np.ndarray, Tensor, str, os.PathLike, bytes, bytearray, memoryview, io.BytesIO)
 Channels = Literal["first", "last"] | None
 Backend = Literal["pillow", "torch"]
 
-# Modes of eight bits a channel that Pillow converts to RGB without losing anything but the alpha.
-MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV")
+# Modes with 8 bits a channel, which Pillow converts to RGB losing only the alpha.
+EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV")
 CHANNEL_COUNTS = (1, 3, 4)
 
 
 def each_image(images: ImageInput | Iterable[ImageInput]) -> Iterator[ImageInput]:
-    """One image or several, one at a time: a generator's next image is drawn only when the last one is done with.
+    """Yield one image or several one at a time, without drawing ahead from a generator.
 
     Raises:
-        ValueError: no image at all, or a batch in one array (pass a list of its images).
-        TypeError: neither an image nor an iterable of them.
+        ValueError: no image, or several images in one array (pass a list of them).
+        TypeError: neither an image nor an iterable of images.
     """
     if isinstance(images, np.ndarray | Tensor) and images.ndim > 3:
         raise ValueError(f"images: expected a list, got one array {list(images.shape)}; pass list(images)")
-    if isinstance(images, SINGLE):
+    if isinstance(images, IMAGE_TYPES):
         yield images
         return
     if not isinstance(images, Iterable) or isinstance(images, Mapping | io.IOBase):
@@ -54,27 +54,29 @@ def open_image(
 ) -> Tensor:
     """Open one image as RGB, as transformers 5.23's image processors do.
 
-    - Files (paths and encoded bytes) are turned upright by their EXIF orientation; an alpha channel in them is dropped,
-      a transparent colour is laid over white; of animations the first frame is taken.
-    - PIL images are taken as they are, without looking at EXIF, and transparency is laid over white.
-    - Arrays and tensors are `[H, W]`, `[H, W, C]` or `[C, H, W]` with 1, 3 or 4 channels; a fourth channel is alpha
-      and is laid over white, in float64 and rounded for `backend="pillow"`, in float32 and cut off for `"torch"`.
+    - Files (paths and encoded bytes) are rotated by their EXIF orientation. Their alpha channel is dropped, a
+      transparent colour is composited over white. Of an animation the first frame is opened.
+    - PIL images are not rotated. Their transparency is composited over white.
+    - Arrays and tensors are `[H, W]`, `[H, W, C]` or `[C, H, W]` with 1, 3 or 4 channels. The fourth channel is alpha
+      and is composited over white: in float64 and rounded with `backend="pillow"`, in float32 and truncated with
+      `"torch"`.
 
     Args:
         image: a PIL image, a uint8 array or tensor, a path, or the bytes of an image file.
-        channels: where an array has its channels; None finds out, and refuses shapes that could be either.
-        do_rescale: False says that the image is a float32 array or tensor already scaled to [0, 1].
+        channels: the axis of an array's channels. None: inferred from its shape; a shape that could be either is
+            refused.
+        do_rescale: False for a float32 array or tensor in [0, 1].
         backend: whose arithmetic composites arrays with alpha.
-        name: what errors call the image.
+        name: the image's name in error messages.
 
     Returns:
         `[3, H, W]` on the CPU, detached: uint8, or float32 in [0, 1] with `do_rescale=False`. May share memory with
-        an array or tensor given.
+        `image`.
 
     Raises:
-        TypeError: not an image, or a dtype that is neither 8-bit nor declared as scaled.
-        ValueError: empty, ambiguous or wrongly shaped arrays; a URL; files that are broken, larger than
-            `PIL.Image.MAX_IMAGE_PIXELS` or of more than 8 bits.
+        TypeError: not an image, or a dtype other than uint8 (float32 with `do_rescale=False`).
+        ValueError: an empty, ambiguous or wrongly shaped array; a URL; a file that is broken, larger than
+            `PIL.Image.MAX_IMAGE_PIXELS` or of more than 8 bits a channel.
         OSError: a file that cannot be read.
     """
     if channels not in (None, "first", "last"):
@@ -84,18 +86,18 @@ def open_image(
     if isinstance(image, io.BytesIO | bytearray | memoryview):
         image = image.getvalue() if isinstance(image, io.BytesIO) else bytes(image)
     if isinstance(image, bytes | str | os.PathLike):
-        image = _read(image, name)
+        image = _decode(image, name)
     if not isinstance(image, Image.Image):
         raise TypeError(
             f"{name}: expected a PIL image, a uint8 array or tensor, a path or bytes, got {type(image).__name__}"
         )
     if not do_rescale:
-        raise TypeError(f"{name}: do_rescale=False is for float32 arrays scaled to [0, 1], got an 8-bit image")
+        raise TypeError(f"{name}: do_rescale=False is for float32 arrays in [0, 1], got an 8-bit image")
     return _from_pil(image, name)
 
 
-def _read(source: bytes | str | os.PathLike[str], name: str) -> Image.Image:
-    """Decode a file, upright."""
+def _decode(source: bytes | str | os.PathLike[str], name: str) -> Image.Image:
+    """Decode an image file and rotate it by its EXIF orientation."""
     if isinstance(source, str) and ("://" in source or source.startswith("data:")):
         raise ValueError(f"{name}: expected a path, got the URL {source[:80]!r}; download it and pass its bytes")
     data = source if isinstance(source, bytes) else Path(source).read_bytes()
@@ -104,30 +106,32 @@ def _read(source: bytes | str | os.PathLike[str], name: str) -> Image.Image:
     limit = Image.MAX_IMAGE_PIXELS
     try:
         image = Image.open(io.BytesIO(data))
-        if limit is not None and image.width * image.height > limit:  # Pillow itself refuses only from twice as many
+        if limit is not None and image.width * image.height > limit:  # Pillow refuses only twice as many
             raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
         image.load()
         upright = ImageOps.exif_transpose(image)
-        # Converted here as transformers does: this drops an alpha channel and keeps note of a transparent colour.
-        return upright.convert("RGB") if upright.mode in MODES else upright
+        # transformers converts files here: this drops an alpha channel but keeps a transparent colour in `info`.
+        return upright.convert("RGB") if upright.mode in EIGHT_BIT_MODES else upright
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(
             f"{name}: expected at most {limit} pixels, got more ({error}); if you trust the file, raise "
             "PIL.Image.MAX_IMAGE_PIXELS"
         ) from error
     except UnidentifiedImageError as error:
-        raise ValueError(f"{name}: expected an image file, got {len(data)} bytes of no format Pillow knows") from error
+        raise ValueError(
+            f"{name}: expected an image file, got {len(data)} bytes in no format that Pillow reads"
+        ) from error
     except MemoryError:
         raise
-    except Exception as error:  # Pillow's decoders raise almost anything on broken files
+    except Exception as error:  # Pillow's decoders raise errors of almost any type on broken files
         raise ValueError(f"{name}: broken image file ({type(error).__name__}: {error})") from error
 
 
 def _from_pil(image: Image.Image, name: str) -> Tensor:
-    if image.mode not in MODES:
+    if image.mode not in EIGHT_BIT_MODES:
         raise ValueError(
-            f"{name}: expected an image of 8 bits a channel (mode {', '.join(MODES)}), got mode {image.mode!r}; "
-            "scale its values to 0 to 255 and convert it"
+            f"{name}: expected an image of 8 bits a channel (mode {', '.join(EIGHT_BIT_MODES)}), "
+            f"got mode {image.mode!r}; scale its values to 0 to 255 and convert it"
         )
     if 0 in image.size:
         raise ValueError(f"{name}: expected at least one pixel, got {image.width} x {image.height}")
@@ -136,7 +140,7 @@ def _from_pil(image: Image.Image, name: str) -> Tensor:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = image.convert("RGB")
-    except OSError as error:  # files opened by the user are decoded only now
+    except OSError as error:  # Pillow decodes an image that the user opened only now
         raise ValueError(f"{name}: broken image file ({error})") from error
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
@@ -144,9 +148,9 @@ def _from_pil(image: Image.Image, name: str) -> Tensor:
 def _to_tensor(image: NDArray[Any] | Tensor, do_rescale: bool, name: str) -> Tensor:
     expected = "uint8" if do_rescale else "float32"
     if (dtype := str(image.dtype).removeprefix("torch.")) != expected:
-        hint = "if its values are scaled to [0, 1], convert it to float32 and pass do_rescale=False"
+        hint = "if its values are in [0, 1], convert it to float32 and pass do_rescale=False"
         if not do_rescale:
-            hint = "do_rescale=False says that values are scaled to [0, 1] already"
+            hint = "do_rescale=False is for values in [0, 1]"
         raise TypeError(f"{name}: expected {expected}, got {dtype}; {hint}")
     if isinstance(image, np.ndarray):
         tensor = torch.from_numpy(np.require(image, requirements=["C", "W"]))
@@ -154,13 +158,14 @@ def _to_tensor(image: NDArray[Any] | Tensor, do_rescale: bool, name: str) -> Ten
         tensor = image.detach().cpu()
     if 0 in tensor.shape:
         raise ValueError(f"{name}: expected at least one pixel, got shape {list(tensor.shape)}")
-    if not do_rescale and not (tensor.min() >= 0 and tensor.max() <= 1):  # so written, NaN is refused too
+    if not do_rescale and not (tensor.min() >= 0 and tensor.max() <= 1):  # also true for NaN
         got = f"{tensor.min():g} to {tensor.max():g}"
         raise ValueError(f"{name}: expected values in [0, 1] with do_rescale=False, got {got}")
     return tensor
 
 
 def _channels_first(image: Tensor, channels: Channels, name: str) -> Tensor:
+    """Return an array in either layout as `[C, H, W]`."""
     shape = list(image.shape)
     if image.ndim == 2:
         return image[None]
@@ -179,16 +184,16 @@ def _channels_first(image: Tensor, channels: Channels, name: str) -> Tensor:
 
 def _to_rgb(image: Tensor, backend: Backend) -> Tensor:
     if len(image) == 4:
-        return _over_white(image, backend)
+        return _composite_over_white(image, backend)
     return image.expand(3, -1, -1)
 
 
-def _over_white(image: Tensor, backend: Backend) -> Tensor:
-    """Lay `[4, H, W]` over white with the rounding of transformers' processor of that backend."""
+def _composite_over_white(image: Tensor, backend: Backend) -> Tensor:
+    """Composite `[4, H, W]` over white to `[3, H, W]`, with the rounding of transformers' processor of that backend."""
     if image.is_floating_point():
         return image[:3] * image[3:] + (1 - image[3:])
     if backend == "pillow":
         alpha = image[3:].double() / 255
         return (alpha * image[:3] + (1 - alpha) * 255).round().to(torch.uint8)
     scaled = image.float() * (1 / 255)
-    return ((scaled[:3] * scaled[3:] + (1 - scaled[3:])) * (256 - 1e-3)).to(torch.uint8)  # torchvision's to_dtype
+    return ((scaled[:3] * scaled[3:] + (1 - scaled[3:])) * (256 - 1e-3)).to(torch.uint8)  # as torchvision's to_dtype

@@ -1,4 +1,4 @@
-"""The processors that a checkpoint's preprocessor configs describe."""
+"""Building the processors that a checkpoint's preprocessor configs describe."""
 
 import json
 import os
@@ -10,34 +10,35 @@ from qwenvit.preprocess.video_processor import VideoProcessor
 
 
 def read_processors(directory: str | os.PathLike[str], family: str) -> tuple[ImageProcessor, VideoProcessor]:
-    """The processors that transformers 5.23's auto classes read from a checkpoint's directory.
+    """Build the processors that transformers 5.23's auto classes build from a checkpoint's directory.
 
-    The image processor comes from `processor_config.json` (if it has an `image_processor`), else
-    `preprocessor_config.json`. The video processor comes from `processor_config.json` (`video_processor`), else
-    `video_preprocessor_config.json`, else `preprocessor_config.json`, which is how Qwen2 and Qwen2.5 models get the
-    pixel bounds of images for their videos. Without any of them it is the family's own.
+    The image processor is described by `image_processor` in `processor_config.json`, else by
+    `preprocessor_config.json`. The video processor is described by `video_processor` in `processor_config.json`, else
+    by `video_preprocessor_config.json`, else by `preprocessor_config.json`: Qwen2 and Qwen2.5 models have no config for
+    videos and use the pixel bounds of images. Without any of these files the processor is `for_family`'s.
 
     Raises:
-        ValueError: a file that is not JSON or does not describe such a processor.
+        ValueError: a file that is not valid JSON or does not describe such a processor.
     """
     folder = Path(directory)
     nested = _read_json(folder / "processor_config.json") or {}
-    images = _read_json(folder / "preprocessor_config.json")
-    videos = _read_json(folder / "video_preprocessor_config.json")
-    images, videos = (
-        nested.get("image_processor", images),
-        nested.get("video_processor", images if videos is None else videos),
-    )
+    image_config = _read_json(folder / "preprocessor_config.json")
+    video_config = _read_json(folder / "video_preprocessor_config.json")
+    if video_config is None:
+        video_config = image_config
+    video_config = nested.get("video_processor", video_config)
+    image_config = nested.get("image_processor", image_config)
     try:
         return (
-            ImageProcessor.for_family(family) if images is None else ImageProcessor.from_hf(images),
-            VideoProcessor.for_family(family) if videos is None else VideoProcessor.from_hf(videos, family),
+            ImageProcessor.for_family(family) if image_config is None else ImageProcessor.from_hf(image_config),
+            VideoProcessor.for_family(family) if video_config is None else VideoProcessor.from_hf(video_config, family),
         )
     except (TypeError, ValueError) as error:
         raise ValueError(f"preprocessor configs in {folder}: {error}") from error
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
+    """Return the object in a JSON file, or None where there is no file."""
     if not path.is_file():
         return None
     try:

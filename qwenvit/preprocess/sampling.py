@@ -1,4 +1,4 @@
-"""Which frames of a clip to look at: the sampling rules of Qwen2's and Qwen3's video processors."""
+"""Choosing frames of a clip by the sampling rules of Qwen2's and Qwen3's video processors."""
 
 import math
 from typing import Literal
@@ -8,11 +8,12 @@ import torch
 
 from qwenvit.config.families import FAMILIES
 
-Rule = Literal["qwen2_vl", "qwen3_vl"]
+VideoRule = Literal["qwen2_vl", "qwen3_vl"]
+"""Whose video processor: `Qwen2VLVideoProcessor` or `Qwen3VLVideoProcessor`."""
 
 
-def rule_of(family: str) -> Rule:
-    """Which of transformers' two video processors a family has; Qwen3-Omni has Qwen2's.
+def video_rule(family: str) -> VideoRule:
+    """Return which of transformers' two video processors a family uses; Qwen3-Omni uses Qwen2's.
 
     Raises:
         ValueError: unknown family.
@@ -32,47 +33,48 @@ def sample_frames(
     min_frames: int = 4,
     max_frames: int = 768,
 ) -> list[int]:
-    """Which frames of a clip a family's processor takes, evenly spread over it.
+    """Return which frames of a clip a family's video processor samples, spread evenly over the clip.
 
     Args:
         total_frames: frames of the clip.
-        fps: frames a second of the clip.
-        family: whose rule. Qwen2's take an even number of frames, each at the start of its share of the clip; Qwen3's
-            take the first and the last frame and round the others' places in between.
-        target_fps: frames a second to take, 2 unless `num_frames` says how many.
-        num_frames: how many frames to take in all.
-        min_frames: take at least so many, if the clip has them.
-        max_frames: take at most so many.
+        fps: frames per second of the clip.
+        family: the family whose rule to use. Qwen2's rule divides the clip into an even number of equal parts and takes
+            the first frame of each; Qwen3's takes the first frame, the last and evenly spaced ones between, rounded.
+        target_fps: frames per second to take; 2 unless `num_frames` is given.
+        num_frames: frames to take in all.
+        min_frames: with `target_fps`, take at least this many, if the clip has them.
+        max_frames: with `target_fps`, take at most this many.
 
     Returns:
-        Indices from 0, in order.
+        Indices from 0, ascending.
 
     Raises:
-        ValueError: numbers that are not positive, both `target_fps` and `num_frames`, more frames than the clip has,
-            or too few of them for one group.
+        ValueError: an unknown family, a number that is not positive, both `target_fps` and `num_frames`, more frames
+            than the clip has, or too few for one group.
 
     Source: `sample_frames` of transformers 5.23's `Qwen2VLVideoProcessor` and `Qwen3VLVideoProcessor`.
     """
     if target_fps is not None and num_frames is not None:
         raise ValueError(f"target_fps: expected only one of target_fps={target_fps} and num_frames={num_frames}")
-    rule = rule_of(family)
-    rate = 2 if target_fps is None else target_fps
-    given = {"total_frames": total_frames, "min_frames": min_frames, "max_frames": max_frames}
-    given |= {"num_frames": 1 if num_frames is None else num_frames}
-    for name, count in given.items():
+    rule = video_rule(family)
+    target_fps = 2 if target_fps is None else target_fps
+    counts = {"total_frames": total_frames, "min_frames": min_frames, "max_frames": max_frames}
+    if num_frames is not None:
+        counts["num_frames"] = num_frames
+    for name, count in counts.items():
         if not isinstance(count, int) or isinstance(count, bool) or count < 1:
             raise ValueError(f"{name}: expected a positive integer, got {count!r}")
-    for name, value in (("fps", fps), ("target_fps", rate)):
+    for name, value in (("fps", fps), ("target_fps", target_fps)):
         if not 0 < value < math.inf:
             raise ValueError(f"{name}: expected a positive number, got {value!r}")
 
     if num_frames is not None:
         count = num_frames if rule == "qwen3_vl" else round(num_frames / 2) * 2
     elif rule == "qwen3_vl":
-        count = min(max(int(total_frames / fps * rate), min_frames), max_frames, total_frames)
+        count = min(max(int(total_frames / fps * target_fps), min_frames), max_frames, total_frames)
     else:
-        most = min(max_frames, total_frames) // 2 * 2
-        count = math.floor(min(max(total_frames / fps * rate, min_frames), most, total_frames) / 2) * 2
+        even_max_frames = min(max_frames, total_frames) // 2 * 2
+        count = math.floor(min(max(total_frames / fps * target_fps, min_frames), even_max_frames, total_frames) / 2) * 2
     if count > total_frames:
         raise ValueError(f"num_frames: expected at most total_frames={total_frames}, got {count}")
     if count < 1:
@@ -82,4 +84,4 @@ def sample_frames(
     if rule == "qwen3_vl":
         return [int(index) for index in np.linspace(0, total_frames - 1, count).round()]
     starts = torch.arange(0, total_frames, total_frames / count).int()
-    return [int(index) for index in starts[:count]]  # rounding may add one past the end, where transformers fails
+    return [int(index) for index in starts[:count]]  # rounding may add an index past the end; transformers fails there

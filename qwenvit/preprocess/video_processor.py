@@ -1,4 +1,4 @@
-"""The video processor: frames in, `pixel_values_videos` and `video_grid_thw` out, equal to transformers'."""
+"""The video processor: frames to `pixel_values_videos` and `video_grid_thw`, equal to transformers'."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -12,124 +12,145 @@ from PIL import Image
 from torch import Tensor
 
 from qwenvit.preprocess.decode import Channels, ImageInput, open_image
-from qwenvit.preprocess.hf_settings import hf_part, read_hf, write_hf
-from qwenvit.preprocess.patch_processor import HALF, PatchProcessor
+from qwenvit.preprocess.hf_settings import config_section, read_hf_settings, write_hf_settings
+from qwenvit.preprocess.patch_processor import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, PatchProcessor
 from qwenvit.preprocess.resize import resize_frames, smart_resize
-from qwenvit.preprocess.sampling import Rule, rule_of
+from qwenvit.preprocess.sampling import VideoRule, video_rule
 
-RULES: dict[str, Rule] = {"Qwen2VLVideoProcessor": "qwen2_vl", "Qwen3VLVideoProcessor": "qwen3_vl"}
-MAX_VIDEO_TOKENS: dict[Rule, int] = {"qwen2_vl": 128_000, "qwen3_vl": 768}
+RULE_OF_HF_TYPE: dict[str, VideoRule] = {"Qwen2VLVideoProcessor": "qwen2_vl", "Qwen3VLVideoProcessor": "qwen3_vl"}
+DEFAULT_MAX_VIDEO_TOKENS: dict[VideoRule, int] = {"qwen2_vl": 128_000, "qwen3_vl": 768}
 
 
 @dataclass(frozen=True)
 class VideoProcessor(PatchProcessor):
-    """Cuts the frames of a video into normalised patches, `torch.equal` to transformers 5.23's on the CPU.
+    """Resizes frames and cuts them into normalised patches, `torch.equal` to transformers 5.23's on the CPU.
 
-    Frames are taken as given (choose them with `sample_frames`), resized by torch's bicubic interpolation as
-    transformers does, and joined in groups of `temporal_patch_size`; the last frame is repeated to fill its group.
-
-    `cap_pixels_per_frame` is the argument of that name in transformers, where unset means False and the announced
-    default of 5.22 and later is True; its versions without the argument (4.57, 5.17) do what False does.
+    The caller chooses the frames (`sample_frames`). They are resized by torch's bicubic interpolation, as in
+    transformers, and joined in groups of `temporal_patch_size`; the last frame is repeated to fill its group.
     """
 
-    rule: Rule = "qwen2_vl"
-    """What the pixel bounds are for: each frame (`"qwen2_vl"`) or all frames together (`"qwen3_vl"`)."""
+    rule: VideoRule = "qwen2_vl"
+    """What the pixel bounds limit: each frame (`"qwen2_vl"`) or all frames together (`"qwen3_vl"`)."""
     cap_pixels_per_frame: bool = False
-    """Bound also the other: all frames together (`"qwen2_vl"`) or each frame (`"qwen3_vl"`)."""
+    """Also limit the pixels of all frames together (`"qwen2_vl"`) or of each frame (`"qwen3_vl"`), by
+    `max_video_tokens`. transformers 5.23 has the same argument: unset means False, and a warning announces that True
+    will be the default. Versions without it (4.57, 5.17) do what False does."""
     max_video_tokens: int = 128_000
-    """The bound of that cap in merged tokens: nine tenths of it a video (Qwen2), or a frame (Qwen3)."""
+    """The limit of `cap_pixels_per_frame` in merged tokens: 90 % of it for a video (`"qwen2_vl"`), all of it for a
+    frame (`"qwen3_vl"`)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.rule not in MAX_VIDEO_TOKENS:
-            raise ValueError(f"rule: expected one of {sorted(MAX_VIDEO_TOKENS)}, got {self.rule!r}")
+        if self.rule not in DEFAULT_MAX_VIDEO_TOKENS:
+            raise ValueError(f"rule: expected one of {sorted(DEFAULT_MAX_VIDEO_TOKENS)}, got {self.rule!r}")
         tokens = self.max_video_tokens
         if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
             raise ValueError(f"max_video_tokens: expected a positive integer, got {tokens!r}")
 
     @classmethod
     def for_family(cls, family: str) -> "VideoProcessor":
-        """The processor transformers builds for a family's published models.
+        """Return the processor that transformers builds for a family's published models.
 
-        Qwen2, Qwen2.5 and Qwen3-Omni models publish no config for videos: theirs of images (3136 to 12845056 pixels)
-        bounds each frame. Qwen3 and 3.5: 4096 to 25165824 pixels over all frames.
+        Qwen2, Qwen2.5 and Qwen3-Omni publish no config for videos, so the bounds of images, 3136 to 12845056 pixels,
+        limit each frame. In Qwen3 and 3.5 all frames together have 4096 to 25165824 pixels.
 
         Raises:
             ValueError: unknown family.
         """
-        if rule_of(family) == "qwen3_vl":
+        if video_rule(family) == "qwen3_vl":
             return cls(
                 patch_size=16,
                 min_pixels=4096,
                 max_pixels=25_165_824,
-                image_mean=HALF,
-                image_std=HALF,
+                image_mean=IMAGENET_STANDARD_MEAN,
+                image_std=IMAGENET_STANDARD_STD,
                 rule="qwen3_vl",
-                max_video_tokens=MAX_VIDEO_TOKENS["qwen3_vl"],
+                max_video_tokens=DEFAULT_MAX_VIDEO_TOKENS["qwen3_vl"],
             )
         if family == "qwen3_omni":
-            return cls(patch_size=16, max_pixels=12_845_056, image_mean=HALF, image_std=HALF)
+            return cls(
+                patch_size=16,
+                max_pixels=12_845_056,
+                image_mean=IMAGENET_STANDARD_MEAN,
+                image_std=IMAGENET_STANDARD_STD,
+            )
         return cls(max_pixels=12_845_056)
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], family: str | None = None) -> "VideoProcessor":
         """Read a `video_preprocessor_config.json`, or the `video_processor` in a `processor_config.json`.
 
-        A `preprocessor_config.json` for images is read as transformers does where a model has no other. What is not
-        stated is as in transformers' processor of the type stated, or else of the family. As there, that of Qwen3
-        reads its bounds from `size` alone.
+        A model without them has its `preprocessor_config.json` for images read instead, as in transformers. A setting
+        that is not stated has the default of transformers' processor: of the stated type, or else of the family. As in
+        transformers, Qwen3's processor reads its bounds from `size` alone.
 
         Raises:
             TypeError: `config` is not a mapping.
-            ValueError: a setting this processor does not have, impossible values, or no type and no family.
+            ValueError: a setting that this processor does not support, an impossible value, or neither a type nor a
+                family.
         """
-        config = hf_part(config, "video_processor")
-        rule = _rule_in(config, family)
-        found: dict[str, Any] = {"min_pixels": 128 * 28 * 28, "max_pixels": 768 * 28 * 28}
+        config = config_section(config, "video_processor")
+        rule = _rule_from_config(config, family)
+        settings: dict[str, Any] = {"min_pixels": 128 * 28 * 28, "max_pixels": 768 * 28 * 28}
         if rule == "qwen3_vl":
             config = {key: value for key, value in config.items() if key not in ("min_pixels", "max_pixels")}
-            found = {"patch_size": 16, "min_pixels": 128 * 32 * 32, "max_pixels": 768 * 32 * 32}
-            found |= {"image_mean": HALF, "image_std": HALF}
-        found |= {"rule": rule, "max_video_tokens": config.get("max_video_tokens") or MAX_VIDEO_TOKENS[rule]}
-        found |= {"cap_pixels_per_frame": bool(config.get("cap_pixels_per_frame"))}
-        return cls(**found | read_hf(config))
+            settings = {"patch_size": 16, "min_pixels": 128 * 32 * 32, "max_pixels": 768 * 32 * 32}
+            settings |= {"image_mean": IMAGENET_STANDARD_MEAN, "image_std": IMAGENET_STANDARD_STD}
+        settings |= {"rule": rule, "max_video_tokens": config.get("max_video_tokens") or DEFAULT_MAX_VIDEO_TOKENS[rule]}
+        settings |= {"cap_pixels_per_frame": bool(config.get("cap_pixels_per_frame"))}
+        return cls(**settings | read_hf_settings(config))
 
     def to_hf(self) -> dict[str, Any]:
-        """The `video_preprocessor_config.json` from which transformers builds an equal processor."""
-        name = next(name for name, rule in RULES.items() if rule == self.rule)
+        """Return the `video_preprocessor_config.json` from which transformers builds an equal processor."""
+        hf_type = next(name for name, rule in RULE_OF_HF_TYPE.items() if rule == self.rule)
         caps = {"cap_pixels_per_frame": self.cap_pixels_per_frame, "max_video_tokens": self.max_video_tokens}
-        return {"video_processor_type": name} | write_hf(self) | caps
+        return {"video_processor_type": hf_type} | write_hf_settings(self) | caps
 
     def grid_for(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
-        """The grid `(groups of frames, rows, columns)` of patches that such a video gets.
+        """Return the grid `(groups of frames, rows, columns)` of patches for frames of `height` × `width` pixels.
 
         Raises:
-            ValueError: no pixels, an aspect ratio above 200, or fewer frames than Qwen3's rule wants.
+            ValueError: no pixels, an aspect ratio above 200, or fewer frames than the rule requires.
         """
-        height, width, max_pixels, frames = self._budget(num_frames, height, width)
-        rows, columns = smart_resize(height, width, self.factor, self.min_pixels, max_pixels, **frames)
-        return math.ceil(num_frames / self.temporal_patch_size), rows // self.patch_size, columns // self.patch_size
+        resize = self._resized_qwen2 if self.rule == "qwen2_vl" else self._resized_qwen3
+        height, width = resize(num_frames, height, width)
+        return math.ceil(num_frames / self.temporal_patch_size), height // self.patch_size, width // self.patch_size
 
-    def _budget(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, dict[str, int]]:
-        """What the size rule is asked: sides, upper bound, and the frames that share it."""
-        token, floor = self.factor**2, int(self.min_pixels * 1.05)
+    def _resized_qwen2(self, num_frames: int, height: int, width: int) -> tuple[int, int]:
+        """Return the size of each frame after resizing; the pixel bounds limit one frame."""
+        if num_frames < 1:
+            raise ValueError("expected at least one frame, got none")
         max_pixels = self.max_pixels
-        if self.rule == "qwen2_vl":
-            if num_frames < 1:
-                raise ValueError("expected at least one frame, got none")
-            if self.cap_pixels_per_frame:
-                share = int(self.max_video_tokens * token * 0.9) * self.temporal_patch_size // num_frames
-                max_pixels = max(min(max_pixels, share), floor)
-            return height, width, max_pixels, {}
+        if self.cap_pixels_per_frame:
+            video_pixels = int(self.max_video_tokens * self.factor**2 * 0.9) * self.temporal_patch_size
+            max_pixels = max(min(max_pixels, video_pixels // num_frames), self._least_cap)
+        return smart_resize(height, width, self.factor, self.min_pixels, max_pixels)
+
+    def _resized_qwen3(self, num_frames: int, height: int, width: int) -> tuple[int, int]:
+        """Return the size of each frame after resizing; the pixel bounds limit all frames together."""
         if num_frames < self.temporal_patch_size:
             raise ValueError(f"expected at least {self.temporal_patch_size}, got {num_frames}; encode it as an image")
+        max_pixels = self.max_pixels
         if self.cap_pixels_per_frame:
-            share = min(self.max_video_tokens * token, max_pixels // num_frames)
-            max_pixels = max(share, floor) * num_frames
+            frame_pixels = min(self.max_video_tokens * self.factor**2, max_pixels // num_frames)
+            max_pixels = max(frame_pixels, self._least_cap) * num_frames
         if 0 < min(height, width) < self.factor:
             scale = max(self.factor / height, self.factor / width)
             height, width = int(height * scale), int(width * scale)
-        return height, width, max_pixels, {"num_frames": num_frames, "temporal_factor": self.temporal_patch_size}
+        return smart_resize(
+            height,
+            width,
+            self.factor,
+            self.min_pixels,
+            max_pixels,
+            num_frames=num_frames,
+            temporal_factor=self.temporal_patch_size,
+        )
+
+    @property
+    def _least_cap(self) -> int:
+        """The lowest upper bound that `cap_pixels_per_frame` may set, in pixels of a frame."""
+        return int(self.min_pixels * 1.05)
 
     def __call__(
         self,
@@ -141,56 +162,59 @@ class VideoProcessor(PatchProcessor):
         channels: Channels = None,
         cap_pixels_per_frame: bool | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Cut one video into patches.
+        """Resize the frames of one video and cut them into patches.
 
         Args:
-            frames: images of one size (see `open_image`), or one uint8 array or tensor `[frames, H, W, C]` or
-                `[frames, C, H, W]`. Transparent frames are laid over white as PIL images or arrays are, in 8 bits
-                (transformers keeps the fractions in videos; opaque ones are equal).
-            min_pixels: least area, of a frame or of all (see `rule`); alone it leaves `max_pixels` as it is.
-            max_pixels: largest area; alone it leaves `min_pixels` as it is.
-            size: the same two as Hugging Face writes them, `{"shortest_edge": area, "longest_edge": area}`.
-            channels: where arrays have their channels; None finds out, and refuses shapes that could be either.
-            cap_pixels_per_frame: None for the processor's own.
+            frames: images of one size (`open_image` says what an image can be), or one uint8 array or tensor
+                `[frames, H, W, C]` or `[frames, C, H, W]`. Transparent frames are composited over white in 8 bits;
+                transformers keeps the fractions in videos. Opaque frames are equal.
+            min_pixels: lower bound of the area of each frame (Qwen2) or of all frames together (Qwen3). None: the
+                processor's own.
+            max_pixels: upper bound of that area. None: the processor's own.
+            size: both bounds as Hugging Face writes them, `{"shortest_edge": min_pixels, "longest_edge": max_pixels}`.
+            channels: the axis of an array's channels, `"first"` or `"last"`. None: inferred from its shape; a shape
+                that could be either is refused.
+            cap_pixels_per_frame: as the field of this name. None: the processor's own.
 
         Returns:
-            `pixel_values_videos` `[patches, C·T·P·P]` float32 in merge-block order, and `video_grid_thw` `[1, 3]`
+            `pixel_values_videos` `[patches, C·T·P·P]` float32, in merge-block order, and `video_grid_thw` `[1, 3]`
             int64.
 
         Raises:
-            TypeError, ValueError: frames or options that cannot be used, named with what was expected.
+            TypeError: frames of a type or dtype that is not supported.
+            ValueError: frames that cannot be used, or impossible options.
             OSError: a file that cannot be read.
         """
-        own = self.with_bounds(min_pixels, max_pixels, size)
+        processor = self.with_bounds(min_pixels, max_pixels, size)
         if cap_pixels_per_frame is not None:
-            own = replace(own, cap_pixels_per_frame=cap_pixels_per_frame)
+            processor = replace(processor, cap_pixels_per_frame=cap_pixels_per_frame)
         video = _open_frames(frames, channels)
         try:
-            grid = own.grid_for(len(video), *video.shape[2:])
+            grid = processor.grid_for(len(video), *video.shape[2:])
         except ValueError as error:
             raise ValueError(f"frames: {error}") from error
         video = resize_frames(video, grid[1] * self.patch_size, grid[2] * self.patch_size, "torch")
         if missing := -len(video) % self.temporal_patch_size:
             video = torch.cat([video, video[-1:].expand(missing, -1, -1, -1)])
-        return own.pixel_values(video, "torch"), torch.tensor([grid], device="cpu")
+        return processor.pixel_values(video, "torch"), torch.tensor([grid], device="cpu")
 
 
-def _rule_in(config: Mapping[str, Any], family: str | None) -> Rule:
-    """The rule a config states: by its own type, else that of its image processor, else by the family."""
-    if (stated := config.get("video_processor_type")) is not None:
-        if stated not in RULES:
-            raise ValueError(f"video_processor_type: expected one of {sorted(RULES)}, got {stated!r}")
-        return RULES[stated]
+def _rule_from_config(config: Mapping[str, Any], family: str | None) -> VideoRule:
+    """Return the rule of a config's `video_processor_type`, else of its `image_processor_type`, else of the family."""
+    if (hf_type := config.get("video_processor_type")) is not None:
+        if hf_type not in RULE_OF_HF_TYPE:
+            raise ValueError(f"video_processor_type: expected one of {sorted(RULE_OF_HF_TYPE)}, got {hf_type!r}")
+        return RULE_OF_HF_TYPE[hf_type]
     inferred = str(config.get("image_processor_type")).replace("ImageProcessor", "VideoProcessor")
-    if inferred in RULES:
-        return RULES[inferred]
+    if inferred in RULE_OF_HF_TYPE:
+        return RULE_OF_HF_TYPE[inferred]
     if family is None:
-        raise ValueError(f"family: needed for a config without a video_processor_type ({sorted(RULES)})")
-    return rule_of(family)
+        raise ValueError(f"family: needed for a config without a video_processor_type ({sorted(RULE_OF_HF_TYPE)})")
+    return video_rule(family)
 
 
 def _open_frames(frames: Iterable[ImageInput] | NDArray[Any] | Tensor, channels: Channels) -> Tensor:
-    """`[frames, 3, H, W]` uint8."""
+    """Open frames of one size as one tensor `[frames, 3, H, W]` uint8."""
     if isinstance(frames, np.ndarray | Tensor) and frames.ndim != 4:
         raise ValueError(f"frames: expected [frames, H, W, C] or [frames, C, H, W], got {list(frames.shape)}")
     if isinstance(frames, Image.Image | str | bytes) or not isinstance(frames, Iterable):

@@ -1,4 +1,4 @@
-"""One attention layer of a Qwen-VL tower, built of the operations in `qwenvit.ops`."""
+"""The attention layer of a Qwen-VL tower, built of the operations in `qwenvit.ops`."""
 
 import torch
 import torch.nn.functional as F
@@ -10,28 +10,28 @@ from qwenvit.ops.attention import HEAD_DIMS
 from qwenvit.ops.packing import adjacent_pairs
 from qwenvit.towers.packed import Packed
 
-WINDOW = 64
-"""Attention within segments of up to so many tokens rotates queries and keys itself (`qwenvit.ops.rope_attention`)."""
+MAX_WINDOW_TOKENS = 64
+"""The attention kernel for windows takes segments of at most this many tokens, and rotates queries and keys itself."""
 
 
 class VisionAttention(Packed):
     """QKV projection with 2-D RoPE, attention within segments, output projection; for inference.
 
-    Parameters are `qkv.weight`, `qkv.bias`, `proj.weight` and `proj.bias`, as in the checkpoints' `blocks.N.attn`:
-    `load_state_dict` takes and `state_dict` gives the checkpoints' order of rows. In memory the rows of Q and K lie as
-    `qwenvit.packing.pack_qkv` puts them, so write to `qkv` through `load_state_dict` alone. Parameters ask for no
-    gradient: the Triton kernels give none.
+    Parameters are `qkv.weight`, `qkv.bias`, `proj.weight` and `proj.bias`, as in the checkpoints' `blocks.N.attn`.
+    `load_state_dict` takes and `state_dict` returns the checkpoints' order of rows. In memory the rows of Q and K have
+    the order of `qwenvit.packing.pack_qkv`, so write to `qkv` only with `load_state_dict`. Parameters do not require
+    gradients: the Triton kernels compute none.
 
     Args:
         hidden_size: C, channels of the hidden states.
         num_heads: H; C / H is one of 64, 72 and 80.
-        separate_qkv: whether state dicts hold `q`, `k` and `v` in place of `qkv`, as Qwen2.5-Omni's do.
+        separate_qkv: whether state dicts have `q`, `k` and `v` instead of `qkv`, as Qwen2.5-Omni's do.
         impl: implementation of the operations, see `qwenvit.ops`.
         device: where the parameters go.
-        dtype: bfloat16, float16 or float32; the hidden states' too.
+        dtype: bfloat16, float16 or float32, of the parameters and the hidden states.
 
     Raises:
-        ValueError: a head width the kernels are not made for.
+        ValueError: the kernels do not support the head width.
     """
 
     def __init__(
@@ -61,62 +61,63 @@ class VisionAttention(Packed):
 
         Args:
             hidden_states: `[S, C]`, contiguous.
-            cos: `[S, C / H]` fp32, the second half of each row like the first (`GridPlan.cos`).
-            sin: same (`GridPlan.sin`).
+            cos: `[S, C / H]` fp32, both halves of each row equal (`GridPlan.cos`).
+            sin: `[S, C / H]` fp32, both halves of each row equal (`GridPlan.sin`).
             cu_seqlens: `[segments + 1]` int32, as for `qwenvit.ops.rope_attention` (`GridPlan.frames.cu_seqlens`).
-            max_seqlen: tokens in the longest segment where known; up to 64 choose the kernel for windows.
+            max_seqlen: tokens in the longest segment, if known; up to 64 selects the kernel for windows.
 
         Returns:
             `[S, C]` in the dtype of `hidden_states`.
 
         Raises:
-            TypeError, ValueError: as the operations do.
+            TypeError, ValueError: an argument that the operations refuse.
         """
         y = self.project(hidden_states, cos, sin, max_seqlen)
         return self.proj(self.attend(y, cos, sin, cu_seqlens, max_seqlen))
 
     def project(self, hidden_states: Tensor, cos: Tensor, sin: Tensor, max_seqlen: int | None) -> Tensor:
-        """The first third of `forward`, `[S, C]` -> `[S, 3·C]`; Q and K are rotated but for windows.
+        """Project `hidden_states` `[S, C]` to Q, K and V, `[S, 3·C]`; rotate Q and K unless segments are windows.
 
-        A caller of the three in turn (the last is `proj`) holds no more than one's input and output at a time.
+        This is the first step of `forward`; `attend` and `proj` follow. A caller of the three steps can free each
+        step's input before the next.
         """
         weight, bias = self.qkv.weight, self.qkv.bias
-        if _windows(max_seqlen):
+        if _are_windows(max_seqlen):
             return F.linear(hidden_states, weight, bias)
         return ops.qkv_rope(hidden_states, weight, bias, cos, sin, self.num_heads, impl=self.impl)
 
     def attend(self, qkv: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int | None) -> Tensor:
-        """The second third of `forward`, `[S, 3·C]` -> `[S, C]`."""
-        angles: tuple[Tensor | None, Tensor | None] = (cos, sin) if _windows(max_seqlen) else (None, None)
+        """Attend with the `[S, 3·C]` that `project` returned: the second step of `forward`, which returns `[S, C]`."""
+        angles: tuple[Tensor | None, Tensor | None] = (cos, sin) if _are_windows(max_seqlen) else (None, None)
         q, k, v = qkv.unflatten(1, (3, self.num_heads, -1)).unbind(1)
         out = ops.rope_attention(q, k, v, *angles, cu_seqlens, max_seqlen, interleaved=True, impl=self.impl)
         return out.flatten(1)
 
     def pack(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Q, K and V in one, rotary pairs adjacent in Q and K."""
+        """Concatenate Q, K and V, and make rotary pairs adjacent in Q and K."""
         for kind in ("weight", "bias"):
             parts = [f"{part}.{kind}" for part in "qkv"]
             if self.separate_qkv and all(part in tensors for part in parts):
                 tensors[f"qkv.{kind}"] = torch.cat([tensors.pop(part) for part in parts])
             rows = tensors.get(f"qkv.{kind}")
-            # what does not fit is load_state_dict's to refuse
+            # leave rows of another number alone: load_state_dict refuses them
             if isinstance(rows, Tensor) and len(rows) == self.qkv.out_features:
                 tensors[f"qkv.{kind}"] = rows[self._order(rows.device)]
         return tensors
 
     def unpack(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The checkpoints' order of rows; Q, K and V apart where they are so there."""
+        """Restore the checkpoints' order of rows, and split Q, K and V if `separate_qkv`."""
         order = self._order(self.qkv.weight.device).argsort()
         rows = {kind: tensors.pop(f"qkv.{kind}")[order] for kind in ("weight", "bias")}
         if self.separate_qkv:
             qkv = {f"{part}.{kind}": rows[kind].chunk(3)[i] for i, part in enumerate("qkv") for kind in rows}
         else:
             qkv = {f"qkv.{kind}": whole for kind, whole in rows.items()}
-        return qkv | tensors  # in the order of the reference tower
+        return qkv | tensors  # names in the reference tower's order
 
     def _order(self, device: torch.device) -> Tensor:
         return adjacent_pairs(self.num_heads, self.qkv.in_features // self.num_heads, device)
 
 
-def _windows(max_seqlen: int | None) -> bool:
-    return max_seqlen is not None and max_seqlen <= WINDOW
+def _are_windows(max_seqlen: int | None) -> bool:
+    return max_seqlen is not None and max_seqlen <= MAX_WINDOW_TOKENS

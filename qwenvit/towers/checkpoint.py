@@ -1,4 +1,4 @@
-"""From the name of a model to its tower: where the files are, what they describe, and the loaded weights."""
+"""Load and save towers: find a model's files, read its config, load its weights, write a tower alone."""
 
 import json
 import os
@@ -18,15 +18,16 @@ from qwenvit.weights.local import checkpoint_dtype, find_tensors, load_tensors, 
 
 
 def locate(model: str | os.PathLike[str], *, config_only: bool = False, **hub: Any) -> Path:
-    """The local directory or `.safetensors` file of a model, fetched from the Hub if that is where it is.
+    """Return the local directory or `.safetensors` file of a model, after fetching it from the Hub if necessary.
 
     Args:
         model: an existing path, a Hub repository, or a short name of `qwenvit.registry.PUBLISHED`.
-        config_only: fetch no weights; the directory returned then need hold nothing but `config.json`.
+        config_only: fetch no weights; the directory may then contain only `config.json`.
         **hub: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download` (see `fetch_tower`).
 
     Raises:
         ValueError: neither an existing path nor the name of a repository.
+        ConnectionError, FileNotFoundError: the Hub cannot be reached or does not have the files.
     """
     name = os.fspath(model)
     path = Path(name).expanduser()
@@ -35,8 +36,8 @@ def locate(model: str | os.PathLike[str], *, config_only: bool = False, **hub: A
     if name in PUBLISHED:
         name = PUBLISHED[name].repo_id
     organisation, slash, repository = name.partition("/")
-    local = "/" in repository or organisation in (".", "..", "~") or repository.endswith(".safetensors")
-    if not (slash and organisation and repository) or local:
+    is_path = "/" in repository or organisation in (".", "..", "~") or repository.endswith(".safetensors")
+    if not (slash and organisation and repository) or is_path:
         known = {"demo": "demo"} | {key: key for key in PUBLISHED}
         known |= {published.repo_id.partition("/")[2]: published.repo_id for published in PUBLISHED.values()}
         near = get_close_matches(name, known, n=1)
@@ -51,16 +52,19 @@ def locate(model: str | os.PathLike[str], *, config_only: bool = False, **hub: A
 
 
 def directory_of(source: Path) -> Path:
-    """The directory that holds a checkpoint's json files."""
+    """Return the directory of a checkpoint's JSON files."""
     return source if source.is_dir() else source.parent
 
 
 def read_config(source: Path) -> VisionConfig:
-    """The tower's config from the `config.json` of a directory, or beside a single file.
+    """Read the tower's config from the `config.json` of a checkpoint.
+
+    Args:
+        source: the checkpoint's directory, or its `.safetensors` file, which `config.json` is beside.
 
     Raises:
         FileNotFoundError: there is no `config.json`.
-        ValueError: it is not JSON, or describes no tower of a known family.
+        ValueError: `config.json` is not JSON, or describes no tower of a known family.
     """
     path = directory_of(source) / "config.json"
     if not path.is_file():
@@ -74,13 +78,15 @@ def read_config(source: Path) -> VisionConfig:
 
 
 def refuse_whole_checkpoint(directory: Path) -> None:
-    """Refuse to write a tower where more than a tower lies: it would be overwritten, or read in the tower's place.
+    """Refuse to write a tower into a directory with a whole checkpoint.
+
+    The tower would overwrite the checkpoint's files, or loading would prefer these to the tower's.
 
     Raises:
-        ValueError: what lies there.
+        ValueError: the directory has such files, which the message lists.
     """
-    shadows = ("model_visual.safetensors", "model.safetensors.index.json", "processor_config.json")
-    found = [name for name in shadows if (directory / name).exists()]
+    preferred_files = ("model_visual.safetensors", "model.safetensors.index.json", "processor_config.json")
+    found = [name for name in preferred_files if (directory / name).exists()]
     config = directory / "config.json"
     if config.is_file() and any(f'"{part}"' in config.read_text() for part in ("vision_config", "thinker_config")):
         found.append("the config.json of a whole model")
@@ -89,20 +95,20 @@ def refuse_whole_checkpoint(directory: Path) -> None:
 
 
 def load_tower(source: Path, *, impl: Impl, device: torch.device, dtype: torch.dtype | None) -> Tower:
-    """A tower with a checkpoint's weights, all of them or none.
+    """Load a tower with all of its weights from a checkpoint.
 
     Args:
-        source: a checkpoint's directory or `.safetensors` file.
-        impl: which tower.
-        device: where the weights go.
-        dtype: what they are all converted to; None for the checkpoint's most common dtype.
+        source: the checkpoint's directory or `.safetensors` file.
+        impl: `"reference"`, `"triton"` or `"auto"`, see `tower_class`.
+        device: the device of the weights.
+        dtype: the dtype of all weights; None for the checkpoint's most common dtype.
 
     Raises:
-        CheckpointError: tensors missing, unexpected or wrongly shaped, all listed.
-        ValueError: a tower that cannot run on the device.
+        CheckpointError: tensors are missing, unexpected or wrongly shaped; the message lists them all.
+        ValueError: the tower cannot run on the device.
     """
     config = read_config(source)
-    with torch.device("meta"):  # no memory until the checkpoint's own tensors take the parameters' place
+    with torch.device("meta"):  # allocate no memory: the checkpoint's tensors replace the parameters
         tower = tower_class(impl, config, device)(config)
     expected = {name: tensor.shape for name, tensor in tower.state_dict().items()}
     entries = find_tensors(source)
@@ -114,10 +120,16 @@ def load_tower(source: Path, *, impl: Impl, device: torch.device, dtype: torch.d
 
 
 def save_tower(directory: Path, tower: Tower, dtype: torch.dtype, processors: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write a tower alone, under the official names, with its config and the processors' (file name -> content).
+    """Write a tower alone, under the official tensor names, with its config and the processors' configs.
+
+    Args:
+        directory: the directory to write to, made if missing.
+        tower: the tower.
+        dtype: the tower's dtype, for `config.json`.
+        processors: content of the processors' configs by file name.
 
     Raises:
-        ValueError: the directory holds a whole checkpoint, which this would damage or which would be read instead.
+        ValueError: the directory has a whole checkpoint, see `refuse_whole_checkpoint`.
     """
     refuse_whole_checkpoint(directory)
     directory.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Which tower runs: what `impl` and the device decide."""
+"""Choose the tower by `impl`, config and device."""
 
 import importlib.util
 import os
@@ -12,21 +12,21 @@ from qwenvit.towers.fast import ACTIVATIONS, FastTower
 from qwenvit.towers.reference import ReferenceTower
 
 Tower = ReferenceTower | FastTower
-OLDEST_TRITON = (3, 4)
-OLDEST_GPU = (8, 0)
+MIN_TRITON = (3, 4)
+MIN_CAPABILITY = (8, 0)
 """Compute capability of the first GPUs with bfloat16."""
 
 
 def tower_class(impl: Impl, config: VisionConfig, device: torch.device) -> type[ReferenceTower] | type[FastTower]:
-    """The tower to build.
+    """Return the class of the tower to build.
 
     Args:
-        impl: `"reference"`, `"triton"` for the fast tower, or `"auto"` for the fast one on a GPU that can run it.
-        config: of the tower.
-        device: where it will run.
+        impl: `"reference"`, `"triton"` for the fast tower, or `"auto"` for the fast tower on a GPU that can run it.
+        config: the tower's config.
+        device: the device that the tower will run on.
 
     Raises:
-        ValueError: an unknown `impl`, or a fast tower that could not run there; the reason is named.
+        ValueError: an unknown `impl`, or `"triton"` where the fast tower cannot run; the message gives the reason.
     """
     if impl not in ("auto", "triton", "reference"):
         raise ValueError(f"impl: expected 'auto', 'triton' or 'reference', got {impl!r}")
@@ -39,6 +39,7 @@ def tower_class(impl: Impl, config: VisionConfig, device: torch.device) -> type[
 
 
 def _obstacle(config: VisionConfig, device: torch.device) -> str | None:
+    """Return the reason why the fast tower cannot run here, or None."""
     if config.head_dim not in HEAD_DIMS:
         return f"head_dim {config.head_dim} is none of {HEAD_DIMS}"
     activations = ("silu",) if config.traits.gated_mlp else tuple(ACTIVATIONS)
@@ -48,12 +49,14 @@ def _obstacle(config: VisionConfig, device: torch.device) -> str | None:
         return "these kernels are for NVIDIA's GPUs"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    import triton  # type: ignore[import-untyped]  # slow, and only now needed
+    import triton  # type: ignore[import-untyped]  # slow to import, so not before it is needed
 
-    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST_TRITON:
-        return f"triton {triton.__version__} is older than {'.'.join(map(str, OLDEST_TRITON))}"
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < MIN_TRITON:
+        return f"triton {triton.__version__} is older than {'.'.join(map(str, MIN_TRITON))}"
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
-        return None if capability >= OLDEST_GPU else f"{device} has compute capability {capability}, below {OLDEST_GPU}"
+        if capability < MIN_CAPABILITY:
+            return f"{device} has compute capability {capability}, below {MIN_CAPABILITY}"
+        return None
     interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
     return None if interpreted else f"{device} is no CUDA device"

@@ -1,4 +1,4 @@
-"""What a tower and an input cost: parameters and floating-point operations, counted from the config."""
+"""Count a tower's parameters, and the floating-point operations of an input, from the config."""
 
 import torch
 
@@ -8,13 +8,13 @@ from qwenvit.towers.reference import ReferenceTower
 
 
 def parameters(config: VisionConfig) -> int:
-    """Parameters of the tower."""
+    """Return the number of parameters of the tower."""
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in ReferenceTower(config).parameters())
 
 
 def flops(config: VisionConfig, plan: GridPlan) -> int:
-    """Floating-point operations of one forward pass: its matrix products, two per multiply-add."""
+    """Return the floating-point operations of the matrix products of one forward pass, two per multiply-add."""
     width, patches = config.hidden_size, plan.num_patches
     tokens = patches // config.merge_unit
     mlp_matrices = 3 if config.traits.gated_mlp else 2

@@ -1,4 +1,4 @@
-"""The embedded tower: tiny, made by code, for trying the plumbing without a download."""
+"""The demo tower: tiny, with random weights made by code, for trying the package without a download."""
 
 import math
 import warnings
@@ -8,7 +8,6 @@ import torch
 
 from qwenvit.arguments import Impl
 from qwenvit.config.vision_config import VisionConfig
-from qwenvit.preprocess.image_processor import ImageProcessor
 from qwenvit.towers.choose import Tower, tower_class
 from qwenvit.towers.reference import ReferenceTower
 
@@ -30,13 +29,24 @@ CONFIG = VisionConfig(
 
 
 def build_tower(impl: Impl, device: torch.device, dtype: torch.dtype | None) -> Tower:
-    """The tower of `model="demo"`: the same weights on every machine, announced as random by a warning."""
+    """Build the tower of `model="demo"`, with the same weights on every machine.
+
+    Warns that the weights are random.
+
+    Args:
+        impl: `"reference"`, `"triton"` or `"auto"`, see `tower_class`.
+        device: the device of the weights.
+        dtype: the dtype of the weights; None for float32.
+
+    Raises:
+        ValueError: the tower cannot run on the device.
+    """
     warnings.warn(ANNOUNCEMENT, stacklevel=3)
     with torch.device("meta"):
         tower = tower_class(impl, CONFIG, device)(CONFIG)
         parameters = ReferenceTower(CONFIG).state_dict()
     generator = torch.Generator("cpu").manual_seed(0)
-    fp32: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are set to
+    fp32: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # independent of torch's defaults
     tensors = {}
     for name, parameter in parameters.items():
         if "norm" in name:
@@ -48,8 +58,3 @@ def build_tower(impl: Impl, device: torch.device, dtype: torch.dtype | None) -> 
     tensors = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
     tower.load_state_dict(tensors, strict=True, assign=True)
     return tower
-
-
-def image_processor() -> ImageProcessor:
-    """Qwen3-VL's own preprocessing."""
-    return ImageProcessor.for_family(CONFIG.family)

@@ -1,24 +1,25 @@
-"""The fast tower: inference on a GPU, built of the operations in `qwenvit.ops`, held to the reference tower.
+"""The fast tower: inference on a GPU, built of the operations in `qwenvit.ops`, tested against the reference tower.
 
-Weights are packed once, when they are loaded: rotary pairs adjacent, gate and up in one product, rows padded to whole
-tiles. `load_state_dict` takes and `state_dict` gives the reference tower's names and shapes, so the two are exchanged
-freely. A block is two norms, four matrix products and an attention: nothing is reordered, and nothing but queries and
-keys of long segments is written twice.
+Weights are packed once, when they are loaded: rotary pairs become adjacent, gate and up projection become one product,
+and rows are padded to whole tiles. `load_state_dict` takes and `state_dict` returns the reference tower's names and
+shapes. A block is two norms, four matrix products and an attention. No block reorders tokens, and only the queries and
+keys of long segments are written twice.
 """
 
 from collections.abc import Iterable
 from itertools import chain
 from operator import attrgetter
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwenvit import ops
-from qwenvit.arguments import DTYPES, Impl
+from qwenvit.arguments import Impl
 from qwenvit.config.vision_config import VisionConfig
-from qwenvit.ops.packing import LANES, pack_gate_up, pad_columns
+from qwenvit.ops.checks import FLOATING
+from qwenvit.ops.packing import WIDTH_MULTIPLE, pack_gate_up, pad_columns
 from qwenvit.outputs import TowerOutput
 from qwenvit.plan.grid_plan import DevicePlan, GridPlan, Segments
 from qwenvit.towers.attention import VisionAttention
@@ -28,94 +29,100 @@ ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu", "ge
 
 
 class Norm(nn.Module):
-    """Weights of an RMSNorm or a LayerNorm."""
+    """RMSNorm or LayerNorm over the last dimension. Fused operations take its weights instead of calling it."""
 
-    def __init__(self, config: VisionConfig, width: int) -> None:
+    def __init__(self, config: VisionConfig, width: int, impl: Impl) -> None:
         super().__init__()
+        self.impl = impl
         self.kind = config.traits.norm
         self.weight = nn.Parameter(torch.ones(width))
         self.bias = nn.Parameter(torch.zeros(width)) if self.kind == "layer" else None
 
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize `x` `[rows, width]` into a new tensor."""
+        return ops.norm(x, self.weight, self.bias, self.kind, impl=self.impl)
+
 
 class PatchEmbed(Packed):
-    """Patch embedding; each row of the weight starts a 128-byte line.
+    """Weights of the patch embedding; each row starts a 128-byte line.
 
-    Of a still image one frame is made and moved: `encode` at 1344² with a tower of one block takes 8.7 ms, and 13.1 of
-    two frames (Qwen2.5-VL; Qwen3-VL 9.3 and 13.7; one H200). On the GPU that frame is repeated, in 23 µs. A weight of
-    which the frames are summed would save these and 16 to 18 µs of the product, but rounding it to bf16 is a mistake
-    that transformers does not make: the embedding's error becomes 1.26 to 1.29 times transformers' (1.03 to 1.08 where
-    learned positions are added), that of a narrow tower grows by up to 7 % after 4 blocks and 3 % at full depth, of 5 %
-    allowed (CPU, weights that are bf16 themselves; on the GPU, Qwen2.5-VL's after 4 blocks is 0.90 of transformers'
-    where two frames have 0.86). A second weight for what rounding loses gives the error of two frames again, and a
-    product as long as theirs.
+    Stills pass one frame; the GPU repeats it. Summing weights over frames was rejected: 1.29× error (TUNING.md).
     """
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.kernel = (config.in_channels, config.temporal_patch_size, config.patch_size, config.patch_size)
+        self.kernel_shape = (config.in_channels, config.temporal_patch_size, config.patch_size, config.patch_size)
         self.patch_dim = config.patch_dim
-        self.weight = nn.Parameter(torch.empty(config.hidden_size, -(-self.patch_dim // LANES) * LANES))
+        padded = -(-self.patch_dim // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+        self.weight = nn.Parameter(torch.empty(config.hidden_size, padded))
         self.bias = nn.Parameter(torch.empty(config.hidden_size)) if config.traits.patch_bias else None
 
     def pack(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`proj.weight` `[C, channels, T, P, P]` -> `weight` `[C, padded]`."""
+        """Turn `proj.weight` `[hidden_size, C, T, P, P]` into `weight` `[hidden_size, padded C·T·P·P]`."""
         packed = {name.removeprefix("proj."): tensor for name, tensor in tensors.items()}
-        if packed["weight"].shape[1:] != self.kernel:
-            raise ValueError(f"proj.weight: expected kernels {self.kernel}, got {tuple(packed['weight'].shape[1:])}")
+        if packed["weight"].shape[1:] != self.kernel_shape:
+            raise ValueError(
+                f"proj.weight: expected kernels {self.kernel_shape}, got {tuple(packed['weight'].shape[1:])}"
+            )
         return packed | {"weight": pad_columns(packed["weight"].flatten(1))}
 
-    def frames(self, pixel_values: Tensor) -> Tensor:
-        """Patches by channel and frame, a view: `[patches, C·T·P·P]` or one frame for all -> `[patches, C, T, P·P]`.
+    def expand_frames(self, pixel_values: Tensor) -> Tensor:
+        """Return a view of `pixel_values` as `[patches, C, T, P·P]`, in which stills repeat their one frame.
+
+        Args:
+            pixel_values: `[patches, C·T·P·P]`, or `[patches, C·P·P]` of still images alone.
 
         Raises:
             ValueError: any other shape.
         """
-        channels, frames, *_ = self.kernel
-        pair, still = self.patch_dim, self.patch_dim // frames
-        if pixel_values.ndim != 2 or pixel_values.shape[1] not in (pair, still):
-            expected = f"[patches, {pair}], or [patches, {still}] of still images"
+        channels, frames, *_ = self.kernel_shape
+        all_frames, one_frame = self.patch_dim, self.patch_dim // frames
+        if pixel_values.ndim != 2 or pixel_values.shape[1] not in (all_frames, one_frame):
+            expected = f"[patches, {all_frames}], or [patches, {one_frame}] of still images"
             raise ValueError(f"pixel_values: expected {expected}, got {list(pixel_values.shape)}")
-        given = 1 if pixel_values.shape[1] == still else frames
+        given = 1 if pixel_values.shape[1] == one_frame else frames
         return pixel_values.unflatten(1, (channels, given, -1)).expand(-1, -1, frames, -1)
 
     def unpack(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The inverse of `pack`."""
-        weight = tensors["weight"][:, : self.patch_dim].contiguous().unflatten(1, self.kernel)
+        """Undo `pack`."""
+        weight = tensors["weight"][:, : self.patch_dim].contiguous().unflatten(1, self.kernel_shape)
         return {f"proj.{name}": tensor for name, tensor in (tensors | {"weight": weight}).items()}
 
 
 class MLP(nn.Module):
-    """Two linear maps with an activation between."""
+    """Two linear maps with an activation in between."""
 
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, config: VisionConfig, impl: Impl) -> None:
         super().__init__()
+        self.impl = impl
         self.act = ACTIVATIONS[config.hidden_act]
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     @property
     def last_bias(self) -> Tensor:
-        """What `accumulate` leaves for others to add."""
+        """`[hidden_size]`: the bias of the second map, which `forward` leaves out."""
         return self.fc2.bias
 
-    def accumulate(self, x: Tensor, y: Tensor, impl: Impl) -> Tensor:
-        """`x` plus the MLP of `y` without its last bias, `[patches, hidden_size]`, in place."""
-        hidden = ops.linear_act(y, self.fc1.weight, self.fc1.bias, self.act, impl)
-        return x.addmm_(hidden, self.fc2.weight.T)
+    def forward(self, y: Tensor, residual: Tensor) -> Tensor:
+        """Add the MLP of `y`, without its last bias, to `residual` in place; both `[patches, hidden_size]`."""
+        hidden = ops.linear_act(y, self.fc1.weight, self.fc1.bias, self.act, self.impl)
+        return residual.addmm_(hidden, self.fc2.weight.T)
 
 
 class GatedMLP(Packed):
-    """SwiGLU; gate and up alternate in one weight, widths are padded (`qwenvit.packing`)."""
+    """SwiGLU. Rows of gate and up projection alternate in one weight, and widths are padded (`qwenvit.packing`)."""
 
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, config: VisionConfig, impl: Impl) -> None:
         super().__init__()
+        self.impl = impl
         self.intermediate_size = config.intermediate_size
-        padded = -(-config.intermediate_size // LANES) * LANES
+        padded = -(-config.intermediate_size // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
         self.gate_up = nn.Linear(config.hidden_size, 2 * padded)
         self.down = nn.Linear(padded, config.hidden_size)
 
     def pack(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`gate_proj`, `up_proj`, `down_proj` -> `gate_up`, `down`."""
+        """Turn `gate_proj`, `up_proj` and `down_proj` into `gate_up` and `down`."""
         gate, up = ((tensors[f"{part}_proj.weight"], tensors[f"{part}_proj.bias"]) for part in ("gate", "up"))
         if len(gate[0]) != self.intermediate_size:
             raise ValueError(f"gate_proj.weight: expected {self.intermediate_size} rows, got {len(gate[0])}")
@@ -124,7 +131,7 @@ class GatedMLP(Packed):
         return {name: tensor for name, tensor in (packed | down).items() if tensor is not None}
 
     def unpack(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The inverse of `pack`."""
+        """Undo `pack`."""
         width, unpacked = self.intermediate_size, {}
         for i, part in enumerate(("gate", "up")):
             for kind in ("weight", "bias"):
@@ -135,13 +142,13 @@ class GatedMLP(Packed):
 
     @property
     def last_bias(self) -> Tensor:
-        """See `MLP.last_bias`."""
+        """`[hidden_size]`: the bias of the down projection, which `forward` leaves out."""
         return self.down.bias
 
-    def accumulate(self, x: Tensor, y: Tensor, impl: Impl) -> Tensor:
-        """See `MLP.accumulate`."""
-        hidden = ops.swiglu(y, self.gate_up.weight, self.gate_up.bias, impl)
-        return x.addmm_(hidden, self.down.weight.T)
+    def forward(self, y: Tensor, residual: Tensor) -> Tensor:
+        """Add the MLP of `y`, without its last bias, to `residual` in place; both `[patches, hidden_size]`."""
+        hidden = ops.swiglu(y, self.gate_up.weight, self.gate_up.bias, self.impl)
+        return residual.addmm_(hidden, self.down.weight.T)
 
 
 class Block(nn.Module):
@@ -150,35 +157,40 @@ class Block(nn.Module):
     def __init__(self, config: VisionConfig, impl: Impl) -> None:
         super().__init__()
         self.impl = impl
-        self.norm1 = Norm(config, config.hidden_size)
-        self.norm2 = Norm(config, config.hidden_size)
+        self.norm1 = Norm(config, config.hidden_size, impl)
+        self.norm2 = Norm(config, config.hidden_size, impl)
         self.attn = VisionAttention(config.hidden_size, config.num_heads, config.traits.separate_qkv, impl)
-        self.mlp = GatedMLP(config) if config.traits.gated_mlp else MLP(config)
+        self.mlp = GatedMLP(config, impl) if config.traits.gated_mlp else MLP(config, impl)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
-        """`[patches, hidden_size]` -> same, in the memory of `x`."""
-        norm1, norm2 = self.norm1, self.norm2
-        y = ops.norm(x, norm1.weight, norm1.bias, norm1.kind, impl=self.impl)
+        """Transform `x` `[patches, hidden_size]` in place; `cos` and `sin` are `[patches, head_dim]` fp32."""
+        norm2 = self.norm2
+        y = self.norm1(x)
         y = self.attn.project(y, cos, sin, segments.max_seqlen)
         y = self.attn.attend(y, cos, sin, segments.cu_seqlens, segments.max_seqlen)
         y = self.attn.proj(y)
         y = ops.add_norm_(y, x, norm2.weight, norm2.bias, norm2.kind, shift=self.mlp.last_bias, impl=self.impl)
-        return self.mlp.accumulate(x, y, self.impl)
+        return self.mlp(y, residual=x)
 
 
 class Merger(nn.Module):
-    """Joins the patches of each merge block into one token of the language model's width."""
+    """Merge the patches of each merge block into one token of the language model's width."""
 
     def __init__(self, config: VisionConfig, impl: Impl, norm_merged: bool = False) -> None:
         super().__init__()
         self.impl, self.norm_merged, self.merge_unit = impl, norm_merged, config.merge_unit
         merged_width = config.hidden_size * config.merge_unit
-        self.norm = Norm(config, merged_width if norm_merged else config.hidden_size)
+        self.norm = Norm(config, merged_width if norm_merged else config.hidden_size, impl)
         self.fc1 = nn.Linear(merged_width, merged_width)
         self.fc2 = nn.Linear(merged_width, config.out_hidden_size)
 
     def forward(self, x: Tensor, restore_index: Tensor | None) -> Tensor:
-        """`[patches, hidden_size]` -> `[tokens, out_hidden_size]`, in reading order."""
+        """Merge patches `[patches, hidden_size]` into tokens `[tokens, out_hidden_size]` in reading order.
+
+        Args:
+            x: hidden states in the tower's order.
+            restore_index: `GridPlan.restore_index`; None keeps the order of `x`.
+        """
         y = ops.merge_norm(
             x,
             self.norm.weight,
@@ -194,7 +206,7 @@ class Merger(nn.Module):
 
 
 def refuse_gradients(tensors: Iterable[Tensor]) -> None:
-    """ValueError where gradients are asked of a tower that gives none."""
+    """Raise ValueError if gradients are enabled and a tensor requires them: the fast tower computes none."""
     if torch.is_grad_enabled() and any(map(attrgetter("requires_grad"), tensors)):
         raise ValueError(
             "pixel_values, parameters: expected none that requires gradients, which the fast tower does not give; "
@@ -205,16 +217,19 @@ def refuse_gradients(tensors: Iterable[Tensor]) -> None:
 class FastTower(nn.Module):
     """Vision tower of any family, for inference.
 
-    Blocks work in place, each in the memory of its input: hooks have to copy what they keep. (An encoder runs the tower
-    in CUDA graphs, and refuses hooks.)
+    Blocks work in place, in the memory of their input: a hook must copy what it keeps. `Encoder` runs the tower in CUDA
+    graphs, and refuses hooks.
 
     Args:
-        config: the tower's config. Parameters are not initialised: load a checkpoint, or a reference tower's.
+        config: the tower's config. Parameters are not initialised: load a checkpoint or a reference tower's weights.
         impl: implementation of the operations, see `qwenvit.ops`.
 
     Raises:
-        ValueError: a head width the kernels are not made for.
+        ValueError: the kernels do not support the head width.
     """
+
+    repeats_single_frames: ClassVar[bool] = True
+    """Whether `pixel_values` of still images may have one frame, `[patches, C·P·P]`, which the tower repeats."""
 
     def __init__(self, config: VisionConfig, impl: Impl = "triton") -> None:
         super().__init__()
@@ -228,50 +243,59 @@ class FastTower(nn.Module):
         self.deepstack_mergers = nn.ModuleList(
             Merger(config, impl, norm_merged=True) for _ in config.deepstack_visual_indexes
         )
-        self.graphs: Any = None  # `qwenvit.graphs` keeps a `GraphedTower` here
+        self.graphs: Any = None  # a `qwenvit.graphs.graphed_tower.GraphedTower`, which `graphs_of` sets
         self.requires_grad_(False)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
-        """Move or convert, as any module; graphs that hold on to memory that is to be freed go, others stay."""
+        """Move or convert as any module does. Graphs are dropped if that moves weights, and kept otherwise."""
         if self.graphs is not None:
             self.graphs.release_memory()
         try:
             super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
         except BaseException:
-            self.graphs = None  # some weights may have moved, and nobody holds the memory of any
+            self.graphs = None  # some weights may have moved, and their old memory is no longer kept allocated
             raise
         if self.graphs is not None and not self.graphs.retain_memory():
             self.graphs = None
         return self
 
     def forward(self, pixel_values: Tensor, plan: GridPlan | DevicePlan) -> TowerOutput:
-        """Encode packed patches: as the reference tower does, without gradients.
+        """Encode packed patches as the reference tower does, without gradients.
 
         Args:
-            pixel_values: `[patches, C·T·P·P]`, or `[patches, C·P·P]` of still images alone, which stands for T frames
-                that are alike.
-            plan: of the grids, on the tower's device.
+            pixel_values: `[patches, C·T·P·P]`, or `[patches, C·P·P]` of still images alone, whose frame is repeated
+                T times.
+            plan: the plan of the same patches' grids, on the tower's device.
 
         Raises:
-            ValueError: `pixel_values` of another width; gradients are asked for.
+            ValueError: `pixel_values` of another width; gradients are requested.
         """
         refuse_gradients(chain([pixel_values], self.parameters()))
         return self.transform(self.embed(pixel_values, plan), plan)
 
     def embed(self, pixel_values: Tensor, plan: GridPlan | DevicePlan) -> Tensor:
-        """The first half of `forward`: what the first block gets, `[patches, hidden_size]`, in the tower's order."""
+        """Run the patch embedding, the first part of `forward`.
+
+        Returns:
+            The first block's input, `[patches, hidden_size]`, in the tower's order.
+        """
         embed = self.patch_embed
         weight = embed.weight[:, : embed.patch_dim]
-        if pixel_values.dtype not in DTYPES.values():
+        if pixel_values.dtype not in FLOATING:
             pixel_values = pixel_values.to(weight.dtype)
         table = None if plan.position_taps is None else self.pos_embed.weight
         positions = (table, plan.position_taps, plan.position_weights)
         order = (plan.restore_index, self.config.merge_unit)
-        pixel_values = embed.frames(pixel_values).flatten(1).contiguous()
+        pixel_values = embed.expand_frames(pixel_values).flatten(1).contiguous()
         return ops.patch_embed(pixel_values, weight, embed.bias, *positions, *order, impl=self.impl)
 
     def transform(self, x: Tensor, plan: GridPlan | DevicePlan) -> TowerOutput:
-        """The second half of `forward`, which needs no pixel values, in the memory of `x`."""
+        """Run the blocks and mergers, the rest of `forward`.
+
+        Args:
+            x: `[patches, hidden_size]`, from `embed`. The blocks overwrite it, and it becomes `last_hidden_state`.
+            plan: the plan of the same patches' grids, on the tower's device.
+        """
         deepstack_features = []
         for index, block in enumerate(self.blocks):
             full = plan.windows is None or self.config.is_full_attention(index)

@@ -1,9 +1,11 @@
-"""The reference tower: plain torch, differentiable, any device; it defines what every other tower must compute.
+"""The reference tower: plain torch, differentiable, any device. It defines what every other tower must compute.
 
-Follows Qwen2-VL (arXiv:2409.12191), Qwen2.5-VL (arXiv:2502.13923: windows, RMSNorm, SwiGLU) and Qwen3-VL
-(arXiv:2511.21631: learned positions, DeepStack). The order of operations is that of transformers' towers under
-`attn_implementation="sdpa"`, so that on a CPU the two agree to the last bit.
+It follows Qwen2-VL (arXiv:2409.12191), Qwen2.5-VL (arXiv:2502.13923: windows, RMSNorm, SwiGLU) and Qwen3-VL
+(arXiv:2511.21631: learned positions, DeepStack). Operations have the order of transformers' towers with
+`attn_implementation="sdpa"`, so the outputs are bitwise equal on a CPU.
 """
+
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +21,7 @@ class QuickGELU(nn.Module):
     """x · sigmoid(1.702 x)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Same shape and dtype as `x`."""
+        """Return a tensor of the shape and dtype of `x`."""
         return x * torch.sigmoid(1.702 * x)
 
 
@@ -32,7 +34,7 @@ def _activation(name: str) -> nn.Module:
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last dimension, statistics in fp32 (arXiv:1910.07467)."""
+    """Root-mean-square norm over the last dimension, with statistics in fp32 (arXiv:1910.07467)."""
 
     def __init__(self, width: int, eps: float = NORM_EPS) -> None:
         super().__init__()
@@ -40,7 +42,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """Same shape and dtype as `x`."""
+        """Return a tensor of the shape and dtype of `x`."""
         wide = x.float()
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * wide.to(x.dtype)
@@ -62,7 +64,7 @@ class PatchEmbed(nn.Module):
         )
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """`[patches, C·T·P·P]` in any floating dtype -> `[patches, hidden_size]` in the tower's."""
+        """Embed patches `[patches, C·T·P·P]` of any floating dtype as `[patches, hidden_size]` in the tower's dtype."""
         patches = pixel_values.to(self.proj.weight.dtype).view(-1, *self.patch_shape)
         return self.proj(patches).flatten(1)
 
@@ -82,7 +84,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`[patches, hidden_size]` -> queries, keys and values, `[patches, heads, head_dim]` each."""
+        """Return queries, keys and values of `x`, `[patches, heads, head_dim]` each."""
         if hasattr(self, "qkv"):
             q, k, v = self.qkv(x).chunk(3, dim=-1)
         else:
@@ -90,29 +92,29 @@ class Attention(nn.Module):
         return tuple(part.unflatten(-1, (self.num_heads, -1)) for part in (q, k, v))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
-        """`[patches, hidden_size]` -> same; `cos` and `sin` are `[patches, head_dim]` fp32."""
+        """Return `[patches, hidden_size]`, like `x`; `cos` and `sin` are `[patches, head_dim]` fp32."""
         q, k, v = self.project(x)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         return self.proj(segment_attention(q, k, v, segments, self.scale).flatten(1))
 
 
 def segment_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> Tensor:
-    """Softmax attention of each patch to the patches of its own segment.
+    """Compute the softmax attention of each patch to the patches of its own segment.
 
-    Segments of equal length go through one call: the same numbers as a call for each, without its cost.
+    Segments of equal length share a call, which returns the same numbers as a call for each segment.
 
     Args:
-        q: `[patches, heads, head_dim]`, rotated.
-        k: same, rotated.
-        v: same.
-        segments: which patches attend to one another.
+        q: queries `[patches, heads, head_dim]`, rotated.
+        k: keys `[patches, heads, head_dim]`, rotated.
+        v: values `[patches, heads, head_dim]`.
+        segments: the runs of patches that attend to one another.
         scale: factor on the scores before the softmax.
 
     Returns:
         `[patches, heads, head_dim]`.
     """
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # [segments, length, heads, head_dim] -> same
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # [segments, length, heads, head_dim]
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
 
@@ -125,7 +127,7 @@ def segment_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale
 
 
 class MLP(nn.Module):
-    """Two linear maps with an activation between."""
+    """Two linear maps with an activation in between."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -134,7 +136,7 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[patches, hidden_size]` -> same."""
+        """Return `[patches, hidden_size]`, like `x`."""
         return self.fc2(self.act(self.fc1(x)))
 
 
@@ -149,7 +151,7 @@ class GatedMLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[patches, hidden_size]` -> same."""
+        """Return `[patches, hidden_size]`, like `x`."""
         return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -164,27 +166,27 @@ class Block(nn.Module):
         self.mlp = GatedMLP(config) if config.traits.gated_mlp else MLP(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
-        """`[patches, hidden_size]` -> same."""
+        """Return `[patches, hidden_size]`, like `x`."""
         x = x + self.attn(self.norm1(x), cos, sin, segments)
         return x + self.mlp(self.norm2(x))
 
 
 class Merger(nn.Module):
-    """Joins the patches of each merge block into one token of the language model's width."""
+    """Merge the patches of each merge block into one token of the language model's width."""
 
     def __init__(self, config: VisionConfig, norm_merged: bool = False) -> None:
         super().__init__()
         self.merged_width = config.hidden_size * config.merge_unit
-        self.norm_merged = norm_merged  # DeepStack's mergers normalise after joining, not before
+        self.norm_merged = norm_merged  # DeepStack's mergers normalize after merging, the final one before
         self.norm = _norm(config, self.merged_width if norm_merged else config.hidden_size)
         self.fc1 = nn.Linear(self.merged_width, self.merged_width)
         self.act = nn.GELU()
         self.fc2 = nn.Linear(self.merged_width, config.out_hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[patches, hidden_size]` -> `[tokens, out_hidden_size]`, in the order of the patches."""
-        joined = (-1, self.merged_width)
-        x = self.norm(x.view(joined)) if self.norm_merged else self.norm(x).view(joined)
+        """Merge patches `[patches, hidden_size]` into tokens `[tokens, out_hidden_size]`, in the patches' order."""
+        merged = (-1, self.merged_width)
+        x = self.norm(x.view(merged)) if self.norm_merged else self.norm(x).view(merged)
         return self.fc2(self.act(self.fc1(x)))
 
 
@@ -192,8 +194,11 @@ class ReferenceTower(nn.Module):
     """Vision tower of any family.
 
     Args:
-        config: the tower's config. Parameters start as torch initialises them; load a checkpoint over them.
+        config: the tower's config. Parameters have torch's initial values: load a checkpoint.
     """
+
+    repeats_single_frames: ClassVar[bool] = False
+    """Whether `pixel_values` of still images may have one frame, `[patches, C·P·P]`, which the tower repeats."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -215,7 +220,7 @@ class ReferenceTower(nn.Module):
             plan: the plan of the same patches' grids, on the tower's device.
 
         Returns:
-            Features of all items, packed.
+            Features of all items, packed one after another.
         """
         x = self.patch_embed(pixel_values)
         if plan.position_taps is not None and plan.position_weights is not None:

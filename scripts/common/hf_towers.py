@@ -1,4 +1,4 @@
-"""Hugging Face's own towers, with seeded weights: what tests and scripts compare qwenvit with."""
+"""Build, run, load and save transformers' own vision towers, which tests and scripts compare qwenvit with."""
 
 import importlib
 import json
@@ -29,7 +29,7 @@ _CLASSES = {
 
 
 def tower_class(family: str) -> type[nn.Module]:
-    """transformers' tower class for a family (or for `qwen3_vl_moe`, `qwen3_5_moe`)."""
+    """Return transformers' tower class for a family (or for `qwen3_vl_moe`, `qwen3_5_moe`)."""
     return _load(family)[1]
 
 
@@ -54,15 +54,18 @@ def build_tower(
     outliers: bool = True,
     variant: str | None = None,
 ) -> nn.Module:
-    """A tower of transformers under sdpa attention, in eval mode, with weights from `seed_weights`.
+    """Build transformers' tower with sdpa attention, in eval mode, with weights from `seed_weights`.
 
     Args:
-        config: its shape.
-        dtype: of its parameters (RoPE frequencies stay fp32, as `from_pretrained` leaves them).
-        device: where it lives.
-        seed: of its weights.
+        config: the tower's shape.
+        dtype: dtype of the parameters (RoPE frequencies stay fp32, as `from_pretrained` leaves them).
+        device: device of the parameters.
+        seed: seed of the weights.
         outliers: whether some channels are much larger than the rest, see `seed_weights`.
-        variant: a key of the class table other than the config's family, for the MoE twins.
+        variant: `qwen3_vl_moe` or `qwen3_5_moe`, to use that class instead of the one of the config's family.
+
+    Raises:
+        ImportError: this transformers has no tower of the family.
     """
     config_class, tower = _load(variant or config.family)
     values = config.to_hf()
@@ -75,9 +78,9 @@ def build_tower(
 
 @torch.no_grad()
 def forward(tower: nn.Module, pixel_values: Tensor, grid_thw: Tensor) -> tuple[Tensor | None, Tensor, list[Tensor]]:
-    """Last hidden state, tokens and DeepStack features of a tower of any version of transformers.
+    """Run transformers' tower; return last hidden state, merged tokens and DeepStack features.
 
-    4.57 returns the tokens, with DeepStack's if there are any, and no last hidden state.
+    transformers 4.57 returns the tokens, with DeepStack features if there are any, and no last hidden state (None).
     """
     output = tower(pixel_values, grid_thw=grid_thw.to(pixel_values.device))
     if isinstance(output, Tensor):
@@ -90,10 +93,10 @@ def forward(tower: nn.Module, pixel_values: Tensor, grid_thw: Tensor) -> tuple[T
 
 @torch.no_grad()
 def seed_weights(tower: nn.Module, seed: int, outliers: bool = True) -> None:
-    """Weights of the size trained ones have, by default with outliers.
+    """Fill a tower with seeded weights of the size of trained ones, by default with outlier channels.
 
-    Those are a few hidden channels of every MLP, 100 times larger than the rest and read with weights 50 times smaller:
-    16-bit arithmetic meets the range of trained towers, while the tower as a whole does not amplify rounding.
+    A few hidden channels of every MLP are 100 times larger than the rest, and the next layer reads them with weights 50
+    times smaller. 16-bit arithmetic then meets the range of trained towers, and the tower does not amplify rounding.
     """
     large, small = (100, 0.02) if outliers else (1, 1)
     device = next(tower.parameters()).device
@@ -106,7 +109,7 @@ def seed_weights(tower: nn.Module, seed: int, outliers: bool = True) -> None:
         if parameter.ndim > 1:
             values = normal(parameter) * parameter[0].numel() ** -0.5
             if "patch_embed" in name:
-                values *= 0.1  # the stream starts faint, so that even a norm's eps shows
+                values *= 0.1  # small enough for an error in a norm's eps to show
             if "fc1" in name or "up_proj" in name or name.endswith("mlp.0.weight"):
                 values[:: max(2, len(values) // 3)] *= large
             if "fc2" in name or "down_proj" in name or name.endswith("mlp.2.weight"):
@@ -119,20 +122,28 @@ def seed_weights(tower: nn.Module, seed: int, outliers: bool = True) -> None:
 
 
 def load_weights(tower: nn.Module, source: Path) -> None:
-    """Fill a tower of transformers from safetensors files, by its own tensor names and without any code of qwenvit."""
+    """Load safetensors files into transformers' tower by its own tensor names, without any code of qwenvit.
+
+    Args:
+        tower: transformers' tower.
+        source: a safetensors file, or a folder of them.
+
+    Raises:
+        RuntimeError: a tensor is missing or has the wrong shape.
+    """
     names = tower.state_dict().keys()
-    found: dict[str, Tensor] = {}
+    loaded: dict[str, Tensor] = {}
     for file in sorted(source.glob("*.safetensors")) if source.is_dir() else [source]:
         with safe_open(file, "pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118 (a safetensors handle is no dict)
                 name = re.sub(r"^(model\.|thinker\.)?visual\.", "", key)
                 if name in names:
-                    found[name] = tensors.get_tensor(key)
-    tower.load_state_dict(found, strict=True)
+                    loaded[name] = tensors.get_tensor(key)
+    tower.load_state_dict(loaded, strict=True)
 
 
 def save_tower(tower: nn.Module, config: VisionConfig, folder: Path) -> Path:
-    """Write a tower as a published checkpoint of its family holds it; returns the folder."""
+    """Save transformers' tower under the tensor names of its family's published checkpoints; return the folder."""
     prefixes = {"qwen2_vl": "visual.", "qwen2_5_vl": "visual.", "qwen2_5_omni": "thinker.visual."}
     prefix = (prefixes | {"qwen3_omni": "thinker.visual."}).get(config.family, "model.visual.")
     tensors = {f"{prefix}{name}": tensor.cpu() for name, tensor in tower.state_dict().items()}

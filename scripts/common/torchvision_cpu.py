@@ -1,18 +1,18 @@
-"""Lets torchvision's default wheel, built for CUDA, be imported beside a CPU build of torch.
+"""Make torchvision's default wheel, built for CUDA, importable beside a CPU build of torch.
 
-That wheel's compiled operators do not load there, and torchvision then fails on the first of their names it mentions.
-transformers' image processors need none of them; the names alone are enough.
+The wheel's compiled operators do not load there, and `import torchvision` then fails on the first operator that its
+Python code names. transformers' image processors call none of these operators, so defining their names is enough.
 """
 
 import importlib.util
 
 import torch
 
-_library: torch.library.Library | None = None  # schemas live as long as the object that defined them
+_library: torch.library.Library | None = None  # the schemas exist as long as this object
 
 
 def define_torchvision_schemas() -> None:
-    """Define the operator names torchvision's Python side refers to; call before anything imports torchvision."""
+    """Define the operators that `import torchvision` refers to. Call it before anything imports torchvision."""
     global _library
     if _library is not None or torch.version.cuda or importlib.util.find_spec("torchvision") is None:
         return

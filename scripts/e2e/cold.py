@@ -1,9 +1,9 @@
-"""Load to first embedding in a process of its own, where no compiled kernel is to be found.
+"""Time a cold start: from load to first embedding, in a new process with empty compilation caches.
 
-The clock runs from the call of `Encoder.from_pretrained` until the embedding of one image is in the host's memory:
-start of CUDA, reading the file, packing, compilation, preprocessing and the image's way to the GPU are all in it,
-imports are not. The file's bytes were read once before, so they lie in the system's cache; the seconds of that reading
-stand beside and are not subtracted. Prints a line of JSON; progress goes to stderr.
+The time runs from the call of `Encoder.from_pretrained` until the embedding of one image is in the host's memory. It
+includes the start of CUDA, reading the file, packing, compilation, preprocessing and the image's copy to the GPU, and
+excludes imports. The file is read once before, so it comes from the system's cache; the seconds of that read are
+reported and not subtracted. Prints a line of JSON; progress goes to stderr.
 """
 
 import argparse
@@ -18,59 +18,60 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from common.jobs import progress
+from common.progress import progress
 
-LIMIT = 300
-"""Seconds after which the process is given up."""
-SIDE = 448
-CACHES = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor", "CUDA_CACHE_PATH": "driver"}
+TIMEOUT = 300
+"""Seconds after which the process is killed."""
+IMAGE_SIDE = 448
+CACHE_FOLDERS = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor", "CUDA_CACHE_PATH": "driver"}
 
 
 def cold_start(source: Path, device: str = "cuda", impl: str = "triton") -> dict[str, Any]:
-    """What `first_embedding` says in a new process whose caches are empty.
+    """Return what `first_embedding` measures in a new process whose caches are empty, and the kernels it compiled.
 
     Raises:
-        RuntimeError: the process failed, or its caches were not those it was given.
+        RuntimeError: the process failed, or it compiled nothing into its empty cache.
+        subprocess.TimeoutExpired: it took longer than TIMEOUT.
     """
     with tempfile.TemporaryDirectory() as folder:
-        caches = {name: str(Path(folder, cache)) for name, cache in CACHES.items()}
+        environment = {name: str(Path(folder, cache)) for name, cache in CACHE_FOLDERS.items()}
+        environment["PYTHONPATH"] = os.pathsep.join(sys.path)
         command = [sys.executable, "-m", "e2e.cold", str(source), device, impl]
-        caches["PYTHONPATH"] = os.pathsep.join(sys.path)
-        done = subprocess.run(command, env=os.environ | caches, stdout=subprocess.PIPE, text=True, timeout=LIMIT)
+        done = subprocess.run(command, env=os.environ | environment, stdout=subprocess.PIPE, text=True, timeout=TIMEOUT)
         if done.returncode:
             raise RuntimeError(f"the cold process ended with {done.returncode}")
-        found = json.loads(done.stdout)
-        found["kernels"] = len(list(Path(folder, "triton").glob("*/*.cubin")))
-    if impl == "triton" and not found["kernels"]:
+        figures = json.loads(done.stdout)
+        figures["kernels"] = len(list(Path(folder, "triton").glob("*/*.cubin")))
+    if impl == "triton" and not figures["kernels"]:
         raise RuntimeError("the cold process compiled no kernel: its cache was not the empty one")
-    return found
+    return figures
 
 
 def first_embedding(source: Path, device: str, impl: str) -> dict[str, float]:
-    """Seconds of the imports, of reading the file's bytes, of loading the encoder, of the first and second image."""
-    spent: dict[str, float] = {}
+    """Return the seconds of imports, reading the file, loading the encoder, and the first and second image."""
+    seconds: dict[str, float] = {}
 
     @contextmanager
-    def clock(part: str) -> Iterator[None]:
-        progress(f"cold process: {part}")
+    def timed(step: str) -> Iterator[None]:
+        progress(f"cold process: {step}")
         start = time.perf_counter()
         yield
-        spent[part] = time.perf_counter() - start
+        seconds[step] = time.perf_counter() - start
 
-    with clock("imports"):
+    with timed("imports"):
         import numpy as np
 
         from qwenvit import Encoder
-    with clock("read"):
+    with timed("read"):
         size = len((source / "model.safetensors").read_bytes())
-    image = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
-    with clock("load"):
+    image = np.random.default_rng(0).integers(0, 256, (IMAGE_SIDE, IMAGE_SIDE, 3), dtype=np.uint8)
+    with timed("load"):
         encoder = Encoder.from_pretrained(source, device=device, dtype="bfloat16", impl=impl)
-    for part in ("first", "second"):
-        with clock(part):
+    for step in ("first", "second"):
+        with timed(step):
             encoder.encode(image).packed.cpu()
     progress("")
-    return spent | {"bytes": size}
+    return seconds | {"bytes": size}
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What CUDA graphs cost: time and memory of a capture, the host's part of a call, and room to spare."""
+"""Measure what CUDA graphs cost: time and memory of captures, host time of a call, and rounding up to a capacity."""
 
 import copy
 import statistics
@@ -11,51 +11,60 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from e2e.cases import Case, all_cases, pixel_values
-from e2e.timing import Call, clean, driver_bytes, held_bytes, host_time, wall
+from common.tower_inputs import Case, pixel_values
+from e2e.cases import all_cases
+from e2e.timing import Call, allocated_bytes, driver_bytes, free_cached_memory, host_time, wall_seconds
 from qwenvit import Encoder
-from qwenvit.graphs import graphed_tower as graphs
+from qwenvit.graphs import graphed_tower
 from qwenvit.graphs.capacity import Capacity
 from qwenvit.towers.fast import FastTower
 
 SMALL, LARGE = "448²", "1344²"
-LATER = 5
-"""Calls after a capture, whose median is taken off the first one's time."""
+REPLAYS = 5
+"""Calls after a capture. Their median is subtracted from the time of the first call."""
 
 
-def afresh(tower: FastTower) -> Encoder:
-    """An encoder of the same weights, whose tower has no graphs yet."""
+def fresh_encoder(tower: FastTower) -> Encoder:
+    """Return an encoder with the tower's weights and no CUDA graphs."""
     twin = copy.copy(tower)
     twin.graphs = None
     return Encoder(twin)
 
 
-def rounding_by(capacity: Callable[[Capacity, int], Capacity], encoder: Encoder, pixels: Tensor, grid: Tensor) -> Call:
-    """A call of an encoder that found its graph's capacity by this function when it first met the grid.
+def call_with_capacity(
+    capacity_for: Callable[[Capacity, int], Capacity], encoder: Encoder, pixels: Tensor, grid: Tensor
+) -> Call:
+    """Return a call of an encoder whose graph for this grid has the capacity that a function returns.
+
+    The encoder runs once with `capacity_for` in place of `qwenvit.graphs.capacity.capacity_for`, and keeps that graph.
 
     Raises:
-        RuntimeError: the function is not asked, or no graph is replayed.
+        RuntimeError: the encoder did not call the function, or did not replay a graph.
     """
     replay = torch.cuda.CUDAGraph.replay
     with (
-        mock.patch.object(graphs, "capacity_for", side_effect=capacity) as asked,
+        mock.patch.object(graphed_tower, "capacity_for", side_effect=capacity_for) as asked,
         mock.patch.object(torch.cuda.CUDAGraph, "replay", autospec=True, side_effect=replay) as replays,
     ):
         encoder(pixels, grid)
     if not (asked.called and replays.called):
-        raise RuntimeError("the encoder asks no qwenvit.graphs.capacity_for, or replays no graph of that capacity")
+        raise RuntimeError("the encoder did not call qwenvit.graphs.capacity_for, or replayed no graph of its capacity")
     return partial(encoder, pixels, grid)
 
 
-def exact(need: Capacity, _: int) -> Capacity:
-    """Room for what is needed, and no more; a capacity of its own, since the very same one means no graph."""
-    return need._replace()
+def exact_capacity(need: Capacity, _: int) -> Capacity:
+    """Return the capacity that a batch needs, without rounding it up."""
+    return need
 
 
 def graph_costs(tower: FastTower, dtype: torch.dtype) -> dict[str, Any]:
-    """Captures of two capacities, the larger one first; the host's part of a call; graphs for all images up to that.
+    """Measure captures at two sizes, the larger first, the host time of a call, and a warmup for all smaller images.
 
-    No CUDA graph may be alive before. Memory is in bytes, times in ms, unless the key says otherwise.
+    No CUDA graph may be alive before.
+
+    Returns:
+        `capture`: ms of each capture; `memory`: bytes that each added; `host`: see `host_time`; `graphs`, `seconds`,
+        `held` and `driver`: number of graphs of a warmup, its seconds, its bytes, and the driver's bytes.
     """
     config, device = tower.config, tower.patch_embed.weight.device
     cases = {case.name: case for case in all_cases(config)}
@@ -63,23 +72,23 @@ def graph_costs(tower: FastTower, dtype: torch.dtype) -> dict[str, Any]:
     def call_of(encoder: Encoder, case: Case) -> Call:
         return partial(encoder, pixel_values(case, config, device, dtype), case.grid_thw())
 
-    call_of(afresh(tower), cases[LARGE])()  # compiles
-    call_of(afresh(tower), cases[SMALL])()
-    clean()
-    encoder, found = afresh(tower), dict[str, Any](capture={}, memory={})
+    call_of(fresh_encoder(tower), cases[LARGE])()  # compiles
+    call_of(fresh_encoder(tower), cases[SMALL])()
+    free_cached_memory()
+    encoder, found = fresh_encoder(tower), dict[str, Any](capture={}, memory={})
     for name in (LARGE, SMALL):
-        call, held = call_of(encoder, cases[name]), held_bytes()
-        first = wall(call)
-        later = statistics.median(wall(call) for _ in range(LATER))
+        call, before = call_of(encoder, cases[name]), allocated_bytes()
+        first = wall_seconds(call)
+        later = statistics.median(wall_seconds(call) for _ in range(REPLAYS))
         found["capture"][name] = (first - later) * 1e3
-        found["memory"][name] = held_bytes() - held
+        found["memory"][name] = allocated_bytes() - before
         del call
     found["host"] = host_time(call_of(encoder, cases[SMALL]))
     del encoder
-    clean()
-    server, held, driver = afresh(tower), held_bytes(), driver_bytes()
+    free_cached_memory()
+    encoder, before, driver_before = fresh_encoder(tower), allocated_bytes(), driver_bytes()
     start = time.perf_counter()
-    found["graphs"] = server.warmup(cases[LARGE].patches // config.merge_unit)
+    found["graphs"] = encoder.warmup(cases[LARGE].patches // config.merge_unit)
     torch.cuda.synchronize()
     found["seconds"] = time.perf_counter() - start
-    return found | {"held": held_bytes() - held, "driver": driver_bytes() - driver}
+    return found | {"held": allocated_bytes() - before, "driver": driver_bytes() - driver_before}

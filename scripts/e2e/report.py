@@ -1,9 +1,8 @@
-"""Figures of `bench_e2e.py` as markdown, and as the README's block."""
+"""Figures of `bench_e2e.py` as markdown, for the terminal and for a page."""
 
 import itertools
 import math
 from collections.abc import Iterable
-from pathlib import Path
 
 from e2e.graphs import LARGE, SMALL
 from e2e.verdicts import (
@@ -11,27 +10,28 @@ from e2e.verdicts import (
     OURS,
     Result,
     Row,
+    all_verdicts,
     best_rival,
     cold_verdict,
-    judged,
+    row_verdicts,
     sizes_text,
     value_of,
-    verdicts,
 )
-from peers.towers import FLAGS, SDPA, TIMM
+from peers.rivals import HOW_RIVALS_RUN, SDPA, TIMM
 
-BEGIN, END = "<!-- bench_e2e.py: begin -->", "<!-- bench_e2e.py: end -->"
 METHOD = (
-    "Medians of wall time in ms from `encoder(pixel_values, grid)`, pixel values on the GPU in bf16 and the grid on "
-    "the CPU, until the result is there; the contenders of a row take turns in one process (vLLM: in its own). p10–p90"
-    " in brackets. The grids of a case are the same in every call, and ours keeps their table. Best rival: the fastest"
-    " of those that do the whole tower's work, where none was left out. TFLOP/s counts matrix products. MiB is the "
-    "peak of a call above one copy of the weights as the checkpoint has them: results, static buffers, the pool of "
-    "this case's CUDA graph alone (beyond 32768 patches there is none), padding of weights and cuBLAS' workspaces "
-    "included. No speedup is printed where the outputs are further from fp32 than 1.05 times transformers' own in bf16"
-    " (3 times, where those are off by more than 5 %). Bars are what this project set out to reach, moonshots what it "
-    "would like to."
+    "Times are medians of wall time in ms from `encoder(pixel_values, grid)`, with pixel values on the GPU in bf16 and "
+    "the grid on the CPU, until the result is ready; p10–p90 in brackets. The contenders of a row run interleaved in "
+    "one process (vLLM: in its own). Every call of a case has the same grid, and qwenvit caches its table. Best rival: "
+    "the fastest of those that do the whole tower's work; none is named where one was left out of the run. TFLOP/s "
+    "counts matrix products. MiB is the peak of a call above one copy of the weights as the checkpoint has them. It "
+    "includes results, static buffers, the pool of this case's CUDA graph alone (none beyond 32768 patches), padding "
+    "of weights and cuBLAS' workspaces. No speedup is given where the outputs' error against fp32 is above 1.05 times "
+    "transformers' own in bf16 (3 times, where that is above 5 %)."
 )
+BARS_METHOD = "Bars are what this project set out to reach, moonshots what it would like to."
+SPEED_ROWS = tuple((model, f"{side}²") for model in ("Qwen2.5-VL-7B", "Qwen3-VL-8B") for side in (448, 896, 1344))
+"""Model and case of each row of the README's table."""
 
 
 def _ms(row: Row, name: str) -> str:
@@ -48,7 +48,7 @@ def _ours(row: Row) -> str:
     return f"**{_ms(row, OURS)}**{_spread(row, OURS)}{frames}"
 
 
-def _ratio(kind: str, row: Row) -> str:
+def _speedup(kind: str, row: Row) -> str:
     ratio = value_of(kind, row)
     return "–" if math.isnan(ratio) else f"{ratio:.2f}×"
 
@@ -59,34 +59,36 @@ def _table(head: list[str], lines: Iterable[list[str]]) -> str:
 
 
 def short_table(result: Result) -> str:
-    """A row a case: ours, the best rival, and what transformers runs by default."""
-    head = ["", "patches", "qwenvit, ms", "best rival, ms", "over it", "transformers sdpa, ms", "over it"]
+    """Return a row for each case: qwenvit, the best rival, and transformers with its default attention."""
+    head = ["", "patches", "qwenvit, ms", "best rival, ms", "speedup", "transformers sdpa, ms", "speedup"]
     lines = []
     for row in result["rows"]:
         best = best_rival(row)
         theirs = f"{_ms(row, best)}{_spread(row, best)}, {best}" if best else "–"
-        cells = [row["name"], str(row["patches"]), _ours(row), theirs, _ratio("over the best", row)]
-        lines.append([*cells, _ms(row, SDPA) + _spread(row, SDPA), _ratio("over sdpa", row)])
+        cells = [row["name"], str(row["patches"]), _ours(row), theirs, _speedup("over best rival", row)]
+        lines.append([*cells, _ms(row, SDPA) + _spread(row, SDPA), _speedup("over sdpa", row)])
     return _table(head, lines)
 
 
-def full_table(result: Result) -> str:
-    """A row a case; a column for each contender that ran on any, in ms."""
+def full_table(result: Result, for_readers: bool) -> str:
+    """Return a row for each case and a column in ms for each contender that ran in any; bars unless `for_readers`."""
     rivals = list(dict.fromkeys(name for row in result["rows"] for name in row["times"] if name != OURS))
-    head = ["", OURS, "TFLOP/s", "of the GEMM ceiling", "MiB (transformers)", *rivals, "bars"]
+    head = ["", OURS, "TFLOP/s", "of the GEMM ceiling", "MiB (transformers)", *rivals]
     lines = []
     for row in result["rows"]:
         rate = row["flops"] / row["times"][OURS]["median"]
         memory = f"{row['peak'][OURS] / 2**20:.0f} ({row['peak'][SDPA] / 2**20:.0f})"
         cells = [row["name"], _ms(row, OURS), f"{rate / 1e12:.0f}", f"{rate / result['gemm']:.0%}", memory]
-        bars = ", ".join(map(str, verdicts(result["model"], row)))
         cells += [_ms(row, name) for name in rivals]
-        lines.append([*cells, bars if row["passed"] else f"parity failed: {row['failure']}"])
-    return _table(head, lines)
+        if not for_readers:
+            bars = ", ".join(map(str, row_verdicts(result["model"], row)))
+            cells.append(bars if row["passed"] else f"parity failed: {row['failure']}")
+        lines.append(cells)
+    return _table(head if for_readers else [*head, "bars"], lines)
 
 
 def missing(result: Result) -> list[str]:
-    """Rivals that did not run, with the reason and the cases."""
+    """Return a line for each rival that did not run and each reason, with the cases."""
     found = sorted((name, why, row["name"]) for row in result["rows"] for name, why in row["missing"].items())
     lines = []
     for (name, why), group in itertools.groupby(found, key=lambda entry: entry[:2]):
@@ -96,101 +98,132 @@ def missing(result: Result) -> list[str]:
 
 
 def failures(result: Result) -> list[str]:
-    """What failed, by the reason: once a CUDA error has happened, all that follows fails alike."""
+    """Return a line for each reason, with the steps that failed: after a CUDA error, all later steps fail alike."""
     groups: dict[str, list[str]] = {}
-    for part, why in result["failed"]:
-        groups.setdefault(why, []).append(part)
-    return [f"{', '.join(parts)}: {why}" for why, parts in groups.items()]
+    for step, why in result["failed"]:
+        groups.setdefault(why, []).append(step)
+    return [f"{', '.join(steps)}: {why}" for why, steps in groups.items()]
 
 
-def over_timm(result: Result) -> list[str]:
-    """How much faster our tower without DeepStack is, by case."""
+def parity_failures(result: Result) -> list[str]:
+    return [f"{row['name']}: {row['failure']}" for row in result["rows"] if not row["passed"]]
+
+
+def speedups_over_timm(result: Result) -> list[str]:
+    """Return timm's time over that of qwenvit without DeepStack, by case."""
     rows = [row for row in result["rows"] if row["passed"] and {TIMM, NO_DEEPSTACK} <= row["times"].keys()]
     ratios = [row["times"][TIMM]["median"] / row["times"][NO_DEEPSTACK]["median"] for row in rows]
     return [f"{ratio:.2f}× ({row['name']})" for ratio, row in zip(ratios, rows, strict=True)]
 
 
-def cold_text(cold: Row) -> str:
+def cold_text(cold: Row, with_bar: bool) -> str:
+    verdict = cold_verdict(cold)
     return (
-        f"Cold process, nothing compiled: {cold_verdict(cold)}: loading {cold['load']:.1f} s, the first 448² image "
-        f"{cold['first']:.1f} s with {cold['kernels']} kernels compiled. Nothing is subtracted: the file's "
-        f"{cold['bytes'] / 2**30:.2f} GiB lay in the system's cache, and reading them alone took {cold['read']:.1f} s. "
-        f"Imports, before that: {cold['imports']:.1f} s; the second image: {cold['second'] * 1e3:.1f} ms"
+        f"Cold process, nothing compiled: {verdict if with_bar else verdict.figure}: loading {cold['load']:.1f} s, the "
+        f"first 448² image {cold['first']:.1f} s with {cold['kernels']} kernels compiled. Nothing is subtracted: the "
+        f"file's {cold['bytes'] / 2**30:.2f} GiB were in the system's cache, and reading them alone took "
+        f"{cold['read']:.1f} s. Imports, before that: {cold['imports']:.1f} s; the second image: "
+        f"{cold['second'] * 1e3:.1f} ms"
     )
 
 
 def graphs_text(costs: Row) -> str:
     mebibytes = {name: count / 2**20 for name, count in costs["memory"].items()}
     host = costs["host"]
-    waits = "never waiting for the GPU" if not host["waited"] else f"having waited for the GPU {host['waited']} times"
+    waits = f"having waited for the GPU {host['waited']} times" if host["waited"] else "without waiting for the GPU"
     return (
         f"CUDA graphs: a capture takes {costs['capture'][LARGE]:.0f} ms at {LARGE}, then {costs['capture'][SMALL]:.0f} "
-        f"ms at {SMALL}; the first keeps {mebibytes[LARGE]:.0f} MiB, the second adds {mebibytes[SMALL]:.0f} MiB. "
+        f"ms at {SMALL}; the first takes {mebibytes[LARGE]:.0f} MiB, the second adds {mebibytes[SMALL]:.0f} MiB. "
         f"`warmup` for one image of any size up to {LARGE}: {costs['graphs']} graphs in {costs['seconds']:.1f} s, "
         f"{costs['held'] / 2**20:.0f} MiB, and {costs['driver'] / 2**20:.0f} MiB of the driver's own. A call at "
         f"{SMALL} returns after {host['us']:.0f} µs, {waits}"
     )
 
 
-def notes(result: Result) -> list[str]:
-    """What stands below a model's table."""
-    bars = judged(result)
-    groups = itertools.groupby((bar for bar in bars if not bar.met), key=lambda bar: bar.case)
-    missed = "; ".join(f"{case}: {', '.join(bar.text for bar in group)}" for case, group in groups)
-    found = [f"{sum(bar.met for bar in bars)} of {len(bars)} bars met"] if bars else []
-    found += [f"Not met: {missed}"] if missed else []
+def notes(result: Result, for_readers: bool) -> list[str]:
+    """Return the lines below a model's table.
+
+    Args:
+        result: the model's figures.
+        for_readers: leave out the bars, and the rivals that did not run.
+    """
+    found = [] if for_readers else bar_notes(result)
     found += [f"Parity: {result['gate']}"] if result["gate"] else []
-    found += [sizes_text(result["sizes"])] if result["sizes"] else []
-    found += [cold_text(result["cold"])] if result["cold"] else []
+    found += [f"Parity failed: {line}" for line in parity_failures(result)] if for_readers else []
+    found += [sizes_text(result["sizes"], not for_readers)] if result["sizes"] else []
+    found += [cold_text(result["cold"], not for_readers)] if result["cold"] else []
     found += [graphs_text(result["graphs"])] if result["graphs"] else []
-    found += [f"{NO_DEEPSTACK} over timm: {', '.join(over_timm(result))}"] if over_timm(result) else []
-    found += [f"Not measured: {line}" for line in missing(result)]
+    over_timm = speedups_over_timm(result)
+    found += [f"{NO_DEEPSTACK} over timm: {', '.join(over_timm)}"] if over_timm else []
+    found += [] if for_readers else [f"Not measured: {line}" for line in missing(result)]
     return found + [f"Failed: {line}" for line in failures(result)]
 
 
-def section(result: Result) -> str:
-    """One model: a short table, what is to be said about it, and all figures to fold out."""
-    lines = "\n".join(f"- {note}." for note in notes(result))
-    head = f"#### {result['model']}\n\n"
+def bar_notes(result: Result) -> list[str]:
+    """Return how many bars are met, and the figures that miss theirs."""
+    bars = all_verdicts(result)
+    groups = itertools.groupby((bar for bar in bars if not bar.met), key=lambda bar: bar.case)
+    missed = "; ".join(f"{case}: {', '.join(bar.text for bar in group)}" for case, group in groups)
+    found = [f"{sum(bar.met for bar in bars)} of {len(bars)} bars met"] if bars else []
+    return found + ([f"Not met: {missed}"] if missed else [])
+
+
+def section(result: Result, for_readers: bool) -> str:
+    """Return one model's short table and notes, and all its figures folded up."""
+    lines = "\n".join(f"- {note}." for note in notes(result, for_readers))
+    head = f"### {result['model']}\n\n"
     if not result["rows"]:
         return head + lines
-    details = f"<details><summary>All contenders, TFLOP/s, memory, bars</summary>\n\n{result['ceilings']}\n\n"
-    return f"{head}{short_table(result)}\n\n{lines}\n\n{details}{full_table(result)}\n\n</details>"
+    summary = f"All contenders, TFLOP/s, memory{'' if for_readers else ', bars'}"
+    details = f"<details><summary>{summary}</summary>\n\n{result['ceilings']}\n\n"
+    return f"{head}{short_table(result)}\n\n{lines}\n\n{details}{full_table(result, for_readers)}\n\n</details>"
 
 
-def profile_tables(result: Result, most: int = 12) -> str:
-    """Where the time of one forward pass goes."""
+def profile_tables(result: Result, max_kernels: int = 12) -> str:
+    """Return a table of kernels for each profiled case, the slowest first."""
     parts = []
     for case, profile in result["profiles"].items():
         span, busy = profile["span"], sum(kernel["us"] for kernel in profile["kernels"])
         parts.append(
             f"\n{result['model']}, {case}: kernels and copies of {busy:.0f} µs in a span of {span:.0f} µs under the "
-            f"profiler, whose own work widens the gaps; the graph's replay alone, by CUDA events and without the "
-            f"profiler, takes {profile['replay']:.0f} µs\n"
+            f"profiler, which widens the gaps between kernels; the graph's replay alone, by CUDA events and without "
+            f"the profiler, takes {profile['replay']:.0f} µs\n"
         )
-        names = ((kernel, kernel["name"][:80].replace("|", "\\|")) for kernel in profile["kernels"][:most])
+        names = ((kernel, kernel["name"][:80].replace("|", "\\|")) for kernel in profile["kernels"][:max_kernels])
         lines = [[f"`{name}`", str(k["calls"]), f"{k['us']:.0f}", f"{k['us'] / busy:.0%}"] for k, name in names]
         parts.append(_table(["kernel", "calls", "µs", "of all"], lines))
     return "\n".join(parts)
 
 
-def block(results: Iterable[Result]) -> str:
-    """All models, under the machines they ran on."""
+def block(results: Iterable[Result], for_readers: bool) -> str:
+    """Return the sections of all models, under the machines they ran on.
+
+    Args:
+        results: figures by model.
+        for_readers: leave out the project's own bars and moonshots, and the rivals that did not run.
+    """
     parts = []
     for machine, group in itertools.groupby(results, key=lambda result: result["machine"]):
-        parts += [machine, *(section(result) for result in group)]
-    return "\n\n".join([*parts, METHOD, FLAGS])
+        parts += [machine, *(section(result, for_readers) for result in group)]
+    method = METHOD if for_readers else f"{METHOD} {BARS_METHOD}"
+    return "\n\n".join([*parts, method, HOW_RIVALS_RUN])
 
 
-def rewrite(readme: Path, text: str) -> None:
-    """Put a text between the two markers of a README.
+def speed_table(results: Iterable[Result]) -> str:
+    """Return the README's table: qwenvit, the best rival and transformers sdpa on six inputs.
 
     Raises:
-        ValueError: the markers are not there, once each and in order.
+        ValueError: the results lack one of the inputs.
     """
-    old = readme.read_text()
-    before, begin, rest = old.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end) or BEGIN in after or END in after:
-        raise ValueError(f"--readme: expected one {BEGIN} and then one {END} in {readme}")
-    readme.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
+    rows = {(result["model"], row["name"]): row for result in results for row in result["rows"]}
+    if absent := [f"{model} at {case}" for model, case in SPEED_ROWS if (model, case) not in rows]:
+        raise ValueError(f"--readme: expected figures of {len(SPEED_ROWS)} inputs, got none of {', '.join(absent)}")
+    faster = "times faster"
+    head = ["model, input", "qwenvit, ms", "best rival, ms", faster, "transformers sdpa, ms", faster]
+    lines = []
+    for model, case in SPEED_ROWS:
+        row = rows[model, case]
+        best = best_rival(row)
+        cells = [f"{model}, {case}", f"**{_ms(row, OURS)}**", f"{_ms(row, best)} ({best})" if best else "–"]
+        lines.append([*cells, _speedup("over best rival", row), _ms(row, SDPA), _speedup("over sdpa", row)])
+    return _table(head, lines)

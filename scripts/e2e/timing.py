@@ -1,4 +1,4 @@
-"""How whole towers are timed: by the clock on the wall, in turns. And what a call costs besides: memory, host, gaps."""
+"""Measure calls of whole towers: wall time in interleaved rounds, memory, host time, replay time and kernel times."""
 
 import gc
 import statistics
@@ -9,21 +9,20 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
 from torch.autograd import DeviceType
 
-Outputs = list[Tensor]
-"""Tokens, then DeepStack features."""
+from common.tower_inputs import Outputs, TowerCall
+
 Call = Callable[[], Any]
 
 REPEATS = 20
-"""Of what is measured outside turns."""
-BUSY = 20_000_000
-"""Cycles that the GPU is kept waiting, about 10 ms: longer than the host takes for a call."""
+"""Calls of a measurement that is not interleaved with rivals."""
+BUSY_CYCLES = 20_000_000
+"""GPU clock cycles of busy waiting, about 10 ms: longer than the host part of a call."""
 
 
-def wall(call: Call) -> float:
-    """Seconds from the call until its result is there."""
+def wall_seconds(call: Call) -> float:
+    """Return the seconds from the call until its result is ready on the GPU."""
     torch.cuda.synchronize()
     start = time.perf_counter()
     out = call()
@@ -33,43 +32,50 @@ def wall(call: Call) -> float:
     return seconds
 
 
-def take_turns(
-    calls: Mapping[str, Call], rounds: int, share: float, fewest: int, always: Collection[str] = ()
+def time_interleaved(
+    calls: Mapping[str, Call], rounds: int, max_seconds: float, min_rounds: int, every_round: Collection[str] = ()
 ) -> dict[str, list[float]]:
-    """Seconds on the wall of each call of each contender, in turns; one round comes before.
+    """Return the wall seconds of every timed call, by contender.
 
-    A contender that would take more than its share of seconds sits out rounds at even distances, but plays in `fewest`
-    at least; those named in `always` play in all.
+    Contenders are called one after another in each round, after one untimed round.
+
+    Args:
+        calls: the call of each contender.
+        rounds: rounds to time.
+        max_seconds: a contender that would take longer in all rounds together skips rounds, at even distances.
+        min_rounds: rounds that every contender runs at least.
+        every_round: contenders that run in all rounds, however long they take.
     """
-    every = dict.fromkeys(calls, 1)
+    interval = dict.fromkeys(calls, 1)
     for name, call in calls.items():
-        turns = min(max(int(share / wall(call)), fewest), rounds)
-        every[name] = 1 if name in always else rounds // turns
-    spent: dict[str, list[float]] = {name: [] for name in calls}
+        affordable = min(max(int(max_seconds / wall_seconds(call)), min_rounds), rounds)
+        interval[name] = 1 if name in every_round else rounds // affordable
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(rounds):
         for name, call in calls.items():
-            if number % every[name] == 0:
-                spent[name].append(wall(call))
-    return spent
+            if number % interval[name] == 0:
+                seconds[name].append(wall_seconds(call))
+    return seconds
 
 
-def held_bytes() -> int:
-    """Memory in use, and memory that CUDA graphs keep for themselves."""
-    kept = (part for part in torch.cuda.memory_snapshot() if tuple(part["segment_pool_id"]) != (0, 0))
-    return torch.cuda.memory_allocated() + sum(part["total_size"] - part["allocated_size"] for part in kept)
+def allocated_bytes() -> int:
+    """Return the bytes of allocated GPU memory, the whole pools of CUDA graphs included."""
+    pools = (segment for segment in torch.cuda.memory_snapshot() if tuple(segment["segment_pool_id"]) != (0, 0))
+    unused = sum(segment["total_size"] - segment["allocated_size"] for segment in pools)
+    return torch.cuda.memory_allocated() + unused
 
 
 def driver_bytes() -> int:
-    """Memory that the driver took for itself (contexts, modules, graphs), and torch's allocator knows nothing of."""
+    """Return the bytes of GPU memory outside torch's allocator: contexts, modules, graphs."""
     free, total = torch.cuda.mem_get_info()
     return total - free - torch.cuda.memory_reserved()
 
 
-def clean() -> None:
-    """Leave no memory but what somebody holds.
+def free_cached_memory() -> None:
+    """Free all GPU memory that no tensor uses.
 
-    Graphs that are gone leave their pools until the next capture, and cuBLAS keeps workspaces for every stream it met.
-    No graph may be alive: it would go on to use the workspace of its stream.
+    Pools of deleted CUDA graphs stay allocated until the next capture, and cuBLAS keeps a workspace for every stream it
+    ran on. No CUDA graph may be alive: it would go on to use the freed workspace of its stream.
     """
     gc.collect()
     torch.cuda.synchronize()
@@ -77,30 +83,35 @@ def clean() -> None:
     torch.cuda.empty_cache()
 
 
-def memory_of(prepare: Callable[[], Callable[[], Outputs]]) -> tuple[int, Outputs]:
-    """Bytes that a call and all that it keeps add at the peak of its second time, results included; and these.
+def peak_memory(prepare: Callable[[], TowerCall]) -> tuple[int, Outputs]:
+    """Return the bytes that a call adds at the peak of its second run, and its outputs.
 
-    What is kept: buffers, pools of graphs, workspaces. No CUDA graph may be alive before.
+    The bytes include the outputs and all that the call keeps: buffers, pools of CUDA graphs, workspaces. No CUDA graph
+    may be alive before.
     """
-    clean()
-    held = held_bytes()
+    free_cached_memory()
+    before = allocated_bytes()
     call = prepare()
     call()
     torch.cuda.synchronize()
-    kept, before = held_bytes() - held, torch.cuda.memory_allocated()
+    kept, tensors_before = allocated_bytes() - before, torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     out = call()
     torch.cuda.synchronize()
-    return kept + torch.cuda.max_memory_allocated() - before, out
+    return kept + torch.cuda.max_memory_allocated() - tensors_before, out
 
 
 def host_time(call: Call) -> dict[str, float]:
-    """Median µs until the call returns, the GPU busy with something else; and in how many of the calls it was done
-    with that when the call returned, so that the host may have waited."""
+    """Time the host part of a call while the GPU is busy with earlier work.
+
+    Returns:
+        `us`: median microseconds until the call returns; `waited`: number of calls that returned after the earlier work
+        was done, so that the host may have waited for it.
+    """
     spent, waited = [], 0
     for _ in range(REPEATS):
         torch.cuda.synchronize()
-        torch.cuda._sleep(BUSY)
+        torch.cuda._sleep(BUSY_CYCLES)
         busy = torch.cuda.Event()
         busy.record()
         start = time.perf_counter()
@@ -113,7 +124,10 @@ def host_time(call: Call) -> dict[str, float]:
 
 
 def replay_time(call: Call) -> float:
-    """Median µs of the CUDA graph that a call replays, by events right around it, the host well ahead; no profiler."""
+    """Return the median microseconds of the CUDA graph that a call replays.
+
+    CUDA events surround the replay, the GPU is kept busy until the host has launched it, and no profiler runs.
+    """
     replay, pairs = torch.cuda.CUDAGraph.replay, []
 
     def timed(graph: torch.cuda.CUDAGraph) -> None:
@@ -126,14 +140,19 @@ def replay_time(call: Call) -> float:
     with mock.patch.object(torch.cuda.CUDAGraph, "replay", timed):
         for _ in range(REPEATS):
             torch.cuda.synchronize()
-            torch.cuda._sleep(BUSY)
+            torch.cuda._sleep(BUSY_CYCLES)
             call()
     torch.cuda.synchronize()
     return statistics.median(start.elapsed_time(end) * 1e3 for start, end in pairs)
 
 
 def kernel_times(call: Call) -> dict[str, Any]:
-    """Kernels of one call, by time, and how long it takes the GPU from the first to the last; µs, by the profiler."""
+    """Profile one call.
+
+    Returns:
+        `span`: microseconds from the start of the first kernel to the end of the last; `kernels`: name, number of calls
+        and total microseconds (`us`) of each kernel, the slowest first.
+    """
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         call()

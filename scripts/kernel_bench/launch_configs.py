@@ -1,4 +1,4 @@
-"""A launch config in `kernels/`: how a candidate takes its place, and how its line of source is written."""
+"""Launch settings of `qwenvit.kernels`: try a candidate in place of the one in use, and rewrite its line of source."""
 
 import contextlib
 import dataclasses
@@ -9,31 +9,30 @@ from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
-import torch
-
-from kernel_bench.cases import kernel_modules
-from kernel_bench.timing import Inputs
+from common.kernel_inputs import Inputs
+from kernel_bench.cases import MakeInputs, kernel_modules
 from qwenvit import kernels
 
 
 @dataclass(frozen=True)
-class Shape:
-    """Something to run on which a launch config has influence."""
+class Workload:
+    """A call, at one shape, that a launch setting influences."""
 
     title: str
-    inputs: Callable[[torch.device, torch.dtype], Inputs]
+    make_inputs: MakeInputs
     call: Callable[[Inputs], Any]
 
 
 @dataclass(frozen=True)
-class Knob:
-    """A launch config: a constant of a module in `qwenvit.kernels`, or a function there that chooses one."""
+class Tunable:
+    """A launch setting: a constant of a module of `qwenvit.kernels`, or a function there that chooses by shape."""
 
     module: str
+    """Relative to `qwenvit.kernels`."""
     name: str
     candidates: tuple[Any, ...]
-    """Values; or, as dicts, what to change in the value there is now."""
-    shapes: tuple[Shape, ...]
+    """Values; or dicts of the fields to change in the dataclass in use."""
+    workloads: tuple[Workload, ...]
 
     @property
     def title(self) -> str:
@@ -49,44 +48,50 @@ class Knob:
 
 
 @contextlib.contextmanager
-def configured(knob: Knob, candidate: Any) -> Iterator[list[Any]]:
-    """Put a candidate in the place of the config, in every module that imported it; None leaves it, and looks.
+def override(tunable: Tunable, candidate: Any) -> Iterator[list[Any]]:
+    """Use a candidate in every module that imported the setting. None keeps the current setting and only records it.
 
     Yields:
-        A list that the configs in use are added to.
+        A list to which each value is appended as it is set, or chosen by a call.
     """
-    current, seen = knob.current, []
+    current, used = tunable.current, []
 
-    def value(now: Any) -> Any:
-        new = now if candidate is None else candidate
-        seen.append(dataclasses.replace(now, **new) if isinstance(new, dict) else new)
-        return seen[-1]
+    def choose(now: Any) -> Any:
+        used.append(now if candidate is None else apply_changes(now, candidate))
+        return used[-1]
 
-    new = (lambda *args, **options: value(current(*args, **options))) if knob.is_function else value(current)
+    if tunable.is_function:
+        replacement = lambda *args, **options: choose(current(*args, **options))  # noqa: E731
+    else:
+        replacement = choose(current)
     with contextlib.ExitStack() as stack:
         for module in kernel_modules():
-            if getattr(module, knob.name, None) is current:
-                stack.enter_context(mock.patch.object(module, knob.name, new))
-        yield seen
+            if getattr(module, tunable.name, None) is current:
+                stack.enter_context(mock.patch.object(module, tunable.name, replacement))
+        yield used
 
 
-def spelled(config: Any) -> str:
-    """As the source has it: fields by name, defaults left out."""
+def apply_changes(config: Any, candidate: Any) -> Any:
+    """Return the candidate; if it is a dict, return `config` with these fields changed."""
+    return dataclasses.replace(config, **candidate) if isinstance(candidate, dict) else candidate
+
+
+def format_config(config: Any) -> str:
+    """Write a config as Python source: fields by name, without those that have their default."""
     if not dataclasses.is_dataclass(config):
         return repr(config)
     fields = [(field, getattr(config, field.name)) for field in dataclasses.fields(config)]
-    given = [f"{field.name}={value!r}" for field, value in fields if value != field.default]
-    return f"{type(config).__name__}({', '.join(given)})"
+    arguments = [f"{field.name}={value!r}" for field, value in fields if value != field.default]
+    return f"{type(config).__name__}({', '.join(arguments)})"
 
 
-def rewritten(source: str, name: str, config: Any) -> str:
-    """The source with the one line that sets a constant changed; ValueError unless there is exactly one."""
+def replace_constant(source: str, name: str, config: Any) -> str:
+    """Return the source with another value for a constant.
+
+    Raises:
+        ValueError: not exactly one line sets the constant.
+    """
     line = re.compile(rf"^{name} = .*$", re.MULTILINE)
     if len(line.findall(source)) != 1:
-        raise ValueError(f"{name}: expected one line that sets it")
-    return line.sub(lambda _: f"{name} = {spelled(config)}", source)
-
-
-def full(config: Any, candidate: Any) -> Any:
-    """The config that a candidate means, where it is given as changes."""
-    return dataclasses.replace(config, **candidate) if isinstance(candidate, dict) else candidate
+        raise ValueError(f"{name}: expected one line that sets it, got {len(line.findall(source))}")
+    return line.sub(lambda _: f"{name} = {format_config(config)}", source)

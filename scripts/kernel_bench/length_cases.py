@@ -1,4 +1,4 @@
-"""Cases of attention alone, over one sequence and over segments of many lengths."""
+"""Cases of attention alone, over one sequence or over segments of given lengths."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -7,44 +7,42 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from kernel_bench.cases import ITEM, Bar, Case, Run, normal
-from kernel_bench.timing import Inputs
-from peers.attention import Attention, split
+from common.kernel_inputs import Inputs
+from kernel_bench.cases import ELEMENT_BYTES, Case, Implementation, Target, normal
+from peers.attention import Attention, split_qkv
 from qwenvit import ops
 from qwenvit.kernels.attention import dispatch
 from qwenvit.plan.grid_plan import Segments
 
 HEADS = 16
-LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384)
-SEGMENTS = (
+SEQUENCE_LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384)
+SEGMENT_LENGTHS = (
     *((tokens,) for tokens in (1024, 1764, 2304, 3136, 4096, 7056, 9216, 15376, 24336)),
     (1024,) * 16,
     tuple(4 + 7919 * i % 1997 for i in range(40)),
 )
-"""Lengths of the segments that attention over long ones is measured at."""
-CONTENDERS = ("qwenvit", "portable")
-"""What `ops.rope_attention` chooses on this GPU, and what it chooses on GPUs other than Hopper."""
+"""Lengths of the segments of each case in the section `segments`."""
 
 
-def portable(*arguments: object, **options: object) -> Tensor:
-    """`ops.rope_attention` as GPUs other than Hopper run it."""
+def portable_attention(*arguments: object, **options: object) -> Tensor:
+    """Run `ops.rope_attention` as on GPUs other than Hopper."""
     with mock.patch.object(dispatch, "runs_hopper", return_value=False):
         return ops.rope_attention(*arguments, **options)
 
 
-def exact_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-    """In fp64, a head at a time."""
+def attention_fp64(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+    """Attend within segments, one head at a time; q, k, v and the result are fp64 `[S, H, D]`."""
     out = torch.full_like(q, torch.nan)
     for head in range(q.shape[1]):
         for _, patches in segments.groups:
-            own_q, own_k, own_v = (x[:, head][patches.to(x.device)] for x in (q, k, v))
-            scores = own_q @ own_k.mT * q.shape[2] ** -0.5
-            out[patches.to(q.device), head] = scores.softmax(-1) @ own_v
+            group_q, group_k, group_v = (x[:, head][patches.to(x.device)] for x in (q, k, v))
+            scores = group_q @ group_k.mT * q.shape[2] ** -0.5
+            out[patches.to(q.device), head] = scores.softmax(-1) @ group_v
     return out
 
 
-def segments_of(lengths: Sequence[int]) -> Segments:
-    """Segments of these lengths, one after another."""
+def build_segments(lengths: Sequence[int]) -> Segments:
+    """Return segments of these lengths, one after another."""
     sizes = torch.tensor(lengths)
     ends = sizes.cumsum(0)
     groups = tuple(
@@ -57,50 +55,62 @@ def length_case(
     lengths: Sequence[int], libraries: dict[str, Attention], head_dim: int = 64, heads: int = HEADS,
     section: str = "lengths", title: str = "attention alone",
 ) -> Case:  # fmt: skip
-    """Attention alone over segments of these lengths."""
-    segments, tokens = segments_of(lengths), sum(lengths)
-    cu_seqlens, longest = segments.cu_seqlens, segments.max_seqlen
+    """Return the case of attention alone over segments of these lengths."""
+    segments, tokens = build_segments(lengths), sum(lengths)
+    cu_seqlens, max_seqlen = segments.cu_seqlens, segments.max_seqlen
+    equal_lengths = len(segments.groups) == 1
 
-    def inputs(device: torch.device, dtype: torch.dtype) -> Inputs:
+    def make_inputs(device: torch.device, dtype: torch.dtype) -> Inputs:
         qkv = normal(tokens, 3 * heads * head_dim, device=device, dtype=dtype)
         return {"qkv": qkv, "cu_seqlens": cu_seqlens.to(device, copy=True)}
 
-    def ours(x: Inputs, impl: str = "auto", attend: Callable[..., Tensor] = ops.rope_attention) -> Tensor:
-        return attend(*split(x["qkv"], heads), None, None, x["cu_seqlens"], longest, impl=impl)
+    def run_qwenvit(x: Inputs, impl: str = "auto", attend: Callable[..., Tensor] = ops.rope_attention) -> Tensor:
+        return attend(*split_qkv(x["qkv"], heads), None, None, x["cu_seqlens"], max_seqlen, impl=impl)
 
-    def bars(ours: str) -> tuple[Bar, ...]:
+    def targets(name: str) -> tuple[Target, ...]:
         if section == "lengths":
-            return (Bar("over cuDNN", lambda f: f.over(ours, "cuDNN"), 0.9),)
-        if ours != "qwenvit" or "FA3" not in libraries:
+            return (Target("over cuDNN", lambda m: m.speedup(name, "cuDNN"), 0.9),)
+        if name != "qwenvit" or "FA3" not in libraries:
             return ()
-        one = len(lengths) == 1
-        bar = 1.15 if not one else 1.0 if tokens > 7056 or head_dim == 64 else 1.03 if tokens > 1764 else 1.3
-        over_fa3 = (Bar("over FA3", lambda f: f.over(ours, "FA3"), bar),) if head_dim > 64 or tokens >= 4096 else ()
-        whole = len(segments.groups) == 1
-        return over_fa3 + ((Bar("over cuDNN", lambda f: f.over(ours, "cuDNN"), 1.05),) if whole else ())
+        found: tuple[Target, ...] = ()
+        if head_dim > 64 or tokens >= 4096:
+            found += (Target("over FA3", lambda m: m.speedup(name, "FA3"), _fa3_limit(lengths, head_dim)),)
+        if equal_lengths:
+            found += (Target("over cuDNN", lambda m: m.speedup(name, "cuDNN"), 1.05),)
+        return found
 
+    implementations = {
+        "qwenvit": Implementation(run_qwenvit),
+        "portable": Implementation(functools.partial(run_qwenvit, attend=portable_attention)),
+    }
     return Case(
         section=section,
         series=f"head_dim {head_dim}",
         title=title,
         tokens=tokens,
         head_dim=head_dim,
-        inputs=inputs,
-        ours={"qwenvit": Run(ours), "portable": Run(functools.partial(ours, attend=portable))},
+        make_inputs=make_inputs,
+        implementations=implementations,
         rivals={
-            name: Run(lambda x, attend=attend: attend(*split(x["qkv"], heads), x["cu_seqlens"], longest))
+            name: Implementation(
+                lambda x, attend=attend: attend(*split_qkv(x["qkv"], heads), x["cu_seqlens"], max_seqlen)
+            )
             for name, attend in libraries.items()
-            if len(segments.groups) == 1 or name != "cuDNN"
+            if equal_lengths or name != "cuDNN"
         },
-        truth=lambda x: exact_attention(*split(x["qkv"].double(), heads), segments),
-        stick=Run(functools.partial(ours, impl="reference")),
-        fewest_bytes=4 * tokens * heads * head_dim * ITEM + cu_seqlens.nbytes,
+        truth=lambda x: attention_fp64(*split_qkv(x["qkv"].double(), heads), segments),
+        baseline=Implementation(functools.partial(run_qwenvit, impl="reference")),
+        minimum_bytes=4 * tokens * heads * head_dim * ELEMENT_BYTES + cu_seqlens.nbytes,
         flops=4 * sum(length**2 for length in lengths) * heads * head_dim,
-        bars={name: bars(name) for name in CONTENDERS},
+        targets={name: targets(name) for name in implementations},
     )
 
 
-def segments_case(lengths: Sequence[int], libraries: dict[str, Attention], head_dim: int) -> Case:
-    """`length_case` of one of `SEGMENTS`."""
-    title = "one segment" if len(lengths) == 1 else f"{len(lengths)} segments of {min(lengths)} to {max(lengths)}"
-    return length_case(lengths, libraries, head_dim, section="segments", title=title)
+def _fa3_limit(lengths: Sequence[int], head_dim: int) -> float:
+    """Return the speed to reach over FlashAttention 3."""
+    if len(lengths) > 1:
+        return 1.15
+    (tokens,) = lengths
+    if tokens > 7056 or head_dim == 64:
+        return 1.0
+    return 1.03 if tokens > 1764 else 1.3

@@ -1,4 +1,4 @@
-"""Cases of single passes over memory (norms, activations, merges)."""
+"""Cases of single passes over memory: norms, activations and spatial merges."""
 
 import functools
 from collections.abc import Callable
@@ -8,54 +8,73 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernel_bench.attention_cases import plan_of
-from kernel_bench.cases import ITEM, TOKENS, Bar, Case, Run, doubles, hidden_states, normal, with_copy
-from kernel_bench.timing import Inputs
+from common.kernel_inputs import Inputs
+from kernel_bench.attention_cases import square_image_plan
+from kernel_bench.cases import (
+    ELEMENT_BYTES,
+    PATCH_COUNTS,
+    Case,
+    Implementation,
+    MakeInputs,
+    Target,
+    add_copy_bound,
+    hidden_states,
+    normal,
+    to_fp64,
+)
 from peers.torch_compile import compiled
 from qwenvit import ops
 from qwenvit.config.vision_config import NORM_EPS
 from qwenvit.ops import reference
 
 ACTIVATIONS = (("swiglu", 3456), ("gelu_tanh", 4304), ("quick_gelu", 5120))
+"""Activation and intermediate channels."""
 MERGERS = (("rms", 1280, False, True), ("layer", 1152, False, False), ("layer", 1152, True, False))
-"""Norm, channels, whether joined patches are normalised, whether windows are undone."""
-Make = Callable[[torch.device, torch.dtype], Inputs]
+"""Arguments of `merger_case`: norm, channels, whether it normalises joined patches, whether it restores the order."""
 
 
-def exact_norm(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> Tensor:
-    """In the dtype of x, fp64 here."""
+def norm_fp64(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> Tensor:
+    """Return the LayerNorm or RMSNorm of fp64 rows."""
     if kind == "layer":
         return F.layer_norm(x, x.shape[-1:], weight, bias, NORM_EPS)
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + NORM_EPS) * weight
 
 
 def pass_case(
-    title: str, tokens: int, inputs: Make, ours: Callable[[Inputs], Any], plain: Callable[[Inputs], Any],
-    fewest_bytes: int, flops: int, truth: Callable[[Inputs], Tensor] | None = None,
-    finish: Callable[[Any], Tensor] = lambda out: out,
+    title: str, tokens: int, make_inputs: MakeInputs, run_qwenvit: Callable[[Inputs], Any],
+    run_torch: Callable[[Inputs], Any], minimum_bytes: int, flops: int,
+    truth: Callable[[Inputs], Tensor] | None = None, to_comparable: Callable[[Any], Tensor] = lambda out: out,
 ) -> Case:  # fmt: skip
-    """A case whose rivals are the torch sequence and `torch.compile` of it; its bar is a rate of copying."""
-    rate = Bar("of the copy rate", lambda f: f.one_pass / f.seconds["qwenvit"], 0.85)
+    """Return a case whose rivals are the torch sequence and `torch.compile` of it, and whose target is a bandwidth.
+
+    The truth is by default the torch sequence in fp64.
+    """
+    bandwidth = Target("of the copy rate", lambda m: m.copy_seconds / m.seconds["qwenvit"], 0.85)
     case = Case(
         section="passes",
         series=title,
         title=title,
         tokens=tokens,
         head_dim=None,
-        inputs=inputs,
-        ours={"qwenvit": Run(ours, finish)},
-        rivals={"torch": Run(plain, finish), "torch.compile": Run(compiled(plain), finish)},
-        truth=truth or (lambda x: finish(plain(doubles(x)))),
-        stick=Run(plain, finish),
-        fewest_bytes=fewest_bytes,
+        make_inputs=make_inputs,
+        implementations={"qwenvit": Implementation(run_qwenvit, to_comparable)},
+        rivals={
+            "torch": Implementation(run_torch, to_comparable),
+            "torch.compile": Implementation(compiled(run_torch), to_comparable),
+        },
+        truth=truth or (lambda x: to_comparable(run_torch(to_fp64(x)))),
+        baseline=Implementation(run_torch, to_comparable),
+        minimum_bytes=minimum_bytes,
         flops=flops,
-        bars={"qwenvit": (rate,) if tokens >= 4096 else ()},
+        targets={"qwenvit": (bandwidth,) if tokens >= 4096 else ()},
     )
-    return with_copy(case)
+    return add_copy_bound(case)
 
 
 def norm_case(kind: str, channels: int, residual: bool, tokens: int) -> Case:
-    def inputs(device: torch.device, dtype: torch.dtype) -> Inputs:
+    """Return the case of a norm, alone or after a residual sum."""
+
+    def make_inputs(device: torch.device, dtype: torch.dtype) -> Inputs:
         x = {
             "x": hidden_states(tokens, channels, device, dtype),
             "weight": normal(channels, device=device, dtype=dtype),
@@ -64,93 +83,129 @@ def norm_case(kind: str, channels: int, residual: bool, tokens: int) -> Case:
             x["residual"] = hidden_states(tokens, channels, device, dtype)
         return x | ({"bias": normal(channels, device=device, dtype=dtype)} if kind == "layer" else {})
 
-    def ours(x: Inputs) -> Any:
+    def run_qwenvit(x: Inputs) -> Any:
         if residual:
             return ops.add_norm(x["x"], x["residual"], x["weight"], x.get("bias"), kind)
         return ops.norm(x["x"], x["weight"], x.get("bias"), kind)
 
-    def plain(x: Inputs) -> Any:
+    def run_torch(x: Inputs) -> Any:
         if residual:
             return reference.add_norm(x["x"], x["residual"], x["weight"], x.get("bias"), None, kind, NORM_EPS)
         return reference.norm(x["x"], x["weight"], x.get("bias"), kind, NORM_EPS)
 
-    def both(out: tuple[Tensor, Tensor]) -> Tensor:
-        """The norm and the sum at one scale, so that neither hides the other's mistakes."""
+    def join_outputs(out: tuple[Tensor, Tensor]) -> Tensor:
+        """Scale norm and sum to the same magnitude, so that neither hides an error of the other."""
         return torch.cat([part.double() / part.double().norm() for part in out])
 
     def truth(x: Inputs) -> Tensor:
-        x = doubles(x)
+        x = to_fp64(x)
         total = x["x"] + x["residual"] if residual else x["x"]
-        y = exact_norm(total, x["weight"], x.get("bias"), kind)
-        return both((y, total)) if residual else y
+        y = norm_fp64(total, x["weight"], x.get("bias"), kind)
+        return join_outputs((y, total)) if residual else y
 
-    name = f"{'add_norm' if residual else 'norm'}, {'RMS' if kind == 'rms' else 'Layer'}Norm"
-    moved = ((4 if residual else 2) * tokens + (2 if kind == "layer" else 1)) * channels * ITEM
-    finish = both if residual else (lambda out: out)
-    title = f"{name}, {channels}"
-    return pass_case(title, tokens, inputs, ours, plain, moved, 7 * tokens * channels, truth, finish)
+    return pass_case(
+        title=f"{'add_norm' if residual else 'norm'}, {'RMS' if kind == 'rms' else 'Layer'}Norm, {channels}",
+        tokens=tokens,
+        make_inputs=make_inputs,
+        run_qwenvit=run_qwenvit,
+        run_torch=run_torch,
+        minimum_bytes=((4 if residual else 2) * tokens + (2 if kind == "layer" else 1)) * channels * ELEMENT_BYTES,
+        flops=7 * tokens * channels,
+        truth=truth,
+        to_comparable=join_outputs if residual else (lambda out: out),
+    )
 
 
 def activation_case(act: str, columns: int, tokens: int) -> Case:
+    """Return the case of an activation without its projection; SwiGLU reads gate and up in alternate columns."""
     gated = act == "swiglu"
 
-    def inputs(device: torch.device, dtype: torch.dtype) -> Inputs:
+    def make_inputs(device: torch.device, dtype: torch.dtype) -> Inputs:
         return {"x": normal(tokens, columns * (2 if gated else 1), device=device, dtype=dtype)}
 
-    def ours(x: Inputs) -> Tensor:  # in place, but halving what is small ends far above zero after this many replays
+    def run_qwenvit(x: Inputs) -> Tensor:
+        # In place: each replay about halves small values, which stay far above zero over all replays.
         return ops.swiglu_pass(x["x"]) if gated else ops.activation_(x["x"], act)
 
-    def plain(x: Inputs) -> Tensor:
+    def run_torch(x: Inputs) -> Tensor:
         return reference.swiglu_pass(x["x"]) if gated else reference.activation(x["x"], act)
 
-    moved = (3 if gated else 2) * tokens * columns * ITEM
-    return pass_case(f"{act} pass, {columns}", tokens, inputs, ours, plain, moved, 10 * tokens * columns)
+    return pass_case(
+        title=f"{act} pass, {columns}",
+        tokens=tokens,
+        make_inputs=make_inputs,
+        run_qwenvit=run_qwenvit,
+        run_torch=run_torch,
+        minimum_bytes=(3 if gated else 2) * tokens * columns * ELEMENT_BYTES,
+        flops=10 * tokens * columns,
+    )
 
 
-def merger_case(kind: str, channels: int, merged: bool, reorder: bool, tokens: int) -> Case:
-    """A merger's norm: of Qwen2.5-VL with its windows undone, of Qwen3-VL, and of Qwen3-VL's DeepStack."""
-    width = 4 * channels if merged else channels
+def merger_case(kind: str, channels: int, norm_merged: bool, restore_order: bool, tokens: int) -> Case:
+    """Return the case of a merger up to its first product.
 
-    def inputs(device: torch.device, dtype: torch.dtype) -> Inputs:
+    Qwen2.5-VL restores the order of windowed tokens; Qwen3-VL normalises patches, or joined patches for DeepStack.
+    """
+    width = 4 * channels if norm_merged else channels
+
+    def make_inputs(device: torch.device, dtype: torch.dtype) -> Inputs:
         x = {"x": hidden_states(tokens, channels, device, dtype), "weight": normal(width, device=device, dtype=dtype)}
-        if reorder:
-            x["restore"] = plan_of(round(tokens**0.5), 80).restore_index.to(device, copy=True)
+        if restore_order:
+            x["restore_index"] = square_image_plan(round(tokens**0.5), 80).restore_index.to(device, copy=True)
         return x | ({"bias": normal(width, device=device, dtype=dtype)} if kind == "layer" else {})
 
-    def call(x: Inputs, impl: str = "auto") -> Tensor:
-        return ops.merge_norm(x["x"], x["weight"], x.get("bias"), x.get("restore"), kind, norm_merged=merged, impl=impl)
+    def run(x: Inputs, impl: str = "auto") -> Tensor:
+        return ops.merge_norm(
+            x["x"], x["weight"], x.get("bias"), x.get("restore_index"), kind, norm_merged=norm_merged, impl=impl
+        )
 
     def truth(x: Inputs) -> Tensor:
-        wide = doubles(x)
-        rows = wide["x"].view(-1, width)
-        joined = exact_norm(rows, wide["weight"], wide.get("bias"), kind).view(-1, 4 * channels)
-        return joined[x["restore"]] if reorder else joined
+        x = to_fp64(x)
+        rows = x["x"].view(-1, width)
+        joined = norm_fp64(rows, x["weight"], x.get("bias"), kind).view(-1, 4 * channels)
+        return joined[x["restore_index"]] if restore_order else joined
 
-    what = "restoring order" if reorder else "of joined patches" if merged else "of patches"
-    moved = (2 * tokens * channels + (2 if kind == "layer" else 1) * width) * ITEM + (2 * tokens if reorder else 0)
-    plain = functools.partial(call, impl="reference")
-    return pass_case(f"merge_norm {what}, {channels}", tokens, inputs, call, plain, moved, 6 * tokens * channels, truth)
+    what = "restoring order" if restore_order else "of joined patches" if norm_merged else "of patches"
+    weights = (2 if kind == "layer" else 1) * width
+    restore_index = 2 * tokens if restore_order else 0  # one int64 a token of four patches
+    return pass_case(
+        title=f"merge_norm {what}, {channels}",
+        tokens=tokens,
+        make_inputs=make_inputs,
+        run_qwenvit=run,
+        run_torch=functools.partial(run, impl="reference"),
+        minimum_bytes=(2 * tokens * channels + weights) * ELEMENT_BYTES + restore_index,
+        flops=6 * tokens * channels,
+        truth=truth,
+    )
 
 
-def map_case(mode: str, channels: int, tokens: int) -> Case:
+def spatial_merge_case(mode: str, channels: int, tokens: int) -> Case:
+    """Return the case of merging 2 × 2 patches by concatenation or by average."""
     side = round(tokens**0.5)
 
-    def inputs(device: torch.device, dtype: torch.dtype) -> Inputs:
+    def make_inputs(device: torch.device, dtype: torch.dtype) -> Inputs:
         return {"x": normal(side, side, channels, device=device, dtype=dtype)}
 
-    moved = tokens * channels * ITEM * 2 if mode == "concat" else tokens * channels * ITEM * 5 // 4
+    read = tokens * channels * ELEMENT_BYTES
     return pass_case(
-        f"spatial_merge, {mode}, {channels}", tokens, inputs, lambda x: ops.spatial_merge(x["x"], mode),
-        lambda x: reference.spatial_merge(x["x"], mode, 2), moved, tokens * channels if mode == "average" else 0,
-    )  # fmt: skip
+        title=f"spatial_merge, {mode}, {channels}",
+        tokens=tokens,
+        make_inputs=make_inputs,
+        run_qwenvit=lambda x: ops.spatial_merge(x["x"], mode),
+        run_torch=lambda x: reference.spatial_merge(x["x"], mode, 2),
+        minimum_bytes=read + (read if mode == "concat" else read // 4),
+        flops=tokens * channels if mode == "average" else 0,
+    )
 
 
 def pass_cases() -> list[Case]:
+    """Return the cases of the section `passes`, without those of learned positions."""
     cases = []
-    for tokens in TOKENS:
+    for tokens in PATCH_COUNTS:
         for kind, channels in (("rms", 1280), ("layer", 1152)):
             cases += [norm_case(kind, channels, residual, tokens) for residual in (True, False)]
-        cases += [activation_case(*act, tokens) for act in ACTIVATIONS]
+        cases += [activation_case(*activation, tokens) for activation in ACTIVATIONS]
         cases += [merger_case(*merger, tokens) for merger in MERGERS]
-        cases += [map_case(mode, 1280, tokens) for mode in ("concat", "average")]
+        cases += [spatial_merge_case(mode, 1280, tokens) for mode in ("concat", "average")]
     return cases

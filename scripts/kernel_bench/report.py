@@ -1,4 +1,4 @@
-"""Rows of `bench_kernels.py` as markdown and as a chart."""
+"""Print the results of `bench_kernels.py` as markdown tables, and draw them as a chart."""
 
 import itertools
 from pathlib import Path
@@ -17,22 +17,27 @@ SECTIONS = {
     "passes": "Single passes: norms, activations, merges, positions",
     "patch": "Patch embedding",
 }
-"""In the order they run, with their titles."""
+"""Names and titles, in the order they run."""
+COMPILE_LIMIT = 60
+"""Seconds in which all kernels of a model should compile."""
 Row = dict[str, Any]
+"""One line of a table; its keys are those of `--json`."""
 
 
-def table_head(others: list[str]) -> str:
-    """The head of a section's table, with a column for each rival and floor."""
-    columns = ["case", "S", "D", "what", "kernel that ran", "µs", "TFLOP/s", "GB/s", "roofline", "moved / fewest bytes"]
-    columns += ["peak MiB (torch)", *(f"{name}, µs" for name in others), "over the best", "bars"]
+def table_header(compared: list[str]) -> str:
+    """Return the header of a section's table, with a column of times for each of `compared`."""
+    columns = ["case", "S", "D", "implementation", "kernels launched", "µs", "TFLOP/s", "GB/s", "roofline"]
+    columns += ["moved / minimum bytes", "peak MiB (torch)", *(f"{name}, µs" for name in compared)]
+    columns += ["over the best rival", "targets"]
     return f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}"
 
 
-def table_row(row: Row, others: list[str]) -> str:
-    bars = ", ".join(
-        f"{bar['value']:.3f}{bar['unit']} {bar['text']} ({'≤' if bar['at_most'] else '≥'} {bar['limit']:g}) "
-        f"{'✓' if bar['met'] else '✗'}"
-        for bar in row["bars"]
+def table_row(row: Row, compared: list[str]) -> str:
+    """Format one row, with the times of `compared` (rivals and lower bounds); a dash where there is none."""
+    targets = ", ".join(
+        f"{target['value']:.3f}{target['unit']} {target['text']} ({'≤' if target['at_most'] else '≥'} "
+        f"{target['limit']:g}) {'✓' if target['met'] else '✗'}"
+        for target in row["bars"]
     )
     microseconds = row["rivals"] | row["floors"]
     cells = [
@@ -47,24 +52,26 @@ def table_row(row: Row, others: list[str]) -> str:
         f"{row['roofline']:.0%}",
         f"{row['moved_bytes'] / 1e6:.1f} / {row['fewest_bytes'] / 1e6:.1f} MB",
         f"{row['peak_bytes'] / 2**20:.1f} ({row['torch_peak_bytes'] / 2**20:.1f})",
-        *(f"{microseconds[name]:.1f}" if name in microseconds else "–" for name in others),
+        *(f"{microseconds[name]:.1f}" if name in microseconds else "–" for name in compared),
         f"{row['over_best']:.2f}×",
-        bars,
+        targets,
     ]
     return f"| {' | '.join(cells)} |"
 
 
-def compile_table(found: list[Row]) -> str:
-    """Models, kernels and seconds, by the bar of 60 s."""
-    rows = [
-        f"| {row['model']} | {row['kernels']} | {row['seconds']:.1f} | {'✓' if row['seconds'] <= 60 else '✗'} |"
-        for row in found
+def compile_table(times: list[Row]) -> str:
+    """Return a table of models, numbers of kernels and seconds, each against COMPILE_LIMIT."""
+    lines = [
+        f"| {row['model']} | {row['kernels']} | {row['seconds']:.1f} | "
+        f"{'✓' if row['seconds'] <= COMPILE_LIMIT else '✗'} |"
+        for row in times
     ]
-    return "\n".join([f"\n### {SECTIONS['compile']}\n", "| model | kernels | s | ≤ 60 s |", "|---|---|---|---|", *rows])
+    columns = f"| model | kernels | s | ≤ {COMPILE_LIMIT} s |"
+    return "\n".join([f"\n### {SECTIONS['compile']}\n", columns, "|---|---|---|---|", *lines])
 
 
-def draw(rows: list[Row], device: str, path: Path) -> None:
-    """A panel a section: speed over the best rival, by number of patches; 1.0 is the rival."""
+def draw_chart(rows: list[Row], device: str, path: Path) -> None:
+    """Draw one panel a section: speed over the best rival by number of patches. At 1.0 both are equally fast."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -75,21 +82,24 @@ def draw(rows: list[Row], device: str, path: Path) -> None:
         raise SystemExit("--chart: nothing was measured")
     figure, axes = plt.subplots(len(sections), 1, figsize=(11, 2.9 * len(sections)), squeeze=False)
     for axis, section in zip(axes[:, 0], sections, strict=True):
-        own = [row for row in rows if row["section"] == section]
-        series = list(dict.fromkeys(_series(row) for row in own))
-        sizes = sorted({row["tokens"] for row in own})
+        section_rows = [row for row in rows if row["section"] == section]
+        series = list(dict.fromkeys(_label(row) for row in section_rows))
+        sizes = sorted({row["tokens"] for row in section_rows})
         colours = itertools.cycle(plt.get_cmap("tab20").colors)
-        shown = {size: [name for name in series if any(_at(row, name, size) for row in own)] for size in sizes}
-        labels: set[str] = set()
-        for colour, name in zip(colours, series, strict=False):
-            for place, size in enumerate(sizes):
-                row = next((row for row in own if _at(row, name, size)), None)
+        series_at = {
+            size: [label for label in series if any(_is_at(row, label, size) for row in section_rows)] for size in sizes
+        }
+        in_legend: set[str] = set()
+        for colour, label in zip(colours, series, strict=False):
+            for i_size, size in enumerate(sizes):
+                row = next((row for row in section_rows if _is_at(row, label, size)), None)
                 if row is None:
                     continue
-                width = 0.8 / len(shown[size])
-                left = place - 0.4 + width * (shown[size].index(name) + 0.5)
-                axis.bar(left, row["over_best"], width * 0.94, color=colour, label=None if name in labels else name)
-                labels.add(name)
+                width = 0.8 / len(series_at[size])
+                x = i_size - 0.4 + width * (series_at[size].index(label) + 0.5)
+                legend = None if label in in_legend else label
+                axis.bar(x, row["over_best"], width * 0.94, color=colour, label=legend)
+                in_legend.add(label)
         axis.axhline(1.0, color="0.25", linewidth=1)
         axis.set_xticks(range(len(sizes)), [str(size) for size in sizes])
         axis.set_xlabel("patches")
@@ -102,9 +112,9 @@ def draw(rows: list[Row], device: str, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def _series(row: Row) -> str:
+def _label(row: Row) -> str:
     return row["series"] if row["ours"] == "qwenvit" else f"{row['series']}, {row['ours']}"
 
 
-def _at(row: Row, name: str, size: int) -> bool:
-    return _series(row) == name and row["tokens"] == size
+def _is_at(row: Row, label: str, size: int) -> bool:
+    return _label(row) == label and row["tokens"] == size

@@ -1,48 +1,46 @@
-"""How kernels are timed: medians of CUDA graphs, in turns, over inputs that do not fit in the cache; and ceilings."""
+"""Time kernels with CUDA graphs over inputs larger than the L2 cache, and list the kernels that a call launches."""
 
 import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
-from torch import Tensor
 from torch.autograd import DeviceType
 
-from common.machine import Ceilings, machine
+from common.kernel_inputs import Inputs
+from common.machine import Ceilings, describe_machine
 
-Inputs = dict[str, Tensor]
 Call = Callable[[Inputs], object]
 
-ROUNDS = 20
-"""Replays of each graph that count; two more come before."""
-ROTATION = 256 * 2**20
-"""Bytes of inputs that a graph goes through: four times the 60 MB of an H200's L2, of which a contender that reads half
-of a set's tensors still goes through twice."""
+WARMUP_REPLAYS = 2
+TIMED_REPLAYS = 20
+INPUT_BYTES = 256 * 2**20
+"""Bytes of all input sets of a graph: four times an H200's L2, and still twice if a call reads half of its inputs."""
 METHOD = (
-    "Times are µs a call, medians of {rounds} replays of a CUDA graph of one call for each of many input sets "
-    "(about {mebibytes} MiB or more together, so that nothing is found in L2), outputs written to as many places; the "
-    "contenders of a row take turns, replay by replay. No launch from Python is in any figure."
+    "Times are µs a call: medians of {replays} replays of a CUDA graph. A graph makes one call for each of many input "
+    "sets (about {mebibytes} MiB or more together, so that L2 never has the inputs) and writes each output to its own "
+    "memory. The implementations of a row alternate, replay by replay. No time includes a launch from Python."
 )
 
 
-def graph_of(call: Call, sets: Iterable[Inputs]) -> torch.cuda.CUDAGraph:
-    """A call for each set of inputs, outputs held until the end, so that none takes another's place in the cache."""
-    sets = list(sets)
-    for inputs in sets[:2]:  # compiles, and lets libraries choose
+def capture_graph(call: Call, input_sets: Iterable[Inputs]) -> torch.cuda.CUDAGraph:
+    """Capture one call for each set of inputs. Outputs live until the end, so that no two share memory in the cache."""
+    input_sets = list(input_sets)
+    for inputs in input_sets[:2]:  # compiles kernels, and lets libraries choose theirs
         call(inputs)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        outputs = [call(inputs) for inputs in sets]
+        outputs = [call(inputs) for inputs in input_sets]
     del outputs
     return graph
 
 
-def medians(calls: Mapping[str, Call], sets: list[Inputs]) -> dict[str, float]:
-    """Seconds a call, of each contender."""
-    graphs = {name: graph_of(call, sets) for name, call in calls.items()}
+def median_seconds(calls: Mapping[str, Call], input_sets: list[Inputs]) -> dict[str, float]:
+    """Return the median seconds a call, by the name of the call."""
+    graphs = {name: capture_graph(call, input_sets) for name, call in calls.items()}
     events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in graphs}
-    for _ in range(ROUNDS + 2):
+    for _ in range(WARMUP_REPLAYS + TIMED_REPLAYS):
         for name, graph in graphs.items():
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
@@ -50,19 +48,20 @@ def medians(calls: Mapping[str, Call], sets: list[Inputs]) -> dict[str, float]:
             end.record()
             events[name].append((start, end))
     torch.cuda.synchronize()
-    return {
-        name: statistics.median(start.elapsed_time(end) for start, end in pairs[2:]) / 1e3 / len(sets)
+    milliseconds = {
+        name: statistics.median(start.elapsed_time(end) for start, end in pairs[WARMUP_REPLAYS:])
         for name, pairs in events.items()
     }
+    return {name: median / 1e3 / len(input_sets) for name, median in milliseconds.items()}
 
 
-def set_count(inputs: Inputs) -> int:
-    """Sets of inputs that make up ROTATION, 3 at least and 128 at most."""
-    return min(max(-(-ROTATION // sum(x.untyped_storage().nbytes() for x in inputs.values())), 3), 128)
+def input_set_count(inputs: Inputs) -> int:
+    """Return how many sets like this one make up INPUT_BYTES: at least 3, at most 128."""
+    return min(max(-(-INPUT_BYTES // sum(x.untyped_storage().nbytes() for x in inputs.values())), 3), 128)
 
 
-def peak_bytes(call: Call, inputs: Inputs) -> int:
-    """Memory that one call holds at its peak, above its inputs and outputs; the call has been made before."""
+def peak_extra_bytes(call: Call, inputs: Inputs) -> int:
+    """Return the peak memory of one call above its inputs and outputs. Call it once before, so that it is compiled."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     outputs = call(inputs)
@@ -73,20 +72,21 @@ def peak_bytes(call: Call, inputs: Inputs) -> int:
 
 
 LIBRARIES = {"cuDNN": r"cudnn", "FlashAttention": r"flash", "cuBLAS": r"nvjet|gemm|cublas|cutlass|splitK"}
-"""Kernels that are not ours, by what their names have in common."""
+"""Libraries, and a pattern that the names of their kernels match."""
 
 
-def kernels_of(call: Call, inputs: Inputs) -> list[str]:
-    """Names of the kernels that one call launches, as the profiler saw them; libraries' by the library's name."""
+def launched_kernels(call: Call, inputs: Inputs) -> list[str]:
+    """Profile one call and return the labels of the kernels it launches, in order, each once."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         call(inputs)
         torch.cuda.synchronize()
     names = [event.name for event in profile.events() if event.device_type == DeviceType.CUDA]
-    found = [kernel_name(name) for name in names if not re.match(r"mem(set|cpy)", name, re.IGNORECASE)]
-    return list(dict.fromkeys(found))
+    labels = [kernel_label(name) for name in names if not re.match(r"mem(set|cpy)", name, re.IGNORECASE)]
+    return list(dict.fromkeys(labels))
 
 
-def kernel_name(name: str) -> str:
+def kernel_label(name: str) -> str:
+    """Return the library of a profiled kernel, or the kernel's own name."""
     for library, pattern in LIBRARIES.items():
         if re.search(pattern, name, re.IGNORECASE):
             return library
@@ -94,5 +94,6 @@ def kernel_name(name: str) -> str:
 
 
 def header(measured: Ceilings, commit: str | None) -> str:
-    """The machine, the versions and the method."""
-    return f"{machine(measured, commit)}\n\n{METHOD.format(rounds=ROUNDS, mebibytes=ROTATION >> 20)}"
+    """Describe the machine, the versions and the method."""
+    method = METHOD.format(replays=TIMED_REPLAYS, mebibytes=INPUT_BYTES >> 20)
+    return f"{describe_machine(measured, commit)}\n\n{method}"

@@ -1,4 +1,4 @@
-"""`torch.compile` as a rival: set up so that measuring processes choose launch configs alone."""
+"""`torch.compile` as a rival of single kernels, and its set-up in the process that measures."""
 
 import os
 from collections.abc import Callable
@@ -6,21 +6,20 @@ from collections.abc import Callable
 import torch
 import torch._inductor.config
 import triton
-from torch import Tensor
 
-Inputs = dict[str, Tensor]
+from common.kernel_inputs import Inputs
 
 
 def set_up_compile() -> None:
-    """Let the process that measures choose Inductor's launch configs alone, on a GPU that is its own.
+    """Make Inductor choose launch configs in the process that measures, which has the GPU to itself.
 
-    Otherwise it would find those that the processes of `kernel_jobs.parallel` chose, while they disturbed one another.
+    Otherwise it would reuse choices that the compiling processes (`run_in_processes`) made while they shared the GPU.
     """
     torch._inductor.config.autotune_local_cache = False
     torch._inductor.config.compile_threads = 1
-    os.environ.setdefault("TRITON_CACHE_DIR", triton.knobs.cache.dir)  # or Inductor moves it, when it is first used
+    os.environ.setdefault("TRITON_CACHE_DIR", triton.knobs.cache.dir)  # or Inductor moves it on first use
 
 
 def compiled(function: Callable[[Inputs], object]) -> Callable[[Inputs], object]:
-    """`torch.compile` for these very shapes."""
+    """Compile a function of a kernel's inputs for exactly the shapes that it is called with."""
     return torch.compile(function, fullgraph=True, dynamic=False)

@@ -1,6 +1,8 @@
 """The command line: what it prints, writes and returns, and how it fails."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ def photos(tmp_path):
     (folder / "trip").mkdir(parents=True)
     Image.linear_gradient("L").resize((320, 256)).convert("RGB").save(folder / "a.png")
     Image.radial_gradient("L").resize((256, 512)).save(folder / "trip" / "b.jpg")
-    (folder / "notes.txt").write_text("not an image, and not looked at")
+    (folder / "notes.txt").write_text("not an image")
     return folder
 
 
@@ -54,7 +56,7 @@ def test_encode_into_a_folder_writes_one_file_an_image(capsys, photos, tmp_path)
 
 
 def test_broken_files_are_named_and_the_rest_is_encoded(capsys, photos, tmp_path):
-    (photos / "._a.png").write_bytes(b"what macOS leaves beside a.png")
+    (photos / "._a.png").write_bytes(b"metadata that macOS writes beside a.png")
     (photos / "broken.png").write_bytes((photos / "a.png").read_bytes()[:300])
     target = tmp_path / "out.safetensors"
     code, out, err = run(capsys, "encode", photos, "-m", "demo", "-o", target)
@@ -140,8 +142,20 @@ def test_help(capsys, command):
     assert "usage: qwenvit" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["encode", "--help"], ["encode"], ["paint"]])
+def test_help_and_usage_errors_import_no_torch(arguments):
+    program = (
+        "import sys\nfrom qwenvit.cli import main\n"
+        "try:\n    main(sys.argv[1:])\n"
+        "finally:\n    print('imported', {'torch', 'huggingface_hub', 'qwenvit.cli.commands'} & set(sys.modules))"
+    )
+    finished = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
+    assert finished.stdout.splitlines()[-1] == "imported set()"
+    assert finished.returncode == (0 if arguments[-1].startswith("--") else 2)
+
+
 def test_written_files_have_the_permissions_of_any_new_file(capsys, photos, tmp_path):
-    """safetensors alone would make them readable by their owner only."""
+    """safetensors alone makes files that only their owner can read."""
     run(capsys, "encode", photos, "-m", "demo", "-o", tmp_path / "out.safetensors")
     run(capsys, "fetch", "demo", tmp_path / "tower")
     (tmp_path / "plain").touch()

@@ -1,9 +1,9 @@
-"""Counted costs against torch's own counter, and the feature map against a reading of its definition."""
+"""FLOPs against torch's counter, and the feature map and its picture against their definitions."""
 
 import pytest
 import torch
 from PIL import Image
-from torch.nn.attention import SDPBackend, sdpa_kernel  # the only one the counter sees on a CPU
+from torch.nn.attention import SDPBackend, sdpa_kernel  # FlopCounterMode counts only MATH on a CPU
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.hf_towers import build_tower
@@ -15,7 +15,7 @@ from support.towers import MIXED_GRIDS, SMALL, ours_from, random_pixels
 
 
 @pytest.mark.parametrize("family", SMALL)
-def test_flops_are_those_torch_counts(family):
+def test_flops_equal_torchs_count(family):
     config = SMALL[family]
     tower = ours_from(build_tower(config), config)
     assert parameters(config) == sum(p.numel() for p in tower.parameters())
@@ -27,28 +27,28 @@ def test_flops_are_those_torch_counts(family):
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
 def test_patch_features_are_in_reading_order(family):
-    """A tower whose blocks add nothing hands on each patch's brightness: it shows where the patch went."""
+    """With zero weights in its blocks the tower returns each patch's brightness, which tells where the patch went."""
     config = SMALL[family]
     tower = ours_from(build_tower(config), config)
     encoder = Encoder(tower)
-    step = config.patch_size
+    side = config.patch_size
     rows, columns = (20, 12)
-    image = torch.zeros(rows * step, columns * step, dtype=torch.uint8)
+    image = torch.zeros(rows * side, columns * side, dtype=torch.uint8)
     for row in range(rows):
         for column in range(columns):
-            image[row * step : (row + 1) * step, column * step : (column + 1) * step] = columns * row + column
+            image[row * side : (row + 1) * side, column * side : (column + 1) * side] = columns * row + column
     with torch.no_grad():
         for parameter in tower.parameters():
             parameter.zero_()
         tower.patch_embed.proj.weight[0].fill_(1)
-    drawn = patch_features(encoder, image[..., None].repeat(1, 1, 3).numpy(), min_pixels=step**2 * 4)
-    assert drawn.shape == (rows, columns, config.hidden_size)
-    assert torch.equal(drawn[..., 0].flatten().argsort(), torch.arange(rows * columns))
+    feature_map = patch_features(encoder, image[..., None].repeat(1, 1, 3).numpy(), min_pixels=side**2 * 4)
+    assert feature_map.shape == (rows, columns, config.hidden_size)
+    assert torch.equal(feature_map[..., 0].flatten().argsort(), torch.arange(rows * columns))
 
 
 def test_pca_picture_shows_the_direction_of_most_variance():
     features = torch.randn(6, 5, 16, dtype=torch.float64) * 0.01
-    features[:3, :, 7] += 10  # the upper half differs from the lower in one channel: that is the first component
+    features[:3, :, 7] += 10  # the first component: the halves differ in one channel
     picture = pca_picture(features)
     assert picture.size == (5, 6)
     red = torch.tensor([[picture.getpixel((x, y))[0] for x in range(5)] for y in range(6)])

@@ -1,4 +1,4 @@
-"""VisionConfig against the config.json spellings in the wild and transformers' own config classes."""
+"""VisionConfig against published config.json files and transformers' config classes."""
 
 import dataclasses
 import json
@@ -9,10 +9,10 @@ from common.hf_towers import build_tower, tower_class
 from qwenvit.config.families import FAMILIES
 from qwenvit.config.published import PUBLISHED, published_config
 from qwenvit.config.vision_config import VisionConfig
-from qwenvit.weights.names import FAMILIES as NAME_TABLES
+from qwenvit.weights.names import NAME_TABLES
 from support.towers import SMALL
 
-QWEN2_VL_7B = {  # as published: no hidden_act, `in_chans`, `hidden_size` is the output width
+QWEN2_VL_7B = {  # as published: no hidden_act, `in_chans` for in_channels, `hidden_size` is the output width
     "model_type": "qwen2_vl",
     "hidden_size": 3584,
     "num_hidden_layers": 28,
@@ -48,7 +48,7 @@ QWEN2_5_VL_7B = {
         "temporal_patch_size": 2,
     },
 }
-QWEN3_OMNI = {  # nested below thinker_config, with both spellings and null windows
+QWEN3_OMNI = {  # nested in thinker_config, with both spellings of in_channels and window fields that are null
     "model_type": "qwen3_omni_moe",
     "thinker_config": {
         "model_type": "qwen3_omni_moe_thinker",
@@ -103,14 +103,14 @@ def test_configs_written_by_transformers_are_read(variant, tmp_path):
     assert read == dataclasses.replace(
         config, depth=1, fullatt_block_indexes=(), deepstack_visual_indexes=(), tokens_per_second=read.tokens_per_second
     )
-    again = tower_class(variant).config_class.from_pretrained(tmp_path)
-    assert again.to_dict() == tower_class(variant).config_class(**saved).to_dict()
+    reloaded = tower_class(variant).config_class.from_pretrained(tmp_path)
+    assert reloaded.to_dict() == tower_class(variant).config_class(**saved).to_dict()
 
 
 @pytest.mark.parametrize("where", ["beside", "inside"])
 def test_rope_theta_is_read_where_transformers_reads_it(where):
-    given = {"rope_theta": 1000.0} if where == "beside" else {"rope_parameters": {"rope_theta": 1000.0}}
-    config = edited(QWEN2_5_VL_7B, **given)
+    theta = {"rope_theta": 1000.0} if where == "beside" else {"rope_parameters": {"rope_theta": 1000.0}}
+    config = edited(QWEN2_5_VL_7B, **theta)
     theirs = tower_class("qwen2_5_vl").config_class(**config["vision_config"] | {"in_channels": 3})
     assert VisionConfig.from_hf(config).rope_theta == theirs.rope_parameters["rope_theta"] == 1000.0
 

@@ -1,4 +1,4 @@
-"""The plan computed from a table of the grids, against `GridPlan`, which is computed another way."""
+"""The plan computed on the device from a table of the grids, against `GridPlan`."""
 
 from dataclasses import replace
 
@@ -21,12 +21,12 @@ grids = st.lists(st.tuples(st.integers(1, 3), st.integers(1, 14), st.integers(1,
 def check(config, grid, spare, impl):
     grid = torch.tensor(grid) * torch.tensor([1, 2, 2])
     need = device_plan.measure_grids(grid, config)
-    room = device_plan.Capacity(
+    capacity = device_plan.Capacity(
         need.patches + 4 * spare, need.frames + spare, need.windows + spare, need.items + spare, need.side + spare
     )
-    table = device_plan.grid_table(grid, config, room.items).to(DEVICE)
-    angles = device_plan.angle_tables(config, room.side, torch.device(DEVICE))
-    ours, plan = device_plan.compute_plan(table, angles, config, room, impl), GridPlan.build(grid, config, DEVICE)
+    table = device_plan.grid_table(grid, config, capacity.items).to(DEVICE)
+    angles = device_plan.angle_tables(config, capacity.side, torch.device(DEVICE))
+    ours, plan = device_plan.compute_plan(table, angles, config, capacity, impl), GridPlan.build(grid, config, DEVICE)
     n = plan.num_patches
     assert n == need.patches
     assert torch.equal(ours.cos[:n], plan.cos)
@@ -41,7 +41,7 @@ def check(config, grid, spare, impl):
             assert segments.max_seqlen >= expected.max_seqlen
     if plan.restore_index is not None:
         assert torch.equal(ours.restore_index[: n // 4], plan.restore_index)
-        assert ours.restore_index.sort().values.tolist() == list(range(room.patches // 4))
+        assert ours.restore_index.sort().values.tolist() == list(range(capacity.patches // 4))
     if plan.position_taps is not None:
         assert torch.equal(ours.position_taps[:n], plan.position_taps)
         assert torch.equal(ours.position_weights[:n], plan.position_weights)
@@ -50,7 +50,7 @@ def check(config, grid, spare, impl):
 
 @settings(max_examples=25, deadline=None)
 @given(st.sampled_from(list(CONFIGS)), grids, st.sampled_from([0, 1, 70]), st.sampled_from(["triton", "reference"]))
-def test_it_is_the_grid_plan(name, grid, spare, impl):
+def test_it_equals_the_grid_plan(name, grid, spare, impl):
     check(CONFIGS[name], grid, spare, impl)
 
 

@@ -1,32 +1,26 @@
-"""CUDA graphs of the fast tower: capacities, and any layout through any graph."""
+"""CUDA graphs of the fast tower: any grids through any graph, moved weights, threads, memory."""
 
 import copy
 import threading
-from dataclasses import replace
 
 import pytest
 import torch
 
 from qwenvit import Encoder
 from qwenvit.graphs import device_plan
-from qwenvit.graphs.capacity import MOST_PATCHES
+from qwenvit.graphs.capacity import MAX_GRAPH_PATCHES
 from qwenvit.plan.grid_plan import GridPlan
 from qwenvit.towers.fast import FastTower
 from qwenvit.towers.reference import ReferenceTower
-from support.towers import FULL, random_pixels
+from support.towers import FULL, narrow, random_pixels
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 SAME_TOTAL = ([[1, 8, 32]], [[1, 32, 8]], [[1, 16, 16]], [[4, 8, 8]], [[1, 8, 8], [2, 12, 8]], [[1, 2, 2]] * 64)
 
 
 def encoder(family="qwen2_5_vl", dtype=torch.bfloat16):
-    config = FULL[family]
-    width = 2 * config.head_dim
-    middle = 512 if config.traits.gated_mlp else 4 * width
-    blocks = {"fullatt_block_indexes": (3,)} if config.traits.windowed else {}
-    blocks |= {"deepstack_visual_indexes": (0, 2)} if config.traits.deepstack else {}
-    shape = {"depth": 4, "hidden_size": width, "num_heads": 2, "intermediate_size": middle, "out_hidden_size": 64}
-    config = replace(config, **shape, **blocks)
+    middle = {"intermediate_size": 512} if FULL[family].traits.gated_mlp else {}
+    config = narrow(family, depth=4, out_hidden_size=64, **middle)
     torch.manual_seed(0)
     tower = FastTower(config).to("cuda", dtype)
     tower.load_state_dict(ReferenceTower(config).state_dict())
@@ -49,7 +43,7 @@ def check(enc, grid, pixels, output):
 @needs_gpu
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def test_layouts_of_equal_size_are_not_confused(family):
-    """One capacity, one graph, and results that a later call leaves alone. 256 patches: no room is to spare."""
+    """One graph runs all of them, and later calls do not overwrite results. 256 patches: no spare capacity."""
     enc = encoder(family)
     outputs = []
     for seed, grid in enumerate(SAME_TOTAL * 2):
@@ -60,8 +54,8 @@ def test_layouts_of_equal_size_are_not_confused(family):
 
 
 @needs_gpu
-def test_room_to_spare_changes_nothing_that_counts():
-    """Matrix products of another height may sum in another order; in fp32 that is seen to be all."""
+def test_spare_capacity_changes_results_by_rounding_only():
+    """Matrix products of another height may add in another order; fp32 shows no other difference."""
     enc = encoder(dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
     for seed in range(25):
@@ -75,8 +69,8 @@ def test_room_to_spare_changes_nothing_that_counts():
 
 @needs_gpu
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
-def test_what_lies_in_the_room_to_spare_counts_for_nothing(family):
-    """Pixel values lie where a graph's later tensors do, so rows past the last patch hold anything."""
+def test_values_in_the_spare_capacity_change_nothing(family):
+    """A graph's later tensors overwrite its pixel values, so rows past the last patch have arbitrary values."""
     enc = encoder(family)
     for full, grid in (([[1, 34, 32]], [[1, 38, 28]]), ([[1, 32, 32], [2, 4, 4]], [[1, 34, 30], [2, 4, 4]])):
         pixels, before, outputs = pixels_of(grid, enc), pixels_of(full, enc), []
@@ -89,11 +83,11 @@ def test_what_lies_in_the_room_to_spare_counts_for_nothing(family):
         assert torch.equal(outputs[0].pooler_output, outputs[1].pooler_output)
         for one, other in zip(outputs[0].deepstack_features, outputs[1].deepstack_features, strict=True):
             assert torch.equal(one, other)
-    assert len(enc.tower.graphs._graphs) == 3  # one for each pair, and the largest
+    assert len(enc.tower.graphs._graphs) == 3  # one for each pair, and the one that sizes the pool
 
 
 @needs_gpu
-def test_threads_and_streams_take_turns():
+def test_threads_and_streams_are_serialized():
     enc = encoder()
     grids = [[[1, 16, 16]], [[2, 8, 16]], [[1, 12, 20]], [[1, 4, 4]] * 9]
     results, failures = {}, []
@@ -107,7 +101,7 @@ def test_threads_and_streams_take_turns():
                     pixels = pixels_of(grid, enc, 100 * number + round_number)
                     results[number, round_number] = (grid, pixels, enc(pixels, torch.tensor(grid)))
                 stream.synchronize()
-        except Exception as error:  # noqa: BLE001  (a thread's exception would go unseen)
+        except Exception as error:  # noqa: BLE001  (nobody would see a thread's exception)
             failures.append(error)
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
@@ -136,7 +130,7 @@ def test_a_tower_that_was_converted_gets_new_graphs():
 
 @needs_gpu
 def test_a_tower_that_was_converted_part_by_part_gets_new_graphs():
-    """Of which the tower itself knows nothing."""
+    """The tower's own `_apply` is not called."""
     enc = encoder()
     pixels = pixels_of([[1, 8, 8]], enc)
     enc(pixels, torch.tensor([[1, 8, 8]]))
@@ -148,8 +142,8 @@ def test_a_tower_that_was_converted_part_by_part_gets_new_graphs():
 
 
 @needs_gpu
-def test_a_weight_that_lies_elsewhere_is_read_there():
-    """Its old memory stays readable: graphs are launched before anything is looked at."""
+def test_a_moved_weight_is_read_at_its_new_address():
+    """Its old memory stays allocated: graphs are replayed before the check for moved weights."""
     enc, grid = encoder(), [[1, 8, 8]]
     pixels = pixels_of(grid, enc)
     enc(pixels, torch.tensor(grid))
@@ -181,7 +175,7 @@ def test_rising_sizes_take_no_more_memory_than_the_largest():
 
 @needs_gpu
 def test_workspaces_of_cublas_may_be_cleared():
-    """As torch.compile does for graphs of its own."""
+    """torch.compile clears them for its own graphs."""
     enc, grid = encoder(), [[1, 32, 32]]
     pixels = pixels_of(grid, enc)
     expected = enc(pixels, torch.tensor(grid)).pooler_output
@@ -193,8 +187,8 @@ def test_workspaces_of_cublas_may_be_cleared():
 
 
 @needs_gpu
-def test_garbage_waits_for_the_end_of_a_capture(monkeypatch):
-    """CUDA gives up a capture during which its thread frees another graph."""
+def test_garbage_is_not_collected_during_a_capture(monkeypatch):
+    """CUDA aborts a capture during which its thread frees another graph."""
     enc, garbage = encoder(), [encoder()]
     garbage[0](pixels_of([[1, 8, 8]], enc), torch.tensor([[1, 8, 8]]))
 
@@ -203,7 +197,7 @@ def test_garbage_waits_for_the_end_of_a_capture(monkeypatch):
             cycle = [garbage.pop()]
             cycle.append(cycle)
             del cycle
-            assert len([[] for _ in range(100_000)]) > 0  # more than the collector lets pass
+            assert len([[] for _ in range(100_000)]) > 0  # enough objects to trigger a collection
         return compute(*arguments)
 
     compute = device_plan.compute_plan
@@ -215,7 +209,7 @@ def test_garbage_waits_for_the_end_of_a_capture(monkeypatch):
 
 
 @needs_gpu
-def test_a_move_to_where_it_is_keeps_the_graphs():
+def test_a_move_to_the_same_device_keeps_the_graphs():
     enc, grid = encoder(), [[1, 8, 8]]
     pixels = pixels_of(grid, enc)
     enc(pixels, torch.tensor(grid))
@@ -226,8 +220,8 @@ def test_a_move_to_where_it_is_keeps_the_graphs():
 
 
 @needs_gpu
-def test_graphs_are_the_towers():
-    """Encoders of one tower share them, and they hold no memory of a tower that has left the GPU."""
+def test_graphs_belong_to_the_tower():
+    """Encoders of one tower share its graphs, which free their memory when the tower leaves the GPU."""
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
     enc, grid = encoder(), [[1, 64, 64]]
@@ -239,7 +233,7 @@ def test_graphs_are_the_towers():
     enc.tower.cpu()
     del graphs, pixels, expected
     torch.cuda.empty_cache()
-    assert torch.cuda.memory_reserved() <= before + 40 * 2**20  # cuBLAS keeps room to work in
+    assert torch.cuda.memory_reserved() <= before + 40 * 2**20  # cuBLAS keeps its workspace
 
 
 @needs_gpu
@@ -260,18 +254,18 @@ def test_warmup_captures_what_later_calls_use():
     enc = encoder()
     count = enc.warmup(300)
     captured = set(enc.tower.graphs._graphs)
-    assert len(captured) == count + 1  # and the largest, into whose memory all fit
+    assert len(captured) == count + 1  # and the one that sizes the pool
     for side in range(2, 36, 2):
         enc(pixels_of([[1, side, side]], enc), torch.tensor([[1, side, side]]))
     assert set(enc.tower.graphs._graphs) == captured
-    with pytest.raises(ValueError, match=f"max_tokens: expected at most {MOST_PATCHES // 4}"):
+    with pytest.raises(ValueError, match=f"max_tokens: expected at most {MAX_GRAPH_PATCHES // 4}"):
         enc.warmup(10**6)
     with pytest.raises(ValueError, match="max_tokens: expected a positive number of tokens, got 0"):
         enc.warmup(0)
 
 
 @needs_gpu
-def test_batches_beyond_every_graph():
+def test_batches_too_large_for_a_graph():
     enc = encoder()
     grid = [[1, 200, 200]]
     pixels = pixels_of(grid, enc)
@@ -287,5 +281,5 @@ def test_gradients_are_refused():
 
 
 def test_the_reference_tower_has_nothing_to_warm_up():
-    config = replace(FULL["qwen2_vl"], depth=1, hidden_size=160, num_heads=2, intermediate_size=320, out_hidden_size=8)
+    config = narrow("qwen2_vl", depth=1, intermediate_size=320, out_hidden_size=8)
     assert Encoder(ReferenceTower(config)).warmup(1000) == 0

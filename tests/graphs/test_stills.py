@@ -1,4 +1,4 @@
-"""Still images in the fast tower: their one frame goes in once, and nothing else is ever taken for a still image."""
+"""Still images in the fast tower: `encode` passes their single frame, and nothing else is taken for a still image."""
 
 from dataclasses import replace
 
@@ -12,12 +12,12 @@ from qwenvit.parity import close
 from qwenvit.plan.grid_plan import GridPlan
 from qwenvit.towers.fast import FastTower
 from qwenvit.towers.reference import ReferenceTower
-from support.towers import FULL, random_pixels
+from support.towers import FULL, narrow, random_pixels
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 NEEDS_GPU = pytest.mark.skipif(not GPU, reason="needs a CUDA GPU")
-IMPLS = ["reference", pytest.param("triton", marks=NEEDS_GPU)]  # the latter runs in CUDA graphs
+IMPLS = ["reference", pytest.param("triton", marks=NEEDS_GPU)]  # "triton" runs in CUDA graphs
 BOUNDS = {"min_pixels": 4096, "max_pixels": 40_000}
 
 
@@ -27,18 +27,8 @@ def _ieee_fp32(monkeypatch):
 
 
 def encoders(family, impl, dtype=torch.float32):
-    """The fast tower's, and the reference tower's of the same weights: two blocks, two heads of the family's width."""
-    config, width = FULL[family], 2 * FULL[family].head_dim
-    config = replace(
-        config,
-        depth=2,
-        hidden_size=width,
-        num_heads=2,
-        intermediate_size=200 if config.traits.gated_mlp else 4 * width,
-        out_hidden_size=24,
-        fullatt_block_indexes=(1,) if config.traits.windowed else (),
-        deepstack_visual_indexes=(0,) if config.traits.deepstack else (),
-    )
+    """Return encoders with the fast tower and with the reference tower, of the same weights and two blocks."""
+    config = narrow(family, depth=2, out_hidden_size=24)
     torch.manual_seed(0)
     reference = ReferenceTower(config).requires_grad_(False)
     for parameter in reference.parameters():
@@ -66,7 +56,7 @@ def assert_close(ours, theirs):
 
 
 def watch_widths(monkeypatch):
-    """Columns of whatever pixel values an encoder runs on, as a list that grows."""
+    """Return a list to which every run of an encoder appends the columns of its pixel values."""
     widths, run = [], Encoder._run
 
     def watched(self, pixel_values, grid):
@@ -79,7 +69,7 @@ def watch_widths(monkeypatch):
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("family", FULL)
-def test_images_are_what_the_reference_tower_makes_of_them(family, impl):
+def test_images_get_the_reference_towers_embeddings(family, impl):
     fast, reference = encoders(family, impl)
     for images in (PICTURES, PICTURES[0]):
         assert_close(fast.encode(images, **BOUNDS), reference.encode(images, **BOUNDS))
@@ -88,36 +78,36 @@ def test_images_are_what_the_reference_tower_makes_of_them(family, impl):
 @pytest.mark.parametrize("dtype", [torch.float32, *([torch.bfloat16] if GPU else [torch.float16])], ids=str)
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
-def test_not_a_bit_differs_from_two_frames(family, impl, dtype):
-    """One frame that is repeated rounds as two do."""
+def test_a_single_frame_equals_two_equal_frames_bitwise(family, impl, dtype):
+    """The GPU repeats the frame, so rounding is the same."""
     fast, _ = encoders(family, impl, dtype)
-    once = fast.encode(PICTURES, **BOUNDS)
-    twice = fast(*fast.image_processor(PICTURES, **BOUNDS))
-    assert torch.equal(once.packed, twice.pooler_output)
-    for layer, expected in enumerate(twice.deepstack_features):
-        assert torch.equal(torch.cat([item.deepstack[layer] for item in once]), expected)
+    single = fast.encode(PICTURES, **BOUNDS)
+    double = fast(*fast.image_processor(PICTURES, **BOUNDS))
+    assert torch.equal(single.packed, double.pooler_output)
+    for layer, expected in enumerate(double.deepstack_features):
+        assert torch.equal(torch.cat([item.deepstack[layer] for item in single]), expected)
 
 
-def test_who_is_given_one_frame(monkeypatch):
+def test_only_encode_passes_a_single_frame_and_only_to_the_fast_tower(monkeypatch):
     widths = watch_widths(monkeypatch)
     fast, reference = encoders("qwen2_5_vl", "reference")
-    pair, frames = fast.config.patch_dim, [PICTURES[0]] * 2
-    for enc, expected in ((fast, [pair // 2, pair, pair]), (reference, [pair] * 3)):
+    two_frames, frames = fast.config.patch_dim, [PICTURES[0]] * 2
+    for enc, expected in ((fast, [two_frames // 2, two_frames, two_frames]), (reference, [two_frames] * 3)):
         widths.clear()
         enc.encode(PICTURES[0], **BOUNDS)
         enc.encode_video(frames, **BOUNDS)
         pixel_values, grid = enc.image_processor(PICTURES, **BOUNDS)
-        assert pixel_values.shape[1] == pair
+        assert pixel_values.shape[1] == two_frames
         enc(pixel_values, grid)
         assert widths == expected
-        with pytest.raises(ValueError, match=rf"pixel_values: expected \[patches, {pair}\]"):
-            enc(pixel_values[:, : pair // 2], grid)
+        with pytest.raises(ValueError, match=rf"pixel_values: expected \[patches, {two_frames}\]"):
+            enc(pixel_values[:, : two_frames // 2], grid)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
-def test_a_video_of_two_frames_is_no_still_image(family, impl):
-    """Its grid is that of an image, t = 1; in turn with images, so that graphs are shared."""
+def test_a_video_of_two_frames_is_not_a_still_image(family, impl):
+    """Its grid is that of an image, t = 1. Images and videos alternate, so that they share graphs."""
     fast, reference = encoders(family, impl)
     first, second = picture(128, 96, 3), picture(128, 96, 4)
     still = fast.encode(first, resize="torch", **BOUNDS)
@@ -158,14 +148,14 @@ def test_weights_that_change_later(impl):
 
 
 @pytest.mark.parametrize("frames", [1, 2, 3])
-def test_every_channel_is_repeated_by_itself(frames):
-    """Patches hold their channels one after another, and each channel its frames."""
+def test_every_channel_repeats_its_frame(frames):
+    """The values of a patch are ordered by channel, then by frame."""
     fast, _ = encoders("qwen2_vl", "reference")
     tower = FastTower(replace(fast.config, temporal_patch_size=frames), "reference")
     still = torch.arange(2 * 588.0).view(2, 3, 196)
     expected = torch.stack([still] * frames, dim=2)
-    assert torch.equal(tower.patch_embed.frames(still.flatten(1)), expected)
-    assert torch.equal(tower.patch_embed.frames(expected.flatten(1)), expected)
+    assert torch.equal(tower.patch_embed.expand_frames(still.flatten(1)), expected)
+    assert torch.equal(tower.patch_embed.expand_frames(expected.flatten(1)), expected)
 
 
 @pytest.mark.parametrize("shape", [(16, 587), (16, 392), (16, 1175), (16, 1764), (16, 3, 196), (588,)])
@@ -177,9 +167,9 @@ def test_other_widths_are_refused(shape):
         fast.tower(torch.zeros(shape, device=DEVICE), plan)
 
 
-def test_the_tower_alone_takes_either():
+def test_the_tower_itself_takes_one_or_two_frames():
     fast, _ = encoders("qwen3_vl", "reference")
     plan = GridPlan.build([[1, 4, 6]], fast.config, DEVICE)
     still = random_pixels(24, fast.config).to(DEVICE)[:, :768].double()
-    pair = torch.cat([still.view(24, 3, 1, 256)] * 2, dim=2).flatten(1)
-    assert torch.equal(fast.tower(still, plan).pooler_output, fast.tower(pair, plan).pooler_output)
+    repeated = torch.cat([still.view(24, 3, 1, 256)] * 2, dim=2).flatten(1)
+    assert torch.equal(fast.tower(still, plan).pooler_output, fast.tower(repeated, plan).pooler_output)

@@ -1,4 +1,4 @@
-"""Whether weights that were moved, converted or replaced are noticed, and those that were not, not."""
+"""The weight guard notices moved, converted and replaced weights, and no others."""
 
 import copy
 
@@ -32,31 +32,31 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_changes_are_noticed(change):
     parts = module().requires_grad_(False)
-    watch = WeightGuard(parts)
-    assert watch.unchanged()
+    guard = WeightGuard(parts)
+    assert guard.weights_unmoved()
     CHANGES[change](parts)
-    assert not watch.unchanged()
-    assert WeightGuard(parts).unchanged()
+    assert not guard.weights_unmoved()
+    assert WeightGuard(parts).weights_unmoved()
 
 
 @pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
 @pytest.mark.parametrize("part", [lambda parts: parts, lambda parts: parts[1][0]])
-def test_hooks_are_refused_as_long_as_they_are_there(register, part):
+def test_hooks_are_refused_until_they_are_removed(register, part):
     parts = module()
-    watch = WeightGuard(parts)
-    watch.refuse_hooks()
+    guard = WeightGuard(parts)
+    guard.refuse_hooks()
     handle = getattr(part(parts), register)(lambda *_: None)
     with pytest.raises(ValueError, match=r"no forward hooks, which CUDA graphs leave out; use impl='reference'"):
-        watch.refuse_hooks()
-    assert watch.unchanged()
+        guard.refuse_hooks()
+    assert guard.weights_unmoved()
     handle.remove()
-    watch.refuse_hooks()
+    guard.refuse_hooks()
 
 
-def test_new_values_in_their_places_are_none():
+def test_new_values_at_the_same_addresses_are_no_change():
     parts = module()
-    watch = WeightGuard(parts)
+    guard = WeightGuard(parts)
     parts.load_state_dict({name: torch.ones_like(x) for name, x in parts.state_dict().items()})
     parts.to("cpu", torch.float32).requires_grad_(False).eval()
-    assert watch.unchanged()
-    assert list(map(id, watch.parameters)) == list(map(id, parts.parameters()))
+    assert guard.weights_unmoved()
+    assert list(map(id, guard.parameters)) == list(map(id, parts.parameters()))

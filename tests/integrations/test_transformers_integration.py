@@ -1,4 +1,4 @@
-"""use_rope_index on tiny models of transformers: the same tokens and logits, with ours in place and taken off again."""
+"""use_rope_index on tiny models of transformers: equal tokens and logits, with it and after its removal."""
 
 import copy
 import importlib
@@ -32,10 +32,10 @@ TEXT = {
     "bos_token_id": None,
     "eos_token_id": None,
     "pad_token_id": 0,
-    "initializer_range": 0.2,  # tokens of some variety
+    "initializer_range": 0.2,  # large enough that generated tokens vary
 }
 VISION = {"depth": 1, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}
-OF_FAMILY = {
+CONFIG_CHANGES = {
     "qwen2_vl": ({}, {"embed_dim": 32, "hidden_size": 64}),
     "qwen2_5_vl": ({}, {"tokens_per_second": 3, "fullatt_block_indexes": [0], "window_size": 16}),
     "qwen3_vl": ({"head_dim": 16}, {"deepstack_visual_indexes": [0], "num_position_embeddings": 64}),
@@ -71,7 +71,7 @@ def build(family):
     module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
     configs = importlib.import_module(f"transformers.models.{family}.configuration_{family}")
     config_class, model_class = CLASSES[family]
-    text, vision = OF_FAMILY[family]
+    text, vision = CONFIG_CHANGES[family]
     vision = {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 48} | VISION | vision
     if family == "qwen2_vl":
         vision = {key: value for key, value in vision.items() if key not in ("out_hidden_size", "intermediate_size")}
@@ -84,7 +84,7 @@ def build(family):
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    """Threads of models this small only wait for each other: twenty times as long on busy cores."""
+    """Use one thread: at these sizes, several threads only wait for each other."""
     torch.set_num_threads(1)
 
 
@@ -100,7 +100,7 @@ def model(request, models):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How often ours was called."""
+    """The arguments of each call of qwenvit's rope_index."""
     calls = []
 
     def spy(**arguments):
@@ -143,7 +143,7 @@ def test_generation_gives_the_same_tokens(model, batch, padding, calls, monkeypa
     expected = generate(model, inputs)
     deltas = model.model.rope_deltas
     with use_rope_index(model), monkeypatch.context() as patch:
-        patch.setattr(type(model.model), "get_rope_index", None)  # theirs cannot have been called
+        patch.setattr(type(model.model), "get_rope_index", None)  # a call of transformers' own would fail
         got = generate(model, inputs)
     assert torch.equal(got, expected)
     assert torch.equal(model.model.rope_deltas, deltas)
@@ -173,7 +173,7 @@ def test_a_training_step_gives_the_same_logits_and_loss(model, batch, calls):
 
 
 def test_positions_matter_to_these_models(model, monkeypatch):
-    # Or equal tokens would say nothing: one position further in height alone, and other logits come out.
+    # Otherwise equal tokens would prove nothing: moving one token by one position in height changes the logits.
     inputs = inputs_for(model, "both, padded")
     expected = forward(model, inputs)
     rope_index = integration.rope_index
@@ -188,46 +188,48 @@ def test_positions_matter_to_these_models(model, monkeypatch):
         assert not torch.equal(forward(model, inputs).logits, expected.logits)
 
 
-class TestPuttingBack:
+class TestRemoval:
     @staticmethod
-    def is_theirs(model):
+    def has_own_method(model):
         inner = model.model
         return "get_rope_index" not in vars(inner) and inner.get_rope_index.__func__ is type(inner).get_rope_index
 
     def test_remove(self, model):
         handle = use_rope_index(model)
         assert isinstance(handle, RopeIndexHandle)
-        assert not self.is_theirs(model)
+        assert not self.has_own_method(model)
         handle.remove()
-        assert self.is_theirs(model)
+        assert self.has_own_method(model)
         handle.remove()
-        assert self.is_theirs(model)
+        assert self.has_own_method(model)
 
     def test_an_old_handle_does_not_undo_a_new_replacement(self, model):
         old = use_rope_index(model)
         old.remove()
         with use_rope_index(model):
             old.remove()
-            assert not self.is_theirs(model)
-        assert self.is_theirs(model)
+            assert not self.has_own_method(model)
+        assert self.has_own_method(model)
 
     def test_leaving_the_block(self, model):
         with use_rope_index(model) as handle:
             assert isinstance(handle, RopeIndexHandle)
-            assert not self.is_theirs(model)
-        assert self.is_theirs(model)
+            assert not self.has_own_method(model)
+        assert self.has_own_method(model)
 
     def test_an_exception_in_the_block(self, model):
         with pytest.raises(KeyError), use_rope_index(model):
             raise KeyError
-        assert self.is_theirs(model)
+        assert self.has_own_method(model)
 
     def test_twice(self, model):
         with use_rope_index(model):
-            with pytest.raises(ValueError, match=r"^model: its get_rope_index is replaced already; remove that first"):
+            with pytest.raises(
+                ValueError, match=r"^model: expected its own get_rope_index, got a replaced one; call remove"
+            ):
                 use_rope_index(model)
-            assert not self.is_theirs(model)
-        assert self.is_theirs(model)
+            assert not self.has_own_method(model)
+        assert self.has_own_method(model)
 
 
 @pytest.mark.parametrize(
@@ -245,7 +247,7 @@ def test_a_copy_keeps_the_replacement_and_its_own_config(model, way, calls):
     assert len(calls) == 1
 
 
-def test_wherever_the_model_lies(models, calls):
+def test_the_model_is_found_inside_other_modules(models, calls):
     model = models["qwen3_vl"]
     inputs = inputs_for(model, "an image")
     expected = generate(model, inputs)
@@ -256,13 +258,13 @@ def test_wherever_the_model_lies(models, calls):
 
 
 @pytest.mark.parametrize("thing", [None, 3, "qwen2_vl", SimpleNamespace(get_rope_index=None)], ids=str)
-def test_no_module(thing):
+def test_an_argument_that_is_not_a_module(thing):
     with pytest.raises(TypeError, match=f"^model: expected a transformers model, got {type(thing).__name__}"):
         use_rope_index(thing)
 
 
-def test_no_model_of_ours_or_more_than_one(models):
-    words = r"^model: expected one Qwen-VL model in it, found {} modules with get_rope_index in {}"
+def test_no_supported_model_or_more_than_one(models):
+    words = r"^model: expected exactly one module with get_rope_index, got {} in {}"
     for thing, count in ((nn.Linear(2, 2), 0), (models["qwen2_vl"].model.visual, 0), (models["qwen2_vl"].lm_head, 0),
                          (nn.ModuleList([models["qwen2_vl"], models["qwen3_vl"]]), 2)):  # fmt: skip
         with pytest.raises(TypeError, match=words.format(count, type(thing).__name__)):

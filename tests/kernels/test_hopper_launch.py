@@ -1,22 +1,21 @@
-"""Launches of attention on Hopper: descriptors made once, and counters that no two launches share."""
+"""Launches of attention on Hopper: cached descriptors, and counters that no two launches share."""
 
 from unittest import mock
 
 import torch
 import triton
-from test_hopper_attention import attend, cumulated, needs_hopper
+from test_hopper_attention import attend, cumulative, needs_hopper
 from triton import knobs
 
-from qwenvit.kernels.attention import hopper as kernel
-from qwenvit.kernels.attention import hopper_launch
+from qwenvit.kernels.attention import hopper, hopper_launch
 from qwenvit.kernels.attention.hopper import hopper_attention
 from support.rope_attention_cases import packed
 
 pytestmark = needs_hopper
 
 
-def test_launches_without_making_descriptors_again():
-    """With triton 3.6, where it is known how; other versions launch as triton does, with the same results."""
+def test_launches_reuse_encoded_descriptors():
+    """With triton 3.6 and no hooks the native launcher runs, else Triton's; results are the same."""
     q, k, v = packed(500, 4, 80, torch.bfloat16, "cuda")
     bounds = [0, 100, 500]
     first, launches = attend(q, k, v, bounds), []
@@ -25,12 +24,12 @@ def test_launches_without_making_descriptors_again():
         launches.append(hopper_launch.cached_launch(*arguments))
         return launches[-1]
 
-    with mock.patch.object(kernel, "cached_launch", spy):
+    with mock.patch.object(hopper, "cached_launch", spy):
         for _ in range(3):
             assert torch.equal(attend(q, k, v, bounds), first)
     assert launches[0] is launches[2]
-    assert (launches[0].in_c is not None) == triton.__version__.startswith("3.6.")
-    with mock.patch.object(launches[0], "in_c", None):
+    assert (launches[0].native_launcher is not None) == triton.__version__.startswith("3.6.")
+    with mock.patch.object(launches[0], "native_launcher", None):
         assert torch.equal(attend(q, k, v, bounds), first)
     seen = []
     knobs.runtime.launch_enter_hook.add(seen.append)  # as profilers do
@@ -42,8 +41,8 @@ def test_launches_without_making_descriptors_again():
 
 
 def test_streams_and_graphs_at_once():
-    """Each takes tiles by a counter of its own."""
-    bounds = cumulated([1000, 3, 64, 0, 777, 128, 500])
+    """Launches that overlap take tiles by counters of their own."""
+    bounds = cumulative([1000, 3, 64, 0, 777, 128, 500])
     q, k, v = packed(bounds[-1], 16, 72, torch.bfloat16, "cuda")
     right = attend(q, k, v, bounds)
     cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device="cuda")
@@ -65,12 +64,12 @@ def test_streams_and_graphs_at_once():
     assert all(torch.equal(one, right) for out in outs for one in out)
 
 
-def test_graphs_beyond_the_counters_kept():
+def test_graphs_captured_when_the_pool_is_used_up():
     q, k, v = packed(300, 4, 64, torch.bfloat16, "cuda")
     right = attend(q, k, v, [0, 100, 300])
     cu_seqlens, out = torch.tensor([0, 100, 300], dtype=torch.int32, device="cuda"), torch.empty_like(right)
     graph = torch.cuda.CUDAGraph()
-    with mock.patch.object(hopper_launch, "COUNTERS", 0), torch.cuda.graph(graph):
+    with mock.patch.object(hopper_launch, "COUNTER_PAIRS", 0), torch.cuda.graph(graph):
         hopper_attention(q, k, v, cu_seqlens, 0.125, out)
     for _ in range(3):
         out.fill_(float("nan"))
@@ -82,7 +81,7 @@ def test_graph_whose_bounds_change():
     q, k, v = packed(1500, 4, 80, torch.bfloat16, "cuda")
     out = torch.empty(1500, 4, 80, dtype=q.dtype, device="cuda")
     cu_seqlens = torch.tensor([0, 64, 128, 1500], dtype=torch.int32, device="cuda")
-    attend(q, k, v, [0, 64, 128, 1500])  # compiled before
+    attend(q, k, v, [0, 64, 128, 1500])  # compile before the capture
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         hopper_attention(q, k, v, cu_seqlens, 80**-0.5, out)

@@ -1,4 +1,4 @@
-"""Attention on Hopper without one: who takes which tile, barriers, copies, masks, whatever the order of events."""
+"""Attention on Hopper without a GPU: tiles, barriers, copies and masks, in any order of events."""
 
 import random
 
@@ -14,17 +14,17 @@ LAYOUTS = {
     "a unit": [64],
     "two units": [100],
     "edges": [0, 1, 63, 64, 65, 0, 127, 128, 129, 0],
-    "unequal": [300, 5, 0, 129, 1],
+    "different lengths": [300, 5, 0, 129, 1],
     "empty": [0, 0],
 }
 
 
-def attend(lengths, heads, head_dim, programs, across, seed=0, spare=0, dtype=torch.bfloat16):
+def attend(lengths, heads, head_dim, programs, across_heads, seed=0, padding=0, dtype=torch.bfloat16):
     bounds = torch.tensor([0, *lengths]).cumsum(0)
     end = int(bounds[-1])
-    q, k, v = packed(end + spare, heads, head_dim, dtype, "cpu")
-    out = torch.full((end + spare, heads, head_dim), torch.nan, dtype=dtype)
-    gluon_on_cpu.attend(q, k, v, bounds.int(), head_dim**-0.5, out, programs, across, seed)
+    q, k, v = packed(end + padding, heads, head_dim, dtype, "cpu")
+    out = torch.full((end + padding, heads, head_dim), torch.nan, dtype=dtype)
+    gluon_on_cpu.attend(q, k, v, bounds.int(), head_dim**-0.5, out, programs, across_heads, seed)
     assert out[end:].isnan().all()
     right = truth(q[:end], k[:end], v[:end], None, None, bounds.tolist())
     assert error(out[:end], right) < 8e-3
@@ -34,15 +34,15 @@ def attend(lengths, heads, head_dim, programs, across, seed=0, spare=0, dtype=to
 @pytest.mark.parametrize("case", LAYOUTS)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_layouts(head_dim, case):
-    attend(LAYOUTS[case], 2, head_dim, 3, False, spare=70, dtype=torch.float16)
+    attend(LAYOUTS[case], 2, head_dim, 3, False, padding=70, dtype=torch.float16)
 
 
 @pytest.mark.parametrize("length", [0, 3, 64, 65, 129, 300, 450])
-def test_tiles_that_run_on_from_head_to_head(length):
-    """The same bits as of tiles that do not, by any number of programs."""
+def test_tiles_that_continue_across_heads(length):
+    """They give the same bits as tiles of one head, with any number of programs."""
     expected = attend([length], 3, 80, 1, False)
     for seed, programs in enumerate((1, 2, 5)):
-        assert torch.equal(attend([length], 3, 80, programs, True, seed, spare=200), expected)
+        assert torch.equal(attend([length], 3, 80, programs, True, seed, padding=200), expected)
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -51,12 +51,12 @@ def test_any_order_of_events(seed):
     lengths = [
         generator.choice((0, 10, 100, 200, 400)) + generator.randrange(70) for _ in range(generator.randint(1, 4))
     ]
-    across = seed % 2 == 0
+    across_heads = seed % 2 == 0
     heads, programs = generator.randint(1, 4), generator.randint(1, 4)
-    attend(lengths[:1] if across else lengths, heads, generator.choice(HEAD_DIMS), programs, across, seed)
+    attend(lengths[:1] if across_heads else lengths, heads, generator.choice(HEAD_DIMS), programs, across_heads, seed)
 
 
-def test_a_step_passed_over_is_waited_for():
-    """Or the next step in its place would be taken for there: a barrier tells odd phases from even ones only."""
+def test_a_skipped_step_is_waited_for():
+    """A wait tells only odd phases from even ones: a consumer that missed a phase would take old data for new."""
     for seed in range(24):
         attend([100], 9, 64, 1, True, seed)

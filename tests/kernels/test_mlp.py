@@ -1,4 +1,4 @@
-"""Projection with activation: the fused kernel, the passes, and the weights they want."""
+"""Projection with activation: the fused kernel, the passes, and packed weights, against fp64."""
 
 # ruff: noqa: N803, N806
 import pytest
@@ -15,12 +15,12 @@ from qwenvit.ops.packing import pack_gate_up, pad_columns
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
-SMALL = Tile(32, 64, 32, 4, 2, 1, band=2)
+SMALL_TILE = Tile(32, 64, 32, 4, 2, 1, band=2)
 ACTS = ["gelu_tanh", "quick_gelu", "gelu"]
 
 
-def problem(M, N, K, dtype, seed=0):
-    """Inputs of one projection; some channels are 100 times larger than the rest."""
+def make_inputs(M, N, K, dtype, seed=0):
+    """Return x, weight and bias of one projection; some channels of x are 100 times larger than the rest."""
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(M, K, generator=g)
     x[:, :: max(K // 3, 1)] *= 100
@@ -28,7 +28,7 @@ def problem(M, N, K, dtype, seed=0):
     return [t.to(DEVICE, dtype) for t in (x, weight, torch.randn(N, generator=g))]
 
 
-def act64(y, act):
+def activation_fp64(y, act):
     if act == "quick_gelu":
         return y * torch.sigmoid(1.702 * y)
     return F.gelu(y, approximate="tanh" if act == "gelu_tanh" else "none")
@@ -36,7 +36,7 @@ def act64(y, act):
 
 def truth(x, weight, bias, act):
     y = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
-    return F.silu(y[:, 0::2]) * y[:, 1::2] if act == "swiglu" else act64(y, act)
+    return F.silu(y[:, 0::2]) * y[:, 1::2] if act == "swiglu" else activation_fp64(y, act)
 
 
 def run(act, x, weight, bias, impl):
@@ -49,8 +49,8 @@ def error(got, expected):
     return ((got.double() - expected).norm() / expected.norm()).item()
 
 
-def poison(*shape, dtype):
-    """Memory full of NaN, freed, so that an output that is not written shows."""
+def free_nan_memory(*shape, dtype):
+    """Free memory full of NaN, so that an output allocated next shows elements that a kernel did not write."""
     torch.full(shape, float("nan"), device=DEVICE, dtype=dtype)
 
 
@@ -59,9 +59,9 @@ def poison(*shape, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_op_agrees_with_fp64(dtype, impl, act):
     for M, N, K in ((37, 72, 40), (5, 144, 16), (1, 2, 8)):
-        x, weight, bias = problem(M, N, K, dtype)
+        x, weight, bias = make_inputs(M, N, K, dtype)
         expected = truth(x, weight, bias, act)
-        poison(M, N, dtype=dtype)
+        free_nan_memory(M, N, dtype=dtype)
         got = run(act, x, weight, bias, impl)
         assert got.dtype == dtype
         assert error(got, expected) <= 1.05 * error(run(act, x, weight, bias, "reference"), expected)
@@ -78,52 +78,52 @@ def test_op_agrees_with_fp64(dtype, impl, act):
 )
 def test_fused_kernel_at_any_shape(M, N, K, act, tma, with_bias):
     gated = act == "silu"
-    x, weight, bias = problem(M, 2 * N, K, torch.float16 if ON_GPU else torch.float32, seed=M)
+    x, weight, bias = make_inputs(M, 2 * N, K, torch.float16 if ON_GPU else torch.float32, seed=M)
     bias = bias if with_bias else None
     with pytest.MonkeyPatch.context() as patch:
         if not tma:
             patch.setattr(kernel, "uses_tma", lambda *_: False)
-        poison(M, 2 * N, dtype=x.dtype)
-        got = kernel.project_and_activate(x, weight, bias, act, gated, SMALL)
+        free_nan_memory(M, 2 * N, dtype=x.dtype)
+        got = kernel.project_and_activate(x, weight, bias, act, gated, SMALL_TILE)
     assert error(got, truth(x, weight, bias, "swiglu" if gated else act)) <= (1e-3 if ON_GPU else 1e-6)
 
 
 @pytest.mark.parametrize("impl", ["triton", "reference"])
-def test_passes_at_awkward_shapes(impl):
+def test_passes_at_odd_shapes(impl):
     torch.manual_seed(0)
     for M, N in ((1, 2), (3, 500), (2, 4304), (7, 6912)):
         x = torch.randn(M, N, device=DEVICE) * 3
         x.view(-1)[:: max(M * N // 7, 1)] *= 1000
-        poison(M, N // 2, dtype=x.dtype)
+        free_nan_memory(M, N // 2, dtype=x.dtype)
         gate, up = x.double()[:, 0::2], x.double()[:, 1::2]
         torch.testing.assert_close(ops.swiglu_pass(x, impl=impl).double(), F.silu(gate) * up, rtol=2e-5, atol=1e-5)
         for act in ACTS:
             y = x.clone()
             assert ops.activation_(y, act, impl=impl) is y
-            torch.testing.assert_close(y.double(), act64(x.double(), act), rtol=2e-5, atol=1e-5)
+            torch.testing.assert_close(y.double(), activation_fp64(x.double(), act), rtol=2e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_limits_of_the_activations(dtype):
-    large = torch.finfo(dtype).max / 4
-    big = torch.tensor([[-large, -300.0, -0.0, 0.0, 300.0, large, float("inf"), float("nan")]], device=DEVICE).to(dtype)
+def test_activations_of_extreme_values(dtype):
+    limit = torch.finfo(dtype).max / 4
+    x = torch.tensor([[-limit, -300.0, -0.0, 0.0, 300.0, limit, float("inf"), float("nan")]], device=DEVICE).to(dtype)
     for act in ACTS:
-        y = ops.activation_(big.clone(), act, impl="triton")
+        y = ops.activation_(x.clone(), act, impl="triton")
         assert y[0, :4].abs().max() == 0
-        torch.testing.assert_close(y[0, 4:7], big[0, 4:7])
+        torch.testing.assert_close(y[0, 4:7], x[0, 4:7])
         assert y[0, 7].isnan()
 
 
-def test_the_negative_tail_of_the_exact_gelu():
-    """Element by element, where 1 + erf(x) has lost its digits."""
+def test_negative_tail_of_exact_gelu():
+    """Check each element, where 1 + erf(x) cancels."""
     x = -torch.linspace(0, 4, 3001, device=DEVICE)[None].half()
-    wide = x.double()
-    expected = wide * torch.special.ndtr(wide)
+    x64 = x.double()
+    expected = x64 * torch.special.ndtr(x64)
     got = ops.activation_(x.clone(), "gelu", impl="triton").double()
     assert ((got - expected).abs() <= 2**-10.9 * expected.abs()).all()
 
 
-def test_packed_gate_and_up_give_the_reference_towers_mlp():
+def test_packed_gate_and_up_match_the_reference_towers_mlp():
     M, C, width = 11, 24, 50
     x = torch.randn(M, C, device=DEVICE)
     gate, up, down = (torch.nn.Linear(*widths, device=DEVICE) for widths in ((C, width), (C, width), (width, C)))
@@ -142,14 +142,14 @@ def test_packed_gate_and_up_give_the_reference_towers_mlp():
 
 
 def test_no_rows():
-    x, weight, bias = problem(0, 72, 8, torch.float16)
+    x, weight, bias = make_inputs(0, 72, 8, torch.float16)
     assert ops.linear_act(x, weight, bias, "gelu", impl="triton").shape == (0, 72)
     assert ops.swiglu(x, weight, bias, impl="triton").shape == (0, 36)
     assert ops.swiglu_pass(weight[:0], impl="triton").shape == (0, 4)
 
 
-def test_what_does_not_fit_is_named():
-    x, weight, bias = problem(6, 9, 8, torch.float32)
+def test_bad_arguments():
+    x, weight, bias = make_inputs(6, 9, 8, torch.float32)
     with pytest.raises(ValueError, match=r"act: expected one of .*'gelu_tanh'.*got 'relu'"):
         ops.linear_act(x, weight, bias, "relu")
     with pytest.raises(ValueError, match="gate_up_weight: expected an even number of rows, got 9"):
@@ -169,25 +169,25 @@ def test_what_does_not_fit_is_named():
     [("swiglu", 6912, 1280), ("gelu_tanh", 4304, 1152), ("gelu_tanh", 4096, 1024), ("quick_gelu", 5120, 1280),
      ("gelu", 4608, 4608)],
 )  # fmt: skip
-def test_models_own_shapes(act, N, K, dtype):
+def test_published_shapes(act, N, K, dtype):
     for M in (1, 784, 1024, 4099):
-        x, weight, bias = problem(M, N, K, dtype)
+        x, weight, bias = make_inputs(M, N, K, dtype)
         expected = truth(x, weight, bias, act)
-        limit = 1.05 * error(run(act, x, weight, bias, "reference"), expected)
+        bound = 1.05 * error(run(act, x, weight, bias, "reference"), expected)
         got = [run(act, x, weight, bias, "triton")]
         if dtype != torch.float32:
             fused = ("silu" if act == "swiglu" else act, act == "swiglu")
-            poison(M, N, dtype=dtype)
+            free_nan_memory(M, N, dtype=dtype)
             got += [kernel.project_and_activate(x, weight, bias, *fused) for _ in range(2)]
             assert torch.equal(got[1], got[2])
             assert torch.equal(kernel.project_and_activate(x[:1], weight, bias, *fused), got[1][:1])
         for y in got:
-            assert error(y, expected) <= limit
+            assert error(y, expected) <= bound
 
 
 @needs_gpu
-def test_compiles_and_is_captured_without_breaks():
-    x, weight, bias = problem(1024, 512, 256, torch.bfloat16)
+def test_torch_compile_and_cuda_graph():
+    x, weight, bias = make_inputs(1024, 512, 256, torch.bfloat16)
 
     def step(x):
         y = ops.linear_act(x * 1, weight, bias, "gelu_tanh") + ops.activation_(

@@ -22,35 +22,35 @@ TOWERS = {"qwen2_vl": replace(QWEN3, family="qwen2_vl", hidden_act="quick_gelu",
 TOWERS |= {"qwen2_5_vl": QWEN2_5, "qwen3_vl": QWEN3}
 
 
-interpreted = pytest.mark.skipif(GPU, reason="needs Triton's interpreter: so few rows would compare cuBLAS with itself")
+interpreter_only = pytest.mark.skipif(GPU, reason="on a GPU so few rows run cuBLAS, as the reference does")
 
 
 @pytest.fixture(autouse=True)
-def _outputs_start_as_nan():
+def _fill_outputs_with_nan():
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
 
 
-def outliers(*shape, dtype=torch.float32):
+def outlier_randn(*shape, dtype=torch.float32):
     x = torch.randn(*shape, device=DEVICE)
     x[..., :: max(shape[-1] // 5, 1)] *= 100
     return x.to(dtype)
 
 
-def positions_of(grids, side, width, dtype):
-    """A table, and the taps and weights of a plan's patches in it."""
+def make_positions(grids, side, width, dtype):
+    """Return a table of learned positions, and the taps and weights of the patches of `grids` in it."""
     plan = GridPlan.build(grids, replace(QWEN3, num_position_embeddings=side**2), DEVICE)
-    return outliers(side**2, width, dtype=dtype), plan.position_taps, plan.position_weights
+    return outlier_randn(side**2, width, dtype=dtype), plan.position_taps, plan.position_weights
 
 
-def restore_index_of(patches):
+def make_restore_index(patches):
     return torch.randperm(patches // 4).to(DEVICE)
 
 
 def truth(pixel_values, weight, bias, table, taps, tap_weights, restore_index):
-    """In fp64, of the pixel values as the tower's dtype rounds them."""
+    """Compute the patch embedding in fp64, from pixel values rounded to the weight's dtype."""
     x = pixel_values.to(weight.dtype).double() @ weight.double().T
     x = x if bias is None else x + bias.double()
     if table is not None:
@@ -59,7 +59,7 @@ def truth(pixel_values, weight, bias, table, taps, tap_weights, restore_index):
 
 
 def assert_no_worse(actual, reference, expected):
-    """Than plain torch; a last bit of fp32, in which sums are taken in another order, is neither's mistake."""
+    """Assert an error of at most ERROR_FACTOR times plain torch's, or of 2 fp32 epsilons: sums may differ in order."""
     error = Difference.of(actual, expected).relative_l2
     floor = 2 * torch.finfo(torch.float32).eps
     assert error <= max(ERROR_FACTOR * Difference.of(reference, expected).relative_l2, floor)
@@ -74,38 +74,40 @@ def check_patch_embed(pixel_values, weight, bias, positions, restore_index):
     return actual
 
 
-@interpreted
+@interpreter_only
 @pytest.mark.parametrize("pixel_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("learned", [True, False])
 @pytest.mark.parametrize("reorder", [True, False])
-def test_error_is_no_larger_than_torchs(reorder, learned, dtype, pixel_dtype):
+def test_error_is_at_most_torchs(reorder, learned, dtype, pixel_dtype):
     grids, width, patch_dim = GRIDS, 72, 216
     patches = sum(t * h * w for t, h, w in grids)
-    pixel_values, weight = outliers(patches, patch_dim, dtype=pixel_dtype), outliers(width, patch_dim, dtype=dtype) / 16
-    positions = positions_of(grids, 9, width, dtype) if learned else (None, None, None)
-    bias = outliers(width, dtype=dtype) if learned else None
-    check_patch_embed(pixel_values, weight, bias, positions, restore_index_of(patches) if reorder else None)
+    pixel_values = outlier_randn(patches, patch_dim, dtype=pixel_dtype)
+    weight = outlier_randn(width, patch_dim, dtype=dtype) / 16
+    positions = make_positions(grids, 9, width, dtype) if learned else (None, None, None)
+    bias = outlier_randn(width, dtype=dtype) if learned else None
+    check_patch_embed(pixel_values, weight, bias, positions, make_restore_index(patches) if reorder else None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, *([torch.bfloat16] if GPU else [torch.float32])], ids=str)
-def test_the_product_to_order_when_it_is_not_the_fastest(dtype, monkeypatch):
+def test_the_product_that_reorders_where_it_is_not_the_fastest(dtype, monkeypatch):
     from qwenvit.kernels.gemm import patch_embed
 
     if GPU and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("needs a GPU with TMA")
     monkeypatch.setattr(patch_embed, "fused_is_faster", lambda *_: True)
     for patches, width, patch_dim in ((40, 56, 72), (300, 264, 136)):
-        pixel_values, weight = outliers(patches, patch_dim, dtype=dtype), outliers(width, patch_dim, dtype=dtype) / 8
+        pixel_values = outlier_randn(patches, patch_dim, dtype=dtype)
+        weight = outlier_randn(width, patch_dim, dtype=dtype) / 8
         padded = torch.nn.functional.pad(weight, (0, 8))[:, :patch_dim]
-        index = restore_index_of(patches)
-        check_patch_embed(pixel_values, padded, outliers(width, dtype=dtype), (None, None, None), index)
+        index = make_restore_index(patches)
+        check_patch_embed(pixel_values, padded, outlier_randn(width, dtype=dtype), (None, None, None), index)
         check_patch_embed(pixel_values, weight, None, (None, None, None), index)
 
 
 @pytest.mark.parametrize("impl", ["triton", "reference"])
 @pytest.mark.parametrize("name", TOWERS)
-def test_it_is_what_the_reference_tower_does_before_its_first_block(name, impl):
+def test_it_matches_the_reference_towers_first_hidden_states(name, impl):
     config = TOWERS[name]
     tower = ReferenceTower(config).to(DEVICE).requires_grad_(False)
     plan = GridPlan.build(GRIDS, config, DEVICE)
@@ -129,11 +131,9 @@ def test_it_is_what_the_reference_tower_does_before_its_first_block(name, impl):
 
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 40), st.integers(1, 90), st.integers(1, 90), st.integers(0, 7))
-def test_any_shape_and_padded_weights(patches, width, patch_dim, gap):
-    pixel_values, weight = (
-        torch.randn(patches, patch_dim, device=DEVICE),
-        torch.randn(width, patch_dim + gap, device=DEVICE)[:, :patch_dim],
-    )
+def test_any_shape_and_padded_weights(patches, width, patch_dim, padding):
+    pixel_values = torch.randn(patches, patch_dim, device=DEVICE)
+    weight = torch.randn(width, patch_dim + padding, device=DEVICE)[:, :patch_dim]
     actual = ops.patch_embed(pixel_values, weight, impl="triton")
     torch.testing.assert_close(actual, pixel_values @ weight.T, rtol=1e-5, atol=1e-4)
 
@@ -141,13 +141,13 @@ def test_any_shape_and_padded_weights(patches, width, patch_dim, gap):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [72, 768, 1152])
 def test_positions_alone_and_added(width, dtype):
-    table, taps, tap_weights = positions_of(GRIDS, 48, width, dtype)
+    table, taps, tap_weights = make_positions(GRIDS, 48, width, dtype)
     alone, reference = (
         ops.interpolate_positions(table, taps, tap_weights, impl=impl) for impl in ("triton", "reference")
     )
     expected = torch.einsum("pt,ptc->pc", tap_weights.double(), table.double()[taps])
     assert_no_worse(alone, reference, expected)
-    x, index = outliers(len(taps), width, dtype=dtype), restore_index_of(len(taps))
+    x, index = outlier_randn(len(taps), width, dtype=dtype), make_restore_index(len(taps))
     before = x.clone()
     for order in (None, index):
         added, reference = (
@@ -160,56 +160,61 @@ def test_positions_alone_and_added(width, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_patch_is_the_same_alone_and_in_every_run(dtype):
-    table, taps, tap_weights = positions_of(GRIDS, 9, 96, dtype)
-    x = outliers(len(taps), 96, dtype=dtype)
+def test_a_patch_is_bitwise_the_same_alone_and_in_every_run(dtype):
+    table, taps, tap_weights = make_positions(GRIDS, 9, 96, dtype)
+    x = outlier_randn(len(taps), 96, dtype=dtype)
     y = ops.add_positions(x, table, taps, tap_weights, impl="triton")
     assert torch.equal(y, ops.add_positions(x, table, taps, tap_weights, impl="triton"))
     assert torch.equal(y[5:6], ops.add_positions(x[5:6], table, taps[5:6], tap_weights[5:6], impl="triton"))
-    pixel_values, weight = outliers(70, 216, dtype=dtype), outliers(96, 216, dtype=dtype)
+    pixel_values, weight = outlier_randn(70, 216, dtype=dtype), outlier_randn(96, 216, dtype=dtype)
     y = ops.patch_embed(pixel_values, weight, impl="triton")
     assert torch.equal(y, ops.patch_embed(pixel_values, weight, impl="triton"))
 
 
 def test_torch_compile_passes_through():
-    table, taps, tap_weights = positions_of(GRIDS, 9, 24, torch.float32)
-    pixel_values, weight, bias = torch.randn(len(taps), 30, device=DEVICE), outliers(24, 30), outliers(24)
-    index = restore_index_of(len(taps))
+    table, taps, tap_weights = make_positions(GRIDS, 9, 24, torch.float32)
+    pixel_values = torch.randn(len(taps), 30, device=DEVICE)
+    weight, bias = outlier_randn(24, 30), outlier_randn(24)
+    index = make_restore_index(len(taps))
 
-    def all_three(pixel_values):
+    def embed_add_and_interpolate(pixel_values):
         x = ops.patch_embed(pixel_values, weight, bias, table, taps, tap_weights, index, impl="triton")
         return ops.add_positions(x, table, taps, tap_weights, impl="triton") + ops.interpolate_positions(
             table, taps, tap_weights, impl="triton"
         )
 
-    compiled = torch.compile(all_three, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(pixel_values), all_three(pixel_values))
+    compiled = torch.compile(embed_add_and_interpolate, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(pixel_values), embed_add_and_interpolate(pixel_values))
     qwenvit = torch.ops.qwenvit
     everything = (pixel_values, weight, bias, table, taps, tap_weights, index, 4)
     torch.library.opcheck(qwenvit.patch_embed.default, everything)
     torch.library.opcheck(qwenvit.interpolate_positions.default, (table, taps, tap_weights))
-    x = outliers(len(taps), 24)
+    x = outlier_randn(len(taps), 24)
     torch.library.opcheck(qwenvit.add_positions.default, (x, table, taps, tap_weights, index, 4))
 
 
-P, W, TABLE = torch.zeros(8, 6), torch.zeros(5, 6), torch.zeros(9, 5)
+PIXELS, WEIGHT, TABLE = torch.zeros(8, 6), torch.zeros(5, 6), torch.zeros(9, 5)
 TAPS, TAP_WEIGHTS = torch.zeros(8, 4, dtype=torch.int64), torch.zeros(8, 4)
 
 
 @pytest.mark.parametrize(
     ("error", "message", "arguments"),
     [
-        (TypeError, "weight: expected a float32, bfloat16 or float16", (P, W.int())),
-        (ValueError, "weight: expected shape .* unit stride", (P, torch.zeros(6, 5).t())),
-        (ValueError, r"pixel_values: expected shape \[any, 6\], got \[8, 5\]", (P[:, :5].contiguous(), W)),
-        (TypeError, "bias: expected torch.float32, got torch.float16", (P, W, torch.zeros(5).half())),
-        (ValueError, "table, taps, tap_weights: expected all three or none, got table", (P, W, None, TABLE)),
-        (ValueError, r"table: expected shape \[any, 5\]", (P, W, None, torch.zeros(9, 6), TAPS, TAP_WEIGHTS)),
-        (ValueError, r"taps: expected shape \[8, 4\], got \[7, 4\]", (P, W, None, TABLE, TAPS[:7], TAP_WEIGHTS[:7])),
-        (TypeError, "taps: expected torch.int64", (P, W, None, TABLE, TAPS.int(), TAP_WEIGHTS)),
-        (TypeError, "tap_weights: expected torch.float32", (P, W, None, TABLE, TAPS, TAP_WEIGHTS.half())),
-        (ValueError, r"restore_index: expected shape \[2\]", (P, W, None, None, None, None, torch.arange(8))),
-        (ValueError, "merge_unit: expected a divisor", (P, W, None, None, None, None, torch.arange(8), 3)),
+        (TypeError, "weight: expected a float32, bfloat16 or float16", (PIXELS, WEIGHT.int())),
+        (ValueError, "weight: expected shape .* unit stride", (PIXELS, torch.zeros(6, 5).t())),
+        (ValueError, r"pixel_values: expected shape \[any, 6\], got \[8, 5\]", (PIXELS[:, :5].contiguous(), WEIGHT)),
+        (TypeError, "bias: expected torch.float32, got torch.float16", (PIXELS, WEIGHT, torch.zeros(5).half())),
+        (ValueError, "table, taps, tap_weights: expected all three or none, got table", (PIXELS, WEIGHT, None, TABLE)),
+        (ValueError, r"table: expected shape \[any, 5\]", (PIXELS, WEIGHT, None, torch.zeros(9, 6), TAPS, TAP_WEIGHTS)),
+        (
+            ValueError,
+            r"taps: expected shape \[8, 4\], got \[7, 4\]",
+            (PIXELS, WEIGHT, None, TABLE, TAPS[:7], TAP_WEIGHTS[:7]),
+        ),
+        (TypeError, "taps: expected torch.int64", (PIXELS, WEIGHT, None, TABLE, TAPS.int(), TAP_WEIGHTS)),
+        (TypeError, "tap_weights: expected torch.float32", (PIXELS, WEIGHT, None, TABLE, TAPS, TAP_WEIGHTS.half())),
+        (ValueError, r"restore_index: expected shape \[2\]", (PIXELS, WEIGHT, None, None, None, None, torch.arange(8))),
+        (ValueError, "merge_unit: expected a divisor", (PIXELS, WEIGHT, None, None, None, None, torch.arange(8), 3)),
     ],
 )
 @pytest.mark.parametrize("impl", ["triton", "reference"])
@@ -225,14 +230,12 @@ def test_bad_arguments(impl, error, message, arguments):
     ("patch_dim", "width", "learned"), [(1176, 1280, False), (1536, 1152, True), (1536, 768, True)]
 )
 @pytest.mark.parametrize("side", [28, 84, 96])
-def test_the_models_shapes(side, patch_dim, width, learned, dtype, pixel_dtype):
+def test_published_shapes(side, patch_dim, width, learned, dtype, pixel_dtype):
     grids = [[1, side, side], [1, 2, 6]]
     patches = side**2 + 12
-    pixel_values, weight = (
-        torch.randn(patches, patch_dim, device=DEVICE).to(pixel_dtype),
-        outliers(width, patch_dim, dtype=dtype) / 32,
-    )
-    weight = torch.nn.functional.pad(weight, (0, -patch_dim % 64))[:, :patch_dim]  # as the fused kernel wants it
-    positions = positions_of(grids, 48, width, dtype) if learned else (None, None, None)
-    bias = outliers(width, dtype=dtype) if learned else None
-    check_patch_embed(pixel_values, weight, bias, positions, None if learned else restore_index_of(patches))
+    pixel_values = torch.randn(patches, patch_dim, device=DEVICE).to(pixel_dtype)
+    weight = outlier_randn(width, patch_dim, dtype=dtype) / 32
+    weight = torch.nn.functional.pad(weight, (0, -patch_dim % 64))[:, :patch_dim]  # row strides that TMA can read
+    positions = make_positions(grids, 48, width, dtype) if learned else (None, None, None)
+    bias = outlier_randn(width, dtype=dtype) if learned else None
+    check_patch_embed(pixel_values, weight, bias, positions, None if learned else make_restore_index(patches))

@@ -1,4 +1,4 @@
-"""QKV projection with rotary embedding: the fused kernel, the pass in place, and the weights they want."""
+"""QKV projection with rotary embedding: the fused kernel, the pass in place, and packed weights, against fp64."""
 
 # ruff: noqa: N803, N806
 import math
@@ -19,11 +19,11 @@ from qwenvit.plan.rope import apply_rope, rope_cos_sin
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
-SMALL = Tile(32, 64, 32, 4, 2, 1, band=2)
+SMALL_TILE = Tile(32, 64, 32, 4, 2, 1, band=2)
 
 
-def problem(M, H, D, K, dtype, seed=0):
-    """Inputs of one projection; some channels are 100 times larger than the rest."""
+def make_inputs(M, H, D, K, dtype, seed=0):
+    """Return x, weight, bias, cos and sin of one projection; some channels of x are 100 times larger than the rest."""
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(M, K, generator=g)
     x[:, :: max(K // 5, 1)] *= 100
@@ -50,14 +50,14 @@ def error(got, expected):
     return ((got.double() - expected).norm() / expected.norm()).item()
 
 
-def poison(*shape, dtype):
-    """Memory full of NaN, freed, so that an output that is not written shows."""
+def free_nan_memory(*shape, dtype):
+    """Free memory full of NaN, so that an output allocated next shows elements that a kernel did not write."""
     torch.full(shape, float("nan"), device=DEVICE, dtype=dtype)
 
 
-def test_packed_weights_give_the_reference_towers_attention_scores():
+def test_packed_weights_match_the_reference_towers_attention_scores():
     M, H, D, K = 12, 3, 16, 24
-    x, weight, bias, cos, sin = problem(M, H, D, K, torch.float32)
+    x, weight, bias, cos, sin = make_inputs(M, H, D, K, torch.float32)
     q, k, v = (part.unflatten(-1, (H, D)) for part in F.linear(x, weight, bias).chunk(3, dim=-1))
     expected = torch.einsum("ihd,jhd->hij", apply_rope(q, cos, sin), apply_rope(k, cos, sin))
     packed = ops.qkv_rope(x, *pack_qkv(weight, bias, H), cos, sin, H, impl="triton")
@@ -66,7 +66,7 @@ def test_packed_weights_give_the_reference_towers_attention_scores():
     torch.testing.assert_close(v2, v, rtol=1e-4, atol=1e-3)
 
 
-def test_pairs_become_neighbours():
+def test_rotary_pairs_become_adjacent():
     order = adjacent_pairs(num_heads=2, head_dim=8)
     assert order[:16].tolist() == [0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15]
     assert order[16:32].tolist() == [n + 16 for n in order[:16].tolist()]
@@ -75,18 +75,18 @@ def test_pairs_become_neighbours():
         pack_qkv(torch.zeros(50, 4), None, 2)
 
 
-@pytest.mark.parametrize("interleaved", [True, False], ids=["adjacent", "halves"])
+@pytest.mark.parametrize("interleaved", [True, False], ids=["adjacent", "rotate_half"])
 @pytest.mark.parametrize("impl", ["triton", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_op_agrees_with_fp64(dtype, impl, interleaved):
     for M, H, D, K in ((37, 2, 16, 40), (5, 3, 72, 16), (1, 1, 4, 8)):
-        x, weight, bias, cos, sin = problem(M, H, D, K, dtype)
+        x, weight, bias, cos, sin = make_inputs(M, H, D, K, dtype)
         expected = truth(x, weight, bias, cos, sin, H, interleaved)
-        poison(M, 3 * H * D, dtype=dtype)
+        free_nan_memory(M, 3 * H * D, dtype=dtype)
         got = ops.qkv_rope(x, weight, bias, cos, sin, H, interleaved, impl=impl)
-        sequence = reference.qkv_rope(x, weight, bias, cos, sin, H, interleaved)
+        unfused = reference.qkv_rope(x, weight, bias, cos, sin, H, interleaved)
         assert got.dtype == dtype
-        assert error(got, expected) <= 1.05 * error(sequence, expected)
+        assert error(got, expected) <= 1.05 * error(unfused, expected)
 
 
 @settings(max_examples=8 if ON_GPU else 12, deadline=None)
@@ -99,46 +99,46 @@ def test_op_agrees_with_fp64(dtype, impl, interleaved):
     tma=st.booleans(),
     with_bias=st.booleans(),
 )
-@example(M=40, H=2, D=16, K=8, group=16, tma=True, with_bias=True)  # the first tile of V starts where K ends
-@example(M=40, H=4, D=72, K=8, group=32, tma=True, with_bias=True)  # a group goes over from one head to the next
+@example(M=40, H=2, D=16, K=8, group=16, tma=True, with_bias=True)  # no tile has columns of both K and V
+@example(M=40, H=4, D=72, K=8, group=32, tma=True, with_bias=True)  # a group has channels of two heads
 def test_fused_kernel_at_any_shape(M, H, D, K, group, tma, with_bias):
-    """Tiles that end outside, that mix K and V, and both ways of loading."""
+    """Check tiles that reach past the output, tiles with columns of K and V, and loads by TMA and by pointer."""
     if 3 * H * D % math.lcm(D, group):
-        group = kernel.group_of(3 * H * D, D)
-    x, weight, bias, cos, sin = problem(M, H, D, K, torch.float16 if ON_GPU else torch.float32, seed=M)
+        group = kernel.channel_group(3 * H * D, D)
+    x, weight, bias, cos, sin = make_inputs(M, H, D, K, torch.float16 if ON_GPU else torch.float32, seed=M)
     bias = bias if with_bias else None
     expected = truth(x, weight, bias, cos, sin, H)
-    cos[:, D // 2 :] = sin[:, D // 2 :] = float("nan")  # the second half is not read
+    cos[:, D // 2 :] = sin[:, D // 2 :] = float("nan")  # never read
     with pytest.MonkeyPatch.context() as patch:
         if not tma:
             patch.setattr(kernel, "uses_tma", lambda *_: False)
-        poison(M, 3 * H * D, dtype=x.dtype)
-        got = kernel.project_and_rotate(x, weight, bias, cos, sin, H, SMALL, group)
+        free_nan_memory(M, 3 * H * D, dtype=x.dtype)
+        got = kernel.project_and_rotate(x, weight, bias, cos, sin, H, SMALL_TILE, group)
     assert error(got, expected) <= (1e-3 if ON_GPU else 1e-6)
 
 
-@pytest.mark.parametrize("interleaved", [True, False], ids=["adjacent", "halves"])
+@pytest.mark.parametrize("interleaved", [True, False], ids=["adjacent", "rotate_half"])
 @pytest.mark.parametrize("impl", ["triton", "reference"])
-def test_rotation_in_place_leaves_v_alone(impl, interleaved):
+def test_rotation_in_place_does_not_change_v(impl, interleaved):
     M, H, D = 9, 5, 72
     qkv = torch.randn(M, 3 * H * D, device=DEVICE)
-    qkv[:, 2 * H * D :: 3] = float("inf")  # a V that has overflown must stay where it is
+    qkv[:, 2 * H * D :: 3] = float("inf")  # a rotation by 0 would make it NaN
     cos, sin = (t.to(DEVICE) for t in rope_cos_sin(torch.randint(0, 99, (M, 2)), D, 10000.0))
     before = qkv.clone()
     assert ops.rotate_qk_(qkv, cos, sin, H, interleaved, impl=impl) is qkv
     assert torch.equal(qkv[:, 2 * H * D :], before[:, 2 * H * D :])
-    expected = reference.rotated(before.nan_to_num(), cos.double(), sin.double(), H, interleaved)
+    expected = reference.rotate_qk(before.nan_to_num(), cos.double(), sin.double(), H, interleaved)
     torch.testing.assert_close(qkv[:, : 2 * H * D], expected[:, : 2 * H * D])
     assert not torch.equal(qkv[:, : 2 * H * D], before[:, : 2 * H * D])
 
 
 def test_no_rows():
-    x, weight, bias, cos, sin = problem(0, 2, 16, 8, torch.float16)
+    x, weight, bias, cos, sin = make_inputs(0, 2, 16, 8, torch.float16)
     assert ops.qkv_rope(x, weight, bias, cos, sin, 2, impl="triton").shape == (0, 96)
 
 
-def test_what_does_not_fit_is_named():
-    x, weight, bias, cos, sin = problem(6, 2, 16, 8, torch.float32)
+def test_bad_arguments():
+    x, weight, bias, cos, sin = make_inputs(6, 2, 16, 8, torch.float32)
     for arguments, message in (
         ((x[:, :4], weight, bias, cos, sin, 2), r"hidden_states: expected contiguous"),
         ((x, weight[:, :4].contiguous(), bias, cos, sin, 2), r"weight: expected shape \[any, 8\], got \[96, 4\]"),
@@ -159,25 +159,25 @@ def test_what_does_not_fit_is_named():
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize(("D", "K", "H"), [(80, 1280, 16), (72, 1152, 16), (64, 1024, 16), (64, 768, 12)])
-def test_models_own_shapes(D, K, H, dtype):
+def test_published_shapes(D, K, H, dtype):
     for M in (1, 784, 1024, 4099):
-        x, weight, bias, cos, sin = problem(M, H, D, K, dtype)
+        x, weight, bias, cos, sin = make_inputs(M, H, D, K, dtype)
         expected = truth(x, weight, bias, cos, sin, H)
-        limit = 1.05 * error(reference.qkv_rope(x, weight, bias, cos, sin, H, True), expected)
+        bound = 1.05 * error(reference.qkv_rope(x, weight, bias, cos, sin, H, True), expected)
         got = [ops.qkv_rope(x, weight, bias, cos, sin, H)]
         if dtype != torch.float32:
-            poison(M, 3 * H * D, dtype=dtype)
+            free_nan_memory(M, 3 * H * D, dtype=dtype)
             got += [kernel.project_and_rotate(x, weight, bias, cos, sin, H) for _ in range(2)]
             assert torch.equal(got[1], got[2])
             alone = kernel.project_and_rotate(x[:1], weight, bias, cos[:1], sin[:1], H)
             assert torch.equal(alone, got[1][:1])
         for y in got:
-            assert error(y, expected) <= limit
+            assert error(y, expected) <= bound
 
 
 @needs_gpu
-def test_compiles_and_is_captured_without_breaks():
-    x, weight, bias, cos, sin = problem(1024, 16, 80, 1280, torch.bfloat16)
+def test_torch_compile_and_cuda_graph():
+    x, weight, bias, cos, sin = make_inputs(1024, 16, 80, 1280, torch.bfloat16)
 
     def step(x):
         y = ops.qkv_rope(x * 1, weight, bias, cos, sin, 16)

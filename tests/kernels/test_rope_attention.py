@@ -1,4 +1,4 @@
-"""RoPE and attention against fp64, held to plain torch's error: on a GPU, or in Triton's interpreter without one."""
+"""RoPE and attention against fp64, within plain torch's error: on a GPU, or without one in Triton's interpreter."""
 
 import hypothesis
 import pytest
@@ -11,8 +11,8 @@ from support.rope_attention_cases import (
     DTYPES,
     HEAD_DIMS,
     angles,
+    assert_close_to_truth,
     boundaries,
-    contract,
     error,
     packed,
     poisoned,
@@ -20,9 +20,9 @@ from support.rope_attention_cases import (
 )
 
 torch.manual_seed(0)
-WINDOWS = [0, 64, 128, 132, 136, 164]  # whole windows, partial ones down to one merge unit
+WINDOWS = [0, 64, 128, 132, 136, 164]  # whole windows, and partial ones down to one merge unit of 4 patches
 RAGGED = [0, 1, 1, 1, 65, 129, 192, 195, 195]
-MIXED = {"windows": (WINDOWS, 64), "ragged": (RAGGED, None), "one": ([0, 150], None), "hint too low": (RAGGED, 4)}
+MIXED = {"windows": (WINDOWS, 64), "ragged": (RAGGED, None), "one": ([0, 150], None), "max_seqlen too low": (RAGGED, 4)}
 
 
 @pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
@@ -31,33 +31,33 @@ MIXED = {"windows": (WINDOWS, 64), "ragged": (RAGGED, None), "one": ([0, 150], N
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_no_further_from_the_truth_than_torch(dtype, head_dim, case, interleaved):
     bounds, max_seqlen = MIXED[case]
-    contract(packed(bounds[-1], 3, head_dim, dtype), bounds, max_seqlen, interleaved)
+    assert_close_to_truth(packed(bounds[-1], 3, head_dim, dtype), bounds, max_seqlen, interleaved)
 
 
 @pytest.mark.parametrize("max_seqlen", [64, None], ids=["windows", "long"])
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_rotated_before(head_dim, max_seqlen):
-    for bounds in (WINDOWS, RAGGED):  # the second longer than a hint of 64 says
-        contract(packed(bounds[-1], 2, head_dim, DTYPES[-1]), bounds, max_seqlen, rotate=False)
+    for bounds in (WINDOWS, RAGGED):
+        assert_close_to_truth(packed(bounds[-1], 2, head_dim, DTYPES[-1]), bounds, max_seqlen, rotate=False)
 
 
 @pytest.mark.parametrize("max_seqlen", [64, None], ids=["windows", "long"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_strides(dtype, max_seqlen):
-    """Transposed, unaligned, and each different: what other frameworks may hold."""
+    """Q, K and V may be transposed, unaligned, expanded, and of different strides."""
     bounds = [0, 6, 70, 134]
     q = torch.randn(3, 134, 72, device=DEVICE).to(dtype).transpose(0, 1)
     k = torch.randn(134, 3 * 72 + 1, device=DEVICE).to(dtype)[:, 1:].unflatten(1, (3, 72))
     v = torch.randn(134, 3, 80, device=DEVICE).to(dtype)[..., 3:75]
-    contract((q, k, v), bounds, max_seqlen)
+    assert_close_to_truth((q, k, v), bounds, max_seqlen)
     expanded = q[:, :1].expand(134, 3, 72)
-    contract((expanded, expanded, v), bounds, max_seqlen)
+    assert_close_to_truth((expanded, expanded, v), bounds, max_seqlen)
 
 
 @pytest.mark.parametrize("max_seqlen", [64, None], ids=["windows", "long"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_segment_does_not_know_its_neighbours(dtype, max_seqlen):
-    """The same bits alone and among others, were they infinite."""
+def test_a_segment_does_not_depend_on_its_neighbours(dtype, max_seqlen):
+    """It has the same bits alone and among others, even if those are infinite or NaN."""
     q, k, v = (x.clone() for x in packed(200, 2, 72, dtype))
     cos, sin = angles(200, 72)
     bounds = [0, 10, 70, 199, 200]
@@ -78,10 +78,10 @@ def test_a_segment_does_not_know_its_neighbours(dtype, max_seqlen):
 )
 def test_any_lengths(lengths, max_seqlen, scale):
     bounds = torch.tensor([0, *lengths]).cumsum(0).tolist()
-    contract(packed(bounds[-1], 1, 64, torch.float32, outliers=False), bounds, max_seqlen, scale=scale)
+    assert_close_to_truth(packed(bounds[-1], 1, 64, torch.float32, outliers=False), bounds, max_seqlen, scale=scale)
 
 
-def test_nothing_to_do():
+def test_no_tokens():
     empty = torch.empty(0, 2, 64, device=DEVICE)
     for bounds in ([0], [0, 0, 0]):
         out = ops.rope_attention(empty, empty, empty, None, None, boundaries(bounds), impl="triton")
@@ -94,16 +94,16 @@ def test_auto_is_the_reference_on_a_cpu():
     assert torch.equal(ops.rope_attention(*arguments), ops.rope_attention(*arguments, impl="reference"))
 
 
-def test_the_operation_is_registered_as_it_behaves():
+def test_the_registered_operation_passes_opcheck():
     q, k, v = packed(20, 2, 64, torch.float32)
     cu_seqlens = boundaries([0, 4, 20])
-    ops.rope_attention(q, k, v, None, None, cu_seqlens, impl="triton")  # registers it
+    ops.rope_attention(q, k, v, None, None, cu_seqlens, impl="triton")  # registers the operation
     arguments = (q, k, v, *angles(20, 64), cu_seqlens, 64, 0.125, False)
     torch.library.opcheck(torch.ops.qwenvit.rope_attention.default, arguments)
 
 
-def test_the_measure_can_fail():
-    """Mistakes a kernel of this kind could make are all far outside the tolerance."""
+def test_mistakes_exceed_the_tolerance():
+    """Mistakes that such a kernel could make are all far outside the tolerance."""
     bounds = [0, 30, 94]
     q, k, v = packed(94, 1, 80, torch.float32)
     cos, sin = angles(94, 80)
@@ -154,7 +154,7 @@ def test_bad_input_is_named(change, kind, message):
         ops.rope_attention(**(good | change))
 
 
-def test_the_reference_reads_cu_seqlens():
+def test_the_reference_checks_cu_seqlens():
     q = torch.zeros(20, 2, 64)
     with pytest.raises(ValueError, match="cu_seqlens: expected to rise from 0 to 20"):
         ops.rope_attention(q, q, q, None, None, torch.tensor([0, 21], dtype=torch.int32), impl="reference")

@@ -1,4 +1,4 @@
-"""RoPE and attention on a GPU at the models' own shapes: hard `cu_seqlens`, every dtype, and bit for bit."""
+"""RoPE and attention on a GPU at the models' shapes: difficult `cu_seqlens`, every dtype, and bit for bit."""
 
 import pytest
 import torch
@@ -8,8 +8,8 @@ from support.rope_attention_cases import (
     DTYPES,
     HEAD_DIMS,
     angles,
+    assert_close_to_truth,
     boundaries,
-    contract,
     error,
     packed,
     poisoned,
@@ -24,17 +24,16 @@ def _ieee_fp32(monkeypatch):
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
 
 
-def cumulated(lengths):
+def cumulative(lengths):
     return torch.tensor([0, *lengths]).cumsum(0).tolist()
 
 
 def mixed_lengths(total, seed=0):
     generator = torch.Generator().manual_seed(seed)
     lengths = []
-    while (left := total - sum(lengths)) > 0:
-        kind = int(torch.randint(4, (), generator=generator))
-        most = (1, 8, 200, 3000)[kind]
-        lengths.append(min(left, int(torch.randint(most + 1, (), generator=generator))))
+    while (remaining := total - sum(lengths)) > 0:
+        longest = (1, 8, 200, 3000)[int(torch.randint(4, (), generator=generator))]
+        lengths.append(min(remaining, int(torch.randint(longest + 1, (), generator=generator))))
     return lengths
 
 
@@ -61,23 +60,23 @@ LONG = {
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_windows(dtype, head_dim, case, interleaved):
-    bounds = cumulated(WINDOWS[case])
+    bounds = cumulative(WINDOWS[case])
     heads = 16 if bounds[-1] < 10000 else 4
-    contract(packed(bounds[-1], heads, head_dim, dtype), bounds, 64, interleaved)
+    assert_close_to_truth(packed(bounds[-1], heads, head_dim, dtype), bounds, 64, interleaved)
 
 
 @pytest.mark.parametrize("case", LONG)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_long(dtype, head_dim, case):
-    bounds = cumulated(LONG[case])
+    bounds = cumulative(LONG[case])
     heads = 16 if bounds[-1] < 9000 else 2
-    contract(packed(bounds[-1], heads, head_dim, dtype), bounds, None, interleaved=head_dim == 80)
+    assert_close_to_truth(packed(bounds[-1], heads, head_dim, dtype), bounds, None, interleaved=head_dim == 80)
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_one_segment_of_65536(head_dim):
-    """Against fp64 on a sample of the queries."""
+    """A sample of the queries is compared with fp64."""
     q, k, v = packed(65536, 1, head_dim, torch.bfloat16)
     cos, sin = angles(65536, head_dim)
     cu_seqlens = boundaries([0, 65536])
@@ -97,7 +96,7 @@ def test_one_segment_of_65536(head_dim):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_the_same_bits_again_and_alone(head_dim, dtype, lengths, max_seqlen):
-    bounds = cumulated(lengths)
+    bounds = cumulative(lengths)
     q, k, v = packed(bounds[-1], 16, head_dim, dtype)
     cos, sin = angles(bounds[-1], head_dim)
     cu_seqlens = boundaries(bounds)
@@ -115,7 +114,7 @@ def test_the_same_bits_again_and_alone(head_dim, dtype, lengths, max_seqlen):
 
 @pytest.mark.parametrize("max_seqlen", [64, None], ids=["windows", "long"])
 def test_compiled_and_captured(max_seqlen):
-    """One operation to torch.compile; a captured graph reads new `cu_seqlens` when it is replayed."""
+    """torch.compile sees one operation, and a captured graph reads new `cu_seqlens` when it is replayed."""
     q, k, v = packed(192, 4, 80, torch.bfloat16)
     cos, sin = angles(192, 80)
     cu_seqlens = boundaries([0, 64, 128, 192])

@@ -1,4 +1,4 @@
-"""The rope index's kernels against a walk of the tokens: compiled on a GPU, in Triton's interpreter without one."""
+"""The kernels of rope_index against a brute force: compiled on a GPU, in Triton's interpreter without one."""
 
 import importlib
 import random
@@ -8,27 +8,27 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from peers.mrope import FRAMES_APART, vision_ids
+from peers.rope_index import TIMESTAMP_FAMILIES, vision_ids
 from qwenvit import ops
 from support.rope_index_truth import FAMILIES, TEXT_IDS, brute_force, random_rows, same, sequence
 
-pytest.importorskip("triton", reason="needs Triton, which is there on Linux alone")
+pytest.importorskip("triton", reason="needs Triton, which exists for Linux alone")
 kernels = importlib.import_module("qwenvit.kernels.rope_index")
 CHUNK, SCAN = (int(getattr(size, "value", size)) for size in (kernels.CHUNK, kernels.SCAN))
-"""The kernels' own; sizes here lie on both sides of them."""
+"""The kernels' block sizes; the sizes below are on both sides of them."""
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-GUARD, POISON = 1024, 2**50 + 7  # above every position and delta: maxima keep it
+GUARD, POISON = 1024, 2**50 + 7  # greater than every position and delta, so that a maximum keeps it
 
 
 @pytest.fixture(params=["qwen2_5_vl", "qwen3_vl"])
 def family(request):
-    """Frames numbered and frames apart: the kernels know no other difference."""
+    """One family without and one with separate frame groups: the kernels know no other difference."""
     return request.param
 
 
 @pytest.fixture(autouse=True)
 def memory(monkeypatch):
-    """All memory that the launcher allocates holds poison, and lies between guards that nothing may write to."""
+    """Fill all memory that the launcher allocates with poison, and check the guards around it after the test."""
     blocks, new_empty = [], torch.Tensor.new_empty
 
     def guarded(tensor, size, **options):
@@ -47,56 +47,56 @@ def memory(monkeypatch):
 
 
 def kernel(family, inputs, merge=2, tokens_per_second=2, **changes):
-    """The kernels' answer for what the truth takes; from ids where there are no types."""
+    """Return the kernels' result for the inputs of `brute_force`; without token types, from ids."""
     inputs = {key: value.to(DEVICE) for key, value in (inputs | changes).items() if value is not None}
     types = inputs.get("mm_token_type_ids")
-    tokens, kinds = (inputs["input_ids"], vision_ids(family)) if types is None else (types, (1, 2))
+    tokens, vision = (inputs["input_ids"], vision_ids(family)) if types is None else (types, (1, 2))
     return ops.rope_index(
         tokens,
-        *kinds,
+        *vision,
         mask=inputs.get("attention_mask"),
         image_grid_thw=inputs.get("image_grid_thw"),
         video_grid_thw=inputs.get("video_grid_thw"),
         seconds=inputs.get("second_per_grid_ts"),
         scale=tokens_per_second if family == "qwen2_5_vl" else 1,
         merge=merge,
-        frames_apart=family in FRAMES_APART,
+        frames_apart=family in TIMESTAMP_FAMILIES,
         impl="triton",
     )
 
 
-def filled(length, rng, family):
-    """A row of exactly so many tokens, with items anywhere."""
-    row, left = [], length
-    while left:
-        what = rng.choice(["text", "text", "image", "video"])
-        if what == "text":
-            row.append((what, size := rng.randint(1, min(left, 60))))
+def random_row(length, rng, family):
+    """Return a row of exactly `length` tokens, with items anywhere."""
+    row, remaining = [], length
+    while remaining:
+        part = rng.choice(["text", "text", "image", "video"])
+        if part == "text":
+            row.append((part, size := rng.randint(1, min(remaining, 60))))
         else:
             h, w = 2 * rng.randint(1, 9), 2 * rng.randint(1, 9)
-            t = 1 if what == "image" or family in FRAMES_APART else rng.randint(1, 3)
-            if (size := t * h * w // 4) > left:
+            t = 1 if part == "image" or family in TIMESTAMP_FAMILIES else rng.randint(1, 3)
+            if (size := t * h * w // 4) > remaining:
                 continue
-            row.append((what, (t, h, w)))
-        left -= size
+            row.append((part, (t, h, w)))
+        remaining -= size
     return row
 
 
 @pytest.mark.parametrize("length", [1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 76])
 def test_lengths_on_both_sides_of_a_chunk(family, length):
     rng = random.Random(length)
-    inputs = sequence([filled(length, rng, family) for _ in range(3)], family, padding=None)
+    inputs = sequence([random_row(length, rng, family) for _ in range(3)], family, padding=None)
     assert inputs["mm_token_type_ids"].shape == (3, length)
     same(kernel(family, inputs), brute_force(family, **inputs))
     for padding in ("left", "right", "holes"):
-        rows = [filled(rng.randint(0, length), rng, family), filled(length, rng, family)]
+        rows = [random_row(rng.randint(0, length), rng, family), random_row(length, rng, family)]
         inputs = sequence(rows, family, padding=padding, length=length)
         same(kernel(family, inputs), brute_force(family, **inputs))
 
 
 @pytest.mark.parametrize("before", [CHUNK - 99, CHUNK - 50, CHUNK - 1, CHUNK])
 def test_items_across_chunks_and_rows(family, before):
-    # 100 image tokens around the border, one of 1,350 tokens over several chunks, and vision at both ends of rows.
+    # An image across a chunk's border, one of 1,350 tokens across several chunks, and vision at both ends of rows.
     long = ("image", (1, 54, 100))
     rows = [
         [("text", before), ("image", (1, 10, 40)), ("video", (2, 8, 6)), ("text", 5), long],
@@ -107,12 +107,12 @@ def test_items_across_chunks_and_rows(family, before):
     same(kernel(family, inputs), brute_force(family, **inputs))
 
 
-def test_more_grids_than_are_read_at_a_time(family):
+def test_more_grids_than_one_block(family):
     rng = random.Random(1)
     rows = [[("text", 1)], [], []]
-    for number in range(3 * SCAN + 20):
+    for index in range(3 * SCAN + 20):
         sides = (1, 2 * rng.randint(1, 2), 2 * rng.randint(1, 3))
-        rows[rng.choice([0, 1, 1, 2])] += [("video" if number % 2 else "image", sides), ("text", rng.randint(0, 2))]
+        rows[rng.choice([0, 1, 1, 2])] += [("video" if index % 2 else "image", sides), ("text", rng.randint(0, 2))]
     rows[2].append(("video", (SCAN + 9, 2, 2)))
     inputs = sequence(rows, family, timestamps=(0, 1))
     assert min(len(inputs["image_grid_thw"]), len(inputs["video_grid_thw"])) > SCAN
@@ -120,20 +120,20 @@ def test_more_grids_than_are_read_at_a_time(family):
 
 
 @pytest.mark.parametrize("grids", [1, 2, 3, SCAN - 1, SCAN, SCAN + 1])
-def test_every_number_of_grids_is_searched_through(grids):
-    row = [("image", (1, 2, 2 * (1 + number % 3))) for number in range(grids)]
+def test_bisection_of_any_number_of_grids(grids):
+    row = [("image", (1, 2, 2 * (1 + index % 3))) for index in range(grids)]
     inputs = sequence([row, row], "qwen2_vl", padding=None)
     same(kernel("qwen2_vl", inputs), brute_force("qwen2_vl", **inputs))
 
 
-def test_more_chunks_than_are_read_at_a_time():
+def test_more_chunks_than_one_block():
     rng = random.Random(2)
-    rows = [filled(rng.randint(0, 8), rng, "qwen2_vl") for _ in range(SCAN + 5)]  # a chunk each
+    rows = [random_row(rng.randint(0, 8), rng, "qwen2_vl") for _ in range(SCAN + 5)]  # one chunk per row
     inputs = sequence(rows, "qwen2_vl", padding="ragged", length=8)
     same(kernel("qwen2_vl", inputs), brute_force("qwen2_vl", **inputs))
 
 
-def test_one_row_of_more_chunks_than_are_read_at_a_time():
+def test_one_row_of_more_chunks_than_one_block():
     pair = [("image", (1, 40, 40)), ("text", SCAN * CHUNK // 2)]
     inputs = sequence([[("text", 7)], [*pair, *pair, ("video", (2, 6, 8)), ("text", 300)]], "qwen2_vl")
     assert inputs["mm_token_type_ids"].shape[1] > SCAN * CHUNK
@@ -141,7 +141,7 @@ def test_one_row_of_more_chunks_than_are_read_at_a_time():
 
 
 BFLOAT16 = pytest.param(
-    torch.bfloat16, marks=pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: the interpreter makes no bfloat16")
+    torch.bfloat16, marks=pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: the interpreter has no bfloat16")
 )
 FLOATS = [torch.float32, torch.float64, torch.float16, BFLOAT16]
 
@@ -155,14 +155,14 @@ def test_seconds_of_every_dtype(dtype):
     inputs = sequence(rows, "qwen2_5_vl", padding="left")
     for seconds in ([0.1, 1.3, 3.7, 0.0], [1 / 3, 0.35, 2.3, 33.0]):
         inputs["second_per_grid_ts"] = torch.tensor(seconds).to(dtype)
-        for scale in (1, 2, 3, 257) if dtype == torch.bfloat16 else (1, 2, 3):  # 257 is no bfloat16
+        for scale in (1, 2, 3, 257) if dtype == torch.bfloat16 else (1, 2, 3):  # bfloat16 cannot represent 257
             same(kernel("qwen2_5_vl", inputs, tokens_per_second=scale),
                  brute_force("qwen2_5_vl", **inputs, tokens_per_second=scale))  # fmt: skip
 
 
 def test_dtypes_and_strides(family):
     rng = random.Random(3)
-    rows = [[("image", (1, 6, 4)), *filled(40, rng, family)], [("video", (2, 2, 4)), *filled(33, rng, family)]]
+    rows = [[("image", (1, 6, 4)), *random_row(40, rng, family)], [("video", (2, 2, 4)), *random_row(33, rng, family)]]
     inputs = sequence(rows, family, padding="ragged")
     expected = brute_force(family, **inputs)
     types, mask = inputs["mm_token_type_ids"], inputs["attention_mask"]
@@ -181,7 +181,7 @@ def test_dtypes_and_strides(family):
     same(kernel(family, strided), expected)
 
 
-def test_rows_without_a_kept_token(family):
+def test_rows_without_an_unmasked_token(family):
     inputs = sequence([[], [("text", 2), ("image", (1, 4, 4))], [], []], family, length=9)
     same(kernel(family, inputs), brute_force(family, **inputs))
     inputs = sequence([[], []], family, length=CHUNK + 1)
@@ -216,14 +216,14 @@ def test_random_sequences(family):
     check()
 
 
-def test_what_comes_back_is_memory_that_was_poisoned(memory):
+def test_results_are_in_poisoned_memory(memory):
     inputs = sequence([[("text", 3)]], "qwen2_vl")
     positions, deltas = kernel("qwen2_vl", inputs)
     starts = {block[GUARD:].data_ptr() for block in memory}
     assert {positions.data_ptr(), deltas.data_ptr()} < starts
 
 
-UNFIT = {
+INVALID_GRIDS = {
     "too few": lambda grid: grid[:1],
     "none": lambda _: None,
     "empty": lambda grid: grid[:0],
@@ -242,15 +242,15 @@ UNFIT = {
 
 
 @pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
-@pytest.mark.parametrize("unfit", UNFIT)
-def test_grids_that_do_not_fit_never_write_outside(family, unfit):
+@pytest.mark.parametrize("invalid", INVALID_GRIDS)
+def test_invalid_grids_never_write_out_of_bounds(family, invalid):
     rows = [
         [("text", 20), ("image", (1, 8, 8)), ("text", 9), ("video", (2, 6, 6)), ("text", CHUNK)],
         [("text", 30), ("video", (3, 6, 8)), ("text", 4), ("image", (1, 20, 6)), ("image", (1, 2, 2))],
     ]
     inputs = sequence(rows, family, padding="left", length=CHUNK + 90)
     first = [CHUNK + 90 - int(row.sum()) for row in inputs["attention_mask"]]
-    changes = {key: UNFIT[unfit](inputs[key]) for key in ("image_grid_thw", "video_grid_thw")}
+    changes = {key: INVALID_GRIDS[invalid](inputs[key]) for key in ("image_grid_thw", "video_grid_thw")}
     if family == "qwen2_5_vl":
         videos = changes["video_grid_thw"]
         changes["second_per_grid_ts"] = torch.ones(0 if videos is None else len(videos))
@@ -259,7 +259,7 @@ def test_grids_that_do_not_fit_never_write_outside(family, unfit):
     assert deltas.shape == (2, 1)
     assert (positions != POISON).all()
     assert (deltas != POISON).all()
-    # What comes before the first vision token of a row does not depend on any grid.
+    # Positions before a row's first vision token do not depend on any grid.
     for row, text in enumerate((20, 30)):
         assert not positions[:, row, : first[row]].any()
         assert (positions[:, row, first[row] : first[row] + text].cpu() == torch.arange(text)).all()
@@ -269,12 +269,12 @@ def test_vision_tokens_past_the_last_grid_get_the_position_that_follows_it(famil
     row = [("text", 2), ("image", (1, 4, 6)), ("text", 1), ("image", (1, 4, 4)), ("text", 2)]
     inputs = sequence([row], family)
     positions, deltas = kernel(family, inputs, image_grid_thw=inputs["image_grid_thw"][:1])
-    # 2 of text, 2 x 3 of the image from 2 on, text at 5; then four tokens at 6, where the text goes on.
+    # Text at 0 and 1, an image of 2 x 3 tokens from 2 on, text at 5, four tokens at 6, and text from 6 on.
     assert positions[:, 0, 8:].tolist() == 3 * [[5, 6, 6, 6, 6, 6, 7]]
     assert deltas.tolist() == [[8 - 15]]
 
 
-def test_ids_of_text_never_count_as_vision(family):
+def test_text_ids_never_count_as_vision(family):
     ids = torch.arange(TEXT_IDS - 2 * CHUNK, TEXT_IDS)[None]
     positions, deltas = kernel(family, {"input_ids": ids})
     assert (positions.cpu() == torch.arange(2 * CHUNK)).all()
@@ -282,7 +282,7 @@ def test_ids_of_text_never_count_as_vision(family):
 
 
 def test_an_unknown_implementation_is_refused(memory):
-    memory.append(torch.full((2 * GUARD,), POISON))  # none is allocated here
+    memory.append(torch.full((2 * GUARD,), POISON))  # the call below allocates none
     tokens = torch.zeros(1, 1, dtype=torch.int64)
     with pytest.raises(ValueError, match="impl: expected 'auto', 'triton' or 'reference', got 'fast'"):
         ops.rope_index(tokens, 1, 2, None, None, None, None, 1, 2, False, impl="fast")

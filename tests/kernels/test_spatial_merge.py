@@ -1,4 +1,4 @@
-"""Norm, merge and reordering in one pass, and the merge of a map: against the reference tower, fp64 and brute force."""
+"""A merger's norm and reordering in one pass, and the merge of a map: against the reference tower, fp64 and loops."""
 
 import pytest
 import torch
@@ -20,32 +20,32 @@ QWEN3 = VisionConfig("qwen3_vl", 1, 96, 96, 2, 64, "gelu_pytorch_tanh", 16, num_
 
 
 @pytest.fixture(autouse=True)
-def _outputs_start_as_nan():
+def _fill_outputs_with_nan():
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
 
 
-def draw(*shape, dtype=torch.float32):
+def outlier_randn(*shape, dtype=torch.float32):
     x = torch.randn(*shape, device=DEVICE) + 0.5
     x[..., :: max(shape[-1] // 5, 1)] *= 100
     return x.to(dtype)
 
 
 def truth(x, weight, bias, kind, norm_merged, index):
-    """Row by row in fp64, the patches of each token gathered by hand."""
-    wide = x.double().view(-1, 4 * x.shape[-1]) if norm_merged else x.double()
+    """Compute the norm in fp64 and gather the patches of each token."""
+    x64 = x.double().view(-1, 4 * x.shape[-1]) if norm_merged else x.double()
     if kind == "layer":
-        wide = wide - wide.mean(-1, keepdim=True)
-    wide = wide / (wide.pow(2).mean(-1, keepdim=True) + EPS).sqrt() * weight.double()
-    wide = wide if bias is None else wide + bias.double()
-    tokens = wide.reshape(-1, 4 * x.shape[-1])
+        x64 = x64 - x64.mean(-1, keepdim=True)
+    x64 = x64 / (x64.pow(2).mean(-1, keepdim=True) + EPS).sqrt() * weight.double()
+    x64 = x64 if bias is None else x64 + bias.double()
+    tokens = x64.reshape(-1, 4 * x.shape[-1])
     return tokens if index is None else torch.stack([tokens[i] for i in index.tolist()])
 
 
 def assert_no_worse(actual, reference, expected):
-    """Than plain torch; where both are within a unit of fp32's last place, the order of a sum decides, and may."""
+    """Assert an error of at most ERROR_FACTOR times plain torch's, or of fp32's epsilon: sums may differ in order."""
     error = Difference.of(actual, expected).relative_l2
     assert error <= max(ERROR_FACTOR * Difference.of(reference, expected).relative_l2, torch.finfo(torch.float32).eps)
 
@@ -61,23 +61,23 @@ def run_both(x, weight, bias, index, kind, norm_merged):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("reorder", [True, False])
 @pytest.mark.parametrize(("kind", "norm_merged"), [("rms", False), ("layer", False), ("layer", True)])
-def test_the_mergers_norms(kind, norm_merged, reorder, dtype):
+def test_norms_of_published_mergers(kind, norm_merged, reorder, dtype):
     plan = GridPlan.build(GRIDS, QWEN2_5, DEVICE)
-    x = draw(plan.num_patches, 200, dtype=dtype)
+    x = outlier_randn(plan.num_patches, 200, dtype=dtype)
     width = 800 if norm_merged else 200
-    weight = draw(width, dtype=dtype)
-    bias = draw(width, dtype=dtype) if kind == "layer" else None
+    weight = outlier_randn(width, dtype=dtype)
+    bias = outlier_randn(width, dtype=dtype) if kind == "layer" else None
     run_both(x, weight, bias, plan.restore_index if reorder else None, kind, norm_merged)
 
 
 @pytest.mark.parametrize("impl", ["triton", "reference"])
 @pytest.mark.parametrize(("config", "norm_merged"), [(QWEN2_5, False), (QWEN3, False), (QWEN3, True)])
-def test_it_is_the_reference_towers_merger_up_to_its_gemm(config, norm_merged, impl):
+def test_it_matches_the_input_of_the_reference_towers_first_merger_gemm(config, norm_merged, impl):
     plan = GridPlan.build(GRIDS, config, DEVICE)
     merger = Merger(config, norm_merged).to(DEVICE).requires_grad_(False)
     merger.norm.weight.normal_()
     bias = getattr(merger.norm, "bias", None)
-    x = draw(plan.num_patches, config.hidden_size)
+    x = outlier_randn(plan.num_patches, config.hidden_size)
     joined = ops.merge_norm(
         x, merger.norm.weight, bias, plan.restore_index, config.traits.norm, EPS, norm_merged, impl=impl
     )
@@ -85,24 +85,25 @@ def test_it_is_the_reference_towers_merger_up_to_its_gemm(config, norm_merged, i
     torch.testing.assert_close(merger.fc2(merger.act(merger.fc1(joined))), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_token_is_the_same_alone_and_in_every_run():
-    x, weight, index = draw(64, 96, dtype=torch.float16), draw(96, dtype=torch.float16), torch.randperm(16).to(DEVICE)
+def test_a_token_is_bitwise_the_same_alone_and_in_every_run():
+    x, weight = outlier_randn(64, 96, dtype=torch.float16), outlier_randn(96, dtype=torch.float16)
+    index = torch.randperm(16).to(DEVICE)
     y = ops.merge_norm(x, weight, None, index, impl="triton")
     assert torch.equal(y, ops.merge_norm(x, weight, None, index, impl="triton"))
     token = int(index[3])
     assert torch.equal(y[3:4], ops.merge_norm(x[4 * token : 4 * token + 4], weight, impl="triton"))
 
 
-def test_merge_norm_of_other_units_and_of_nothing():
-    x, weight = draw(18, 40), draw(40)
+def test_merge_norm_of_other_merge_units_and_of_no_patches():
+    x, weight = outlier_randn(18, 40), outlier_randn(40)
     for unit in (1, 9):
         actual = ops.merge_norm(x, weight, merge_unit=unit, impl="triton")
         torch.testing.assert_close(actual, ops.merge_norm(x, weight, merge_unit=unit, impl="reference"))
     assert ops.merge_norm(x[:0], weight, impl="triton").shape == (0, 160)
 
 
-def brute_force(x, mode, size):
-    """Token by token, patch by patch, in fp64."""
+def merge_with_loops(x, mode, size):
+    """Merge token by token and patch by patch; averages in fp64."""
     frames, height, row, _ = x.shape
     rows = [
         [
@@ -120,11 +121,11 @@ def brute_force(x, mode, size):
     st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.integers(1, 70), st.integers(1, 3), st.integers(0, 5)
 )
 @pytest.mark.parametrize("mode", ["concat", "average"])
-def test_maps_of_any_shape_and_stride(mode, frames, height, row, width, size, gap):
-    whole = torch.randn(frames, size * height + gap, size * row + gap, width + gap, device=DEVICE)
-    x = whole[:, gap:, gap:, gap:]
+def test_maps_of_any_shape_and_stride(mode, frames, height, row, width, size, offset):
+    whole = torch.randn(frames, size * height + offset, size * row + offset, width + offset, device=DEVICE)
+    x = whole[:, offset:, offset:, offset:]
     actual = ops.spatial_merge(x, mode, size, impl="triton")
-    expected = brute_force(x, mode, size).to(x.dtype)
+    expected = merge_with_loops(x, mode, size).to(x.dtype)
     if mode == "concat":
         assert torch.equal(actual, expected)
     torch.testing.assert_close(actual, expected)
@@ -133,24 +134,24 @@ def test_maps_of_any_shape_and_stride(mode, frames, height, row, width, size, ga
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_mean_is_rounded_once(dtype):
-    x = draw(2, 6, 8, 72, dtype=dtype)
-    expected = brute_force(x, "average", 2)
+def test_averages_are_rounded_once(dtype):
+    x = outlier_randn(2, 6, 8, 72, dtype=dtype)
+    expected = merge_with_loops(x, "average", 2)
     actual, reference = (ops.spatial_merge(x, "average", impl=impl) for impl in ("triton", "reference"))
     assert actual.dtype == dtype
     assert_no_worse(actual, reference, expected)
 
 
-def test_merged_in_two_steps_or_through_the_towers_order():
-    """A map cut into merge-block order and joined there is the map joined by `spatial_merge`."""
+def test_a_merged_map_equals_patches_joined_in_the_towers_order():
+    """Compare `spatial_merge` of a map with joining its patches in the tower's order."""
     plan = GridPlan.build([[1, 6, 10]], QWEN3, DEVICE)
-    x = draw(6, 10, 32)
+    x = outlier_randn(6, 10, 32)
     patches = x[plan.position_ids[:, 0], plan.position_ids[:, 1]]
     assert torch.equal(ops.spatial_merge(x, impl="triton").flatten(0, 1), patches.reshape(-1, 128))
 
 
 def test_torch_compile_passes_through():
-    x, weight, index = draw(16, 24), draw(24), torch.randperm(4).to(DEVICE)
+    x, weight, index = outlier_randn(16, 24), outlier_randn(24), torch.randperm(4).to(DEVICE)
 
     def both(x):
         return ops.merge_norm(x, weight, None, index, impl="triton"), ops.spatial_merge(
@@ -200,10 +201,10 @@ def test_bad_arguments(error, message, call):
     ],
 )
 @pytest.mark.parametrize("side", [28, 84, 128])
-def test_the_models_shapes(side, width, kind, norm_merged, dtype):
+def test_published_shapes(side, width, kind, norm_merged, dtype):
     patches, joined = side**2, 4 * width if norm_merged else width
-    x, weight = draw(patches, width, dtype=dtype), draw(joined, dtype=dtype)
-    bias = draw(joined, dtype=dtype) if kind == "layer" else None
+    x, weight = outlier_randn(patches, width, dtype=dtype), outlier_randn(joined, dtype=dtype)
+    bias = outlier_randn(joined, dtype=dtype) if kind == "layer" else None
     y = run_both(x, weight, bias, torch.randperm(patches // 4, device=DEVICE), kind, norm_merged)
     assert y.isfinite().all()
     for mode in ("concat", "average"):

@@ -1,4 +1,4 @@
-"""What rope_index refuses, in words that name the argument, what was expected and what came; and that it only reads."""
+"""rope_index names the argument, what it expected and what it got in each error, and leaves its inputs unchanged."""
 
 import re
 
@@ -23,25 +23,25 @@ def inputs():
 
 
 def refuses(inputs, error, words, **changes):
-    """The call with `changes` fails with a message that begins with `words`."""
+    """Assert that the call with `changes` raises `error` with a message that starts with `words`."""
     with pytest.raises(error, match="^" + re.escape(words)):
         rope_index(**{"family": "qwen2_5_vl"} | inputs | changes)
 
 
-def misfit(kind, item, size, token, row):
+def mismatch(kind, item, size, token, row):
     return (
-        f"{kind}_grid_thw: item {item} is {size} tokens (frame groups x rows x columns), but its run of {kind} tokens "
-        f"ends before that, at token {token} of row {row}"
+        f"{kind}_grid_thw: expected a run of {size} {kind} tokens (frame groups x rows x columns) for item {item}, "
+        f"got a run that ends before that, at token {token} of row {row}"
     )
 
 
-def test_the_sequence_that_all_errors_start_from_is_right(inputs):
+def test_the_unchanged_inputs_are_accepted(inputs):
     same(rope_index(family="qwen2_5_vl", **inputs), brute_force("qwen2_5_vl", **inputs))
 
 
 class TestGridsAndTokens:
     @pytest.mark.parametrize(
-        ("key", "grid", "stands_for", "held"),
+        ("key", "grid", "grid_tokens", "tokens"),
         [
             ("image_grid_thw", IMAGES[:1], 6, 8),
             ("image_grid_thw", IMAGES[1:], 2, 8),
@@ -55,12 +55,12 @@ class TestGridsAndTokens:
             ("video_grid_thw", torch.tensor([[2**20, 2**20, 2**20]]), 2**58, 8),
         ],
     )
-    def test_too_few_or_too_many(self, inputs, key, grid, stands_for, held):
+    def test_too_few_or_too_many(self, inputs, key, grid, grid_tokens, tokens):
         kind = key.removesuffix("_grid_thw")
-        words = f"{key}: its grids stand for {stands_for} {kind} tokens, the sequences hold {held}"
+        words = f"{key}: expected grids of {tokens} {kind} tokens in total, got grids of {grid_tokens} ("
         refuses(inputs, ValueError, words, **{key: grid})
         refuses(inputs, ValueError, words, **{key: grid}, mm_token_type_ids=None)
-        if kind == "image":  # and where frames stand apart
+        if kind == "image":  # and in a family with separate frame groups
             rows = [[part for part in row if part[0] != "video"] for row in ROWS]
             refuses(sequence(rows, "qwen3_vl", junk=False), ValueError, words, image_grid_thw=grid, family="qwen3_vl")
 
@@ -68,29 +68,29 @@ class TestGridsAndTokens:
     def test_grids_without_any_tokens(self, family):
         inputs = sequence([[("text", 5)]], family)
         for key in ("image_grid_thw", "video_grid_thw"):
-            words = f"{key}: its grids stand for 4 {key[:5]} tokens, the sequences hold 0"
+            words = f"{key}: expected grids of 0 {key[:5]} tokens in total, got grids of 4 ("
             refuses(inputs, ValueError, words, family=family, **{key: torch.tensor([[1, 4, 4]])})
 
-    def test_absurd_grids_neither_wrap_around_nor_take_memory(self):
-        words = f"image_grid_thw: its grids stand for {2**64} image tokens, the sequences hold 0"
+    def test_huge_grids_neither_overflow_nor_take_memory(self):
+        words = f"image_grid_thw: expected grids of 0 image tokens in total, got grids of {2**64} ("
         grid = torch.full((1, 3), 2**22)
         refuses(sequence([[("text", 5)]], "qwen2_vl"), ValueError, words, family="qwen2_vl", image_grid_thw=grid)
         inputs = sequence(ROWS, "qwen3_vl", junk=False)
-        words = f"video_grid_thw: its grids stand for {2**42} video tokens, the sequences hold 8"
+        words = f"video_grid_thw: expected grids of 8 video tokens in total, got grids of {2**42} ("
         refuses(inputs, ValueError, words, family="qwen3_vl", video_grid_thw=torch.tensor([[2**40, 4, 4]]))
 
     def test_more_and_fewer_frame_groups(self):
         inputs = sequence(ROWS, "qwen3_vl", junk=False)
         for frames in (1, 3):
-            words = f"video_grid_thw: its grids stand for {4 * frames} video tokens, the sequences hold 8"
+            words = f"video_grid_thw: expected grids of 8 video tokens in total, got grids of {4 * frames} ("
             refuses(inputs, ValueError, words, family="qwen3_vl", video_grid_thw=torch.tensor([[frames, 4, 4]]))
 
     @pytest.mark.parametrize("family", FAMILIES)
     def test_masked_tokens_do_not_count(self, family):
         inputs = sequence(ROWS, family, junk=False)
         inputs["attention_mask"][0, 2:5] = 0
-        refuses(inputs, ValueError, "image_grid_thw: its grids stand for 8 image tokens, the sequences hold 5 (tokens "
-                "that attention_mask leaves out do not count)", family=family)  # fmt: skip
+        refuses(inputs, ValueError, "image_grid_thw: expected grids of 5 image tokens in total, got grids of 8 (tokens "
+                "that attention_mask masks do not count)", family=family)  # fmt: skip
 
     @pytest.mark.parametrize(
         ("grid", "item", "size"),
@@ -101,40 +101,40 @@ class TestGridsAndTokens:
             ([[1, 4, 4], [1, 4, 4]], 1, "1 x 2 x 2"),
         ],
     )
-    def test_totals_that_agree_and_runs_that_do_not(self, inputs, grid, item, size):
-        refuses(inputs, ValueError, misfit("image", item, size, 7, 0), image_grid_thw=torch.tensor(grid))
+    def test_equal_totals_but_different_runs(self, inputs, grid, item, size):
+        refuses(inputs, ValueError, mismatch("image", item, size, 7, 0), image_grid_thw=torch.tensor(grid))
 
-    def test_items_that_touch_fit_together(self, inputs):
+    def test_touching_items_are_separated(self, inputs):
         inputs["image_grid_thw"] = torch.tensor([[1, 2, 4], [2, 2, 4], [1, 2, 2], [1, 2, 2]])
         same(rope_index(family="qwen2_5_vl", **inputs), brute_force("qwen2_5_vl", **inputs))
 
-    def test_a_run_that_text_interrupts(self):
+    def test_a_run_interrupted_by_text(self):
         # Videos of 4 and 4 tokens against runs of 4, 2 and 2, the last two in the second row, left-padded to 13.
         pair = [("text", 3), ("video", (1, 2, 4)), ("text", 1), ("video", (1, 2, 4))]
         inputs = sequence([[("text", 9), ("video", (1, 4, 4))], pair], "qwen2_vl", padding="left", junk=False)
         grid = torch.tensor([[1, 4, 4], [1, 4, 4]])
-        words = misfit("video", 1, "1 x 2 x 2", 9, 1)
+        words = mismatch("video", 1, "1 x 2 x 2", 9, 1)
         refuses(inputs, ValueError, words, family="qwen2_vl", video_grid_thw=grid)
 
-    def test_a_frame_group_that_text_interrupts(self):
+    def test_a_frame_group_interrupted_by_text(self):
         row = [("video", (2, 2, 4)), ("text", 2), ("video", (1, 2, 4))]
         inputs = sequence([row], "qwen3_5", padding=None, timestamps=(3, 3))
-        words = misfit("video", 0, "1 x 1 x 6", 1, 0)
+        words = mismatch("video", 0, "1 x 1 x 6", 1, 0)
         refuses(inputs, ValueError, words, family="qwen3_5", video_grid_thw=torch.tensor([[1, 2, 12]]))
 
-    def test_a_run_that_the_row_cuts(self):
+    def test_a_run_that_the_end_of_the_row_interrupts(self):
         inputs = sequence([[("image", (1, 4, 4))], [("image", (1, 4, 4))]], "qwen2_vl", padding=None)
         grid = torch.tensor([[1, 2, 4], [1, 4, 4], [1, 2, 4]])
-        refuses(inputs, ValueError, misfit("image", 1, "1 x 2 x 2", 3, 0), image_grid_thw=grid)
+        refuses(inputs, ValueError, mismatch("image", 1, "1 x 2 x 2", 3, 0), image_grid_thw=grid)
 
-    def test_the_token_named_is_that_of_the_row_as_given(self):
-        # Masked tokens lie before and inside of the run: it ends at token 6, the fifth of those kept.
+    def test_the_token_index_counts_masked_tokens(self):
+        # There are masked tokens before and inside the run: it ends at token 6, the fifth unmasked one.
         inputs = {
             "mm_token_type_ids": torch.tensor([[0, 0, 0, 1, 1, 0, 1, 0, 1]]),
             "attention_mask": torch.tensor([[1, 0, 1, 1, 1, 0, 1, 1, 1]]),
             "image_grid_thw": torch.tensor([[1, 4, 4]]),
         }
-        refuses(inputs, ValueError, misfit("image", 0, "1 x 2 x 2", 6, 0))
+        refuses(inputs, ValueError, mismatch("image", 0, "1 x 2 x 2", 6, 0))
 
 
 class TestValues:
@@ -143,21 +143,21 @@ class TestValues:
     def test_sizes(self, inputs, key, size):
         grid = inputs[key].clone()
         grid[-1] = torch.tensor(size)
-        words = f"{key}: expected positive sizes, rows and columns multiples of 2; item {len(grid) - 1}: {size}"
+        words = f"{key}: expected positive sizes, rows and columns divisible by 2, got {size} for item {len(grid) - 1}"
         refuses(inputs, ValueError, words, **{key: grid})
 
-    def test_sizes_that_another_merge_does_not_divide(self, inputs):
-        words = "image_grid_thw: expected positive sizes, rows and columns multiples of 3; item 0: [1, 4, 6]"
+    def test_sizes_not_divisible_by_the_merge_size(self, inputs):
+        words = "image_grid_thw: expected positive sizes, rows and columns divisible by 3, got [1, 4, 6] for item 0"
         refuses(inputs, ValueError, words, spatial_merge_size=3)
 
-    @pytest.mark.parametrize("odd", [3, -1, 255])
-    def test_token_types(self, inputs, odd):
+    @pytest.mark.parametrize("invalid", [3, -1, 255])
+    def test_token_types(self, inputs, invalid):
         types = inputs["mm_token_type_ids"].clone()
-        types[1, -1] = odd
+        types[1, -1] = invalid
         same(rope_index(family="qwen2_5_vl", **inputs | {"mm_token_type_ids": types}),
-             brute_force("qwen2_5_vl", **inputs))  # masked, and so passed over  # fmt: skip
-        types[1, 0] = odd
-        words = f"mm_token_type_ids: expected 0 (text), 1 (image) or 2 (video), got {odd}"
+             brute_force("qwen2_5_vl", **inputs))  # masked, so ignored  # fmt: skip
+        types[1, 0] = invalid
+        words = f"mm_token_type_ids: expected 0 (text), 1 (image) or 2 (video), got {invalid}"
         refuses(inputs, ValueError, words, mm_token_type_ids=types)
         refuses(inputs, ValueError, words, mm_token_type_ids=types, attention_mask=None)
 
@@ -182,13 +182,13 @@ class TestShapesKindsAndDevices:
             ("video_grid_thw", VIDEOS.float(), ValueError, "expected integers, got torch.float32"),
             ("image_grid_thw", IMAGES.bool(), ValueError, "expected integers, got torch.bool"),
             ("image_grid_thw", IMAGES.to(torch.complex64), ValueError, "expected integers, got torch.complex64"),
-            ("image_grid_thw", IMAGES.to("meta"), ValueError, "expected it on cpu, where the tokens are, got meta"),
-            ("video_grid_thw", VIDEOS.to("meta"), ValueError, "expected it on cpu, where the tokens are, got meta"),
+            ("image_grid_thw", IMAGES.to("meta"), ValueError, "expected device cpu, that of the tokens, got meta"),
+            ("video_grid_thw", VIDEOS.to("meta"), ValueError, "expected device cpu, that of the tokens, got meta"),
             ("attention_mask", [[1] * 18] * 2, TypeError, "expected a tensor, got list"),
             ("attention_mask", torch.ones(2, 17), ValueError, "expected shape [2, 18], got [2, 17]"),
             ("attention_mask", torch.ones(18), ValueError, "expected shape [2, 18], got [18]"),
             ("attention_mask", torch.ones(2, 1, 18, 18), ValueError, "expected shape [2, 18], got [2, 1, 18, 18]"),
-            ("attention_mask", torch.ones(2, 18, device="meta"), ValueError, "expected it on cpu, where the"),
+            ("attention_mask", torch.ones(2, 18, device="meta"), ValueError, "expected device cpu, that of the"),
             ("mm_token_type_ids", [[0] * 18] * 2, TypeError, "expected a tensor [batch, sequence], got list"),
             ("mm_token_type_ids", torch.zeros(2, 18), ValueError, "expected integers [batch, sequence]"),
             ("mm_token_type_ids", torch.zeros(18).long(), ValueError, "expected integers [batch, sequence]"),
@@ -209,7 +209,7 @@ class TestShapesKindsAndDevices:
             ("attention_mask", torch.ones(2, 18, dtype=torch.complex64), ValueError, "expected a real dtype, got"),
             ("second_per_grid_ts", ["a"], (TypeError, ValueError), ""),
             ("second_per_grid_ts", [None], (TypeError, ValueError), ""),
-            ("second_per_grid_ts", torch.ones(1, device="meta"), ValueError, "expected it on cpu"),
+            ("second_per_grid_ts", torch.ones(1, device="meta"), ValueError, "expected device cpu"),
         ],
     )
     def test_refused(self, inputs, key, value, error, words):
@@ -227,7 +227,7 @@ class TestShapesKindsAndDevices:
         refuses({}, ValueError, f"mm_token_type_ids: {words}", mm_token_type_ids=ids)
 
     def test_no_tokens(self):
-        refuses({}, ValueError, "input_ids: expected them or mm_token_type_ids, got neither")
+        refuses({}, ValueError, "input_ids: expected input_ids or mm_token_type_ids, got neither")
 
     def test_seconds_without_videos(self):
         inputs = sequence([[("text", 3)]], "qwen2_5_vl")
@@ -238,10 +238,10 @@ class TestRules:
     @pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl", "qwen3_5"])
     def test_a_time_scale_for_a_family_without_one(self, family):
         inputs = sequence(ROWS, family, junk=False) | {"family": family}
-        words = "second_per_grid_ts: only qwen2_5_vl places frames by seconds; leave it out"
+        words = "second_per_grid_ts: expected None, since only qwen2_5_vl positions frame groups by seconds"
         refuses(inputs, ValueError, words, second_per_grid_ts=[1.0])
         refuses(inputs, ValueError, words, second_per_grid_ts=torch.ones(1))
-        words = f"tokens_per_second: {family} numbers frames and has no time scale; leave it out"
+        words = f"tokens_per_second: expected None, since {family} has no time scale, got 2"
         refuses(inputs, ValueError, words, tokens_per_second=2)
 
     @pytest.mark.parametrize("name", ["qwen2_5_omni", "qwen3_omni", "qwen4", ""])
@@ -253,24 +253,24 @@ class TestRules:
     @pytest.mark.parametrize(
         "family", [None, 3, {}, {"vision_config": {}}, {"model_type": ["x"]}, torch.nn.Identity()], ids=str
     )
-    def test_no_family(self, inputs, family):
+    def test_neither_a_family_nor_a_config(self, inputs, family):
         words = f"family: expected a name, VisionConfig or transformers config, got {type(family).__name__}"
         refuses(inputs, TypeError, words, family=family)
 
     @pytest.mark.parametrize("key", ["tokens_per_second", "spatial_merge_size"])
     @pytest.mark.parametrize("value", [0, -1, 2.5, True, "2"])
-    def test_numbers(self, inputs, key, value):
+    def test_positive_integers(self, inputs, key, value):
         words = f"{key}: expected a positive integer, got {value!r}"
         refuses(inputs, ValueError, words, **{key: value})
         refuses(inputs, ValueError, words, family={"model_type": "qwen2_5_vl", "vision_config": {key: value}})
 
     @pytest.mark.parametrize("key", ["image_token_id", "video_token_id"])
     @pytest.mark.parametrize("value", [2.5, "x", True, torch.tensor(5)])
-    def test_ids_that_are_no_integers(self, inputs, key, value):
+    def test_ids_that_are_not_integers(self, inputs, key, value):
         refuses(inputs, (TypeError, ValueError), f"{key}: ", mm_token_type_ids=None, **{key: value})
 
     def test_equal_ids(self, inputs):
-        words = "video_token_id: expected another id than image_token_id, got "
+        words = "video_token_id: expected an id different from image_token_id, got "
         refuses(inputs, ValueError, words + "7 for both", image_token_id=7, video_token_id=7)
         refuses(inputs, ValueError, words + "151655 for both", video_token_id=151655)
         config = {"model_type": "qwen2_5_vl", "image_token_id": 9, "video_token_id": 9}
@@ -278,21 +278,21 @@ class TestRules:
 
 
 @pytest.mark.parametrize("validate", [None, True, False])
-def test_looking_is_free_on_a_cpu_and_happens_whatever_validate_says(inputs, validate):
-    refuses(inputs, ValueError, "image_grid_thw: its grids", image_grid_thw=IMAGES[:1], validate=validate)
+def test_the_cpu_validates_whatever_validate_says(inputs, validate):
+    refuses(inputs, ValueError, "image_grid_thw: expected grids of 8", image_grid_thw=IMAGES[:1], validate=validate)
     refuses(inputs, ValueError, "video_grid_thw: expected positive", video_grid_thw=-VIDEOS, validate=validate)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("padding", ["ragged", "holes"])
 @pytest.mark.parametrize("tokens", ["input_ids", "mm_token_type_ids"])
-def test_inputs_stay_as_they_are(family, padding, tokens):
+def test_inputs_stay_unchanged(family, padding, tokens):
     inputs = sequence(ROWS, family, padding=padding, length=40)
     inputs[tokens] = None
     if family == "qwen2_5_vl":
         inputs["second_per_grid_ts"] = torch.tensor([1.5])
     before = {key: value.clone() for key, value in inputs.items() if value is not None}
     positions, deltas = rope_index(family=family, **inputs)
-    positions.fill_(-7)  # which would show in an input that shares memory with the result
+    positions.fill_(-7)  # would change an input that shares memory with the result
     deltas.fill_(-7)
     assert all(torch.equal(inputs[key], value) for key, value in before.items())

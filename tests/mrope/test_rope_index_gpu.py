@@ -1,11 +1,11 @@
-"""rope_index on a GPU: the CPU's positions, without waiting for the GPU, in CUDA graphs, and on bad input."""
+"""rope_index on a GPU: equal to the CPU, without synchronisation, in CUDA graphs, and with invalid inputs."""
 
 import random
 
 import pytest
 import torch
 
-from peers.mrope import SETUPS, setup
+from peers.rope_index import SETUPS, processor_inputs
 from qwenvit import rope_index
 from support.rope_index_truth import FAMILIES, brute_force, random_rows, same, sequence
 
@@ -15,12 +15,12 @@ ROWS = [
     [("text", 700), ("image", (1, 20, 24)), ("text", 3), ("video", (3, 8, 6)), ("text", 2)],
     [("video", (2, 8, 4)), ("image", (1, 2, 2)), ("image", (2, 6, 4)), ("text", 30)],
 ]
-"""3 images, one of them touching, and 2 videos."""
+"""3 images, two of which touch, and 2 videos."""
 OTHER_ROWS = [
     [("text", 2), ("image", (1, 4, 6)), ("image", (1, 4, 4)), ("video", (7, 6, 6)), ("video", (1, 8, 4)), ("text", 90)],
     [("text", 9), ("image", (1, 30, 20))],
 ]
-"""As many of each."""
+"""As many images and videos as in `ROWS`."""
 
 
 @pytest.fixture(params=FAMILIES)
@@ -30,7 +30,7 @@ def family(request):
 
 @pytest.fixture
 def no_synchronisation():
-    """A function that runs another one under an error for every synchronisation."""
+    """A function that calls another one and makes every synchronisation raise."""
 
     def run(function):
         function()  # compiles
@@ -58,7 +58,7 @@ def on_gpu(inputs):
 @pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize("name", SETUPS)
 def test_batches_of_realistic_size(family, name, padding):
-    inputs = setup(name, family, padding=padding)
+    inputs = processor_inputs(name, family, padding=padding)
     got = rope_index(family=family, **on_gpu(inputs))
     assert all(tensor.is_cuda for tensor in got)
     same(got, rope_index(family=family, **inputs))
@@ -66,7 +66,7 @@ def test_batches_of_realistic_size(family, name, padding):
 
 
 @pytest.mark.parametrize("padding", ["left", "right", "ragged", "holes"])
-def test_padding_and_either_kind_of_tokens(family, padding):
+def test_padding_with_ids_or_types(family, padding):
     inputs = example(family, padding=padding)
     expected = brute_force(family, **inputs)
     for absent in ("input_ids", "mm_token_type_ids", "neither"):
@@ -132,15 +132,15 @@ def test_no_host_synchronisation(family, absent, masked, form, no_synchronisatio
     same(no_synchronisation(lambda: rope_index(family=family, **inputs)), expected)
 
 
-def test_looking_does_synchronise(no_synchronisation):
-    # So the test above can fail.
+def test_validation_synchronises(no_synchronisation):
+    # Shows that the test above can fail.
     inputs = on_gpu(example("qwen2_5_vl"))
     with pytest.raises(RuntimeError, match="called a synchronizing CUDA operation"):
         no_synchronisation(lambda: rope_index(family="qwen2_5_vl", **inputs, validate=True))
 
 
 @pytest.mark.parametrize("form", ["tensor", "list"])
-def test_returns_while_the_gpu_is_still_busy(form):
+def test_returns_while_the_gpu_is_busy(form):
     inputs = example("qwen2_5_vl")
     expected = brute_force("qwen2_5_vl", **inputs)
     inputs = on_gpu(inputs)
@@ -157,7 +157,7 @@ def test_returns_while_the_gpu_is_still_busy(form):
 
 
 @pytest.mark.parametrize("tokens", ["input_ids", "mm_token_type_ids"])
-def test_a_captured_graph_places_new_sequences(family, tokens):
+def test_a_captured_graph_replays_on_new_sequences(family, tokens):
     first, second = (example(family, rows) for rows in (ROWS, OTHER_ROWS))
     if family == "qwen2_5_vl":
         second["second_per_grid_ts"] = torch.tensor([2.7, 0.1])
@@ -194,23 +194,23 @@ def test_validate_refuses_what_the_cpu_refuses(family, key):
         rope_index(family=family, **on_gpu(inputs), validate=True)
 
 
-def test_devices_have_to_agree():
+def test_devices_must_agree():
     inputs = on_gpu(example("qwen2_5_vl"))
     for key in ("attention_mask", "image_grid_thw", "video_grid_thw", "second_per_grid_ts"):
-        with pytest.raises(ValueError, match=f"^{key}: expected it on cuda:0, where the tokens are, got cpu"):
+        with pytest.raises(ValueError, match=f"^{key}: expected device cuda:0, that of the tokens, got cpu"):
             rope_index(family="qwen2_5_vl", **inputs | {key: inputs[key].cpu()})
 
 
 @pytest.mark.parametrize("validate", [None, False])
-def test_bad_grids_write_nothing_outside(family, validate):
+def test_invalid_grids_write_nothing_out_of_bounds(family, validate):
     rng = random.Random(1)
     sizes = [0, 1, 2, 3, 4, 100, 2**31 - 1, 2**31, 2**40, 2**62, -1, -2, -4, -(2**40), -(2**63), 2**63 - 1]
     inputs = on_gpu(example(family))
     inputs["second_per_grid_ts"] = None
-    # Beside whatever is allocated below: blocks of the same sizes, of which every other one is given back.
+    # Canaries next to the call's allocations: allocate blocks of the same sizes, and free every other one.
     bytes_of = [3 * 8 * 2400, 512, 1024, 8 * 400]
     canaries = [torch.full((size,), 77, dtype=torch.uint8, device="cuda") for _ in range(40) for size in bytes_of]
-    canaries = [canary for number, canary in enumerate(canaries) if number // len(bytes_of) % 2]
+    canaries = [canary for index, canary in enumerate(canaries) if index // len(bytes_of) % 2]
     for _ in range(100):
         for key in ("image_grid_thw", "video_grid_thw"):
             count = rng.choice([0, 1, 2, 3, 5, 300])

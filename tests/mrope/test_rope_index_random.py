@@ -1,11 +1,11 @@
-"""rope_index on random sequences: as transformers has it, and where that refuses, as a walk of the tokens has it."""
+"""rope_index on random sequences: equal to transformers, and to a brute force where transformers refuses."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peers.mrope import transformers_rope_index
+from peers.rope_index import transformers_rope_index
 from qwenvit import rope_index
 from support.rope_index_truth import FAMILIES, brute_force, random_rows, same, sequence
 
@@ -14,13 +14,13 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    """Threads for sequences this small only wait for each other."""
+    """Use one thread: at these sizes, several threads only wait for each other."""
     torch.set_num_threads(1)
 
 
 @st.composite
 def sequences(draw, family, touching=False):
-    """A random batch: the arguments of the truths, without the family."""
+    """Draw a random batch: the arguments of `brute_force` and `transformers_rope_index`, without the family."""
 
     def integer(low, high):
         return draw(st.integers(low, high))
@@ -64,7 +64,7 @@ def test_equals_transformers(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_touching_items_holes_and_empty_rows_by_brute_force(family):
+def test_touching_items_holes_and_empty_rows_equal_brute_force(family):
     @settings(max_examples=400, deadline=None)
     @given(sequences(family, touching=True))
     def check(inputs):
@@ -74,7 +74,7 @@ def test_touching_items_holes_and_empty_rows_by_brute_force(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_two_truths_agree_where_both_have_an_answer(family):
+def test_brute_force_equals_transformers(family):
     @settings(max_examples=50, deadline=None)
     @given(sequences(family))
     def check(inputs):
@@ -88,7 +88,7 @@ def test_touching_items_by_hand(family):
     images = [("image", (1, 2, 4)), ("image", (1, 4, 2)), ("image", (1, 2, 2))]
     inputs = sequence([[("text", 1), *images, ("text", 1)], []], family, padding="left")
     positions, deltas = rope_index(family=family, **inputs)
-    # One text token at 0; 1 x 2 tokens from 1, 2 x 1 from 3, one at 5, and text at 6; nothing in the second row.
+    # One text token at 0; 1 x 2 tokens from 1, 2 x 1 from 3, one at 5, and text at 6; the second row is padding.
     assert positions[0, 0].tolist() == [0, 1, 1, 3, 3, 5, 6]
     assert positions[1, 0].tolist() == [0, 1, 1, 3, 4, 5, 6]
     assert positions[2, 0].tolist() == [0, 1, 2, 3, 3, 5, 6]
@@ -98,7 +98,7 @@ def test_touching_items_by_hand(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_items_touch_across_masked_tokens_and_across_rows(family):
-    # The first row ends and the second begins with an image; masked tokens lie between and inside of images.
+    # The first row ends and the second starts with an image; there are masked tokens between and inside images.
     rows = [[("image", (1, 4, 4)), ("image", (1, 6, 4))], [("image", (1, 4, 4)), ("image", (1, 2, 2))]]
     for seed in range(20):
         inputs = sequence(rows, family, padding="holes", length=14, seed=seed)

@@ -1,4 +1,4 @@
-"""GridPlan against transformers' helpers and against a brute-force reading of the definitions."""
+"""GridPlan against transformers' helpers, and against brute force from the definitions."""
 
 import itertools
 from dataclasses import replace
@@ -77,7 +77,7 @@ def test_groups_cover_every_segment_once(batch, config):
 
 
 def test_position_weights_resample_as_interpolate_does():
-    """The taps reproduce torch's own bilinear resampling with aligned corners, also on one-row grids."""
+    """The taps equal torch's own bilinear resampling with aligned corners, also on grids of one merge block a side."""
     table = torch.randn(48 * 48, 5, dtype=torch.float64)
     image = table.T.reshape(1, 5, 48, 48)
     for height, width in [(2, 2), (48, 48), (10, 96), (64, 6)]:
@@ -89,7 +89,7 @@ def test_position_weights_resample_as_interpolate_does():
 
 
 def test_rope_rotates_by_row_and_column():
-    """Written with complex numbers: pair i turns by row·f for the first half of the frequencies, column·f after."""
+    """With complex numbers: the row rotates the first half of the pairs, the column the second half."""
     positions = torch.tensor([[0, 0], [3, 5], [40, 1], [7, 7]])
     head_dim, theta = 80, 10000.0
     cos, sin = rope_cos_sin(positions, head_dim, theta)
@@ -97,8 +97,8 @@ def test_rope_rotates_by_row_and_column():
     pairs = torch.complex(x[..., : head_dim // 2], x[..., head_dim // 2 :])
     frequency = theta ** (-torch.arange(0, 1, 4 / head_dim, dtype=torch.float64))
     angle = torch.cat((positions[:, :1] * frequency, positions[:, 1:] * frequency), dim=1)
-    turned = pairs * torch.polar(torch.ones_like(angle), angle)[:, None]
-    expected = torch.cat((turned.real, turned.imag), dim=-1)
+    rotated = pairs * torch.polar(torch.ones_like(angle), angle)[:, None]
+    expected = torch.cat((rotated.real, rotated.imag), dim=-1)
     torch.testing.assert_close(apply_rope(x.float(), cos, sin).double(), expected, rtol=0, atol=2e-5)
 
 

@@ -12,22 +12,22 @@ from PIL import Image, ImageOps
 from transformers import Qwen2VLImageProcessor, Qwen2VLImageProcessorPil
 from transformers.image_utils import load_image
 
-from qwenvit.preprocess.decode import MODES, each_image, open_image
+from qwenvit.preprocess.decode import EIGHT_BIT_MODES, each_image, open_image
 
-HF = {"pillow": Qwen2VLImageProcessorPil(), "torch": Qwen2VLImageProcessor()}
-BACKENDS = sorted(HF)
+HF_PROCESSORS = {"pillow": Qwen2VLImageProcessorPil(), "torch": Qwen2VLImageProcessor()}
+BACKENDS = sorted(HF_PROCESSORS)
 
 
 def noise(*shape: int) -> np.ndarray:
     return np.random.default_rng(shape).integers(0, 256, shape, dtype=np.uint8)
 
 
-def scaled(*shape: int) -> np.ndarray:
+def unit_floats(*shape: int) -> np.ndarray:
     return np.random.default_rng(shape).random(shape, np.float32)
 
 
-def theirs(image: object, backend: str, layout: str | None = None) -> torch.Tensor:
-    return torch.as_tensor(HF[backend].process_image(image, do_convert_rgb=True, input_data_format=layout))
+def hf_open(image: object, backend: str, layout: str | None = None) -> torch.Tensor:
+    return torch.as_tensor(HF_PROCESSORS[backend].process_image(image, do_convert_rgb=True, input_data_format=layout))
 
 
 def picture(mode: str) -> Image.Image:
@@ -49,21 +49,21 @@ def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("mode", MODES)
-def test_pil_images_are_transformers(mode: str, backend: str) -> None:
+@pytest.mark.parametrize("mode", EIGHT_BIT_MODES)
+def test_pil_images_are_as_in_transformers(mode: str, backend: str) -> None:
     image = picture(mode)
     opened = open_image(image, backend=backend)
     assert (opened.dtype, opened.shape) == (torch.uint8, (3, 20, 30))
-    assert torch.equal(opened, theirs(image, backend))
+    assert torch.equal(opened, hf_open(image, backend))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("transparency", [3, bytes(range(0, 256, 4))])
-def test_palette_transparency_is_laid_over_white(transparency: int | bytes, backend: str) -> None:
+def test_palette_transparency_is_composited_over_white(transparency: int | bytes, backend: str) -> None:
     image = picture("P")
     image.info["transparency"] = transparency
     opened = open_image(image, backend=backend)
-    assert torch.equal(opened, theirs(image, backend))
+    assert torch.equal(opened, hf_open(image, backend))
     assert (opened[:, torch.from_numpy(np.array(image)) == (3 if transparency == 3 else 0)] == 255).all()
 
 
@@ -71,26 +71,26 @@ def test_palette_transparency_is_laid_over_white(transparency: int | bytes, back
 @pytest.mark.parametrize("channels", ["first", "last"])
 @pytest.mark.parametrize("count", [1, 3, 4])
 @pytest.mark.parametrize("wrap", [np.asarray, torch.from_numpy])
-def test_arrays_are_transformers(wrap, count: int, channels: str, backend: str) -> None:
+def test_arrays_are_as_in_transformers(wrap, count: int, channels: str, backend: str) -> None:
     array = wrap(noise(count, 64, 80) if channels == "first" else noise(64, 80, count))
-    expected = theirs(array, backend, f"channels_{channels}")
+    expected = hf_open(array, backend, f"channels_{channels}")
     assert torch.equal(open_image(array, channels=channels, backend=backend), expected)
-    assert torch.equal(open_image(array, backend=backend), expected)  # found out by itself
+    assert torch.equal(open_image(array, backend=backend), expected)  # inferred
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_every_alpha_over_white_is_transformers(backend: str) -> None:
+def test_every_alpha_over_white_is_as_in_transformers(backend: str) -> None:
     value, alpha = np.meshgrid(np.arange(256, dtype=np.uint8), np.arange(256, dtype=np.uint8))
     array = np.stack([value, value, value, alpha])
-    assert torch.equal(open_image(array, backend=backend), theirs(array, backend))
+    assert torch.equal(open_image(array, backend=backend), hf_open(array, backend))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_scaled_floats_with_alpha_are_transformers(backend: str) -> None:
-    array = scaled(64, 80, 4)
+def test_scaled_floats_with_alpha_are_as_in_transformers(backend: str) -> None:
+    array = unit_floats(64, 80, 4)
     opened = open_image(array, do_rescale=False, backend=backend)
     assert opened.dtype == torch.float32
-    assert torch.equal(opened, theirs(array, backend))
+    assert torch.equal(opened, hf_open(array, backend))
 
 
 def test_arrays_of_any_memory_layout() -> None:
@@ -104,7 +104,7 @@ def test_arrays_of_any_memory_layout() -> None:
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA"])
 @pytest.mark.parametrize("orientation", [None, 1, 3, 6, 8])
-def test_files_are_what_transformers_loads(mode: str, orientation: int | None, tmp_path: Path) -> None:
+def test_files_equal_what_transformers_loads(mode: str, orientation: int | None, tmp_path: Path) -> None:
     image, exif = picture(mode), Image.Exif()
     if orientation is not None:
         exif[0x0112] = orientation
@@ -124,7 +124,7 @@ def test_files_with_a_transparent_colour(mode: str, colour: object, backend: str
         image.putpixel((3, 4), colour)
     path = tmp_path / "image.png"
     path.write_bytes(encoded(image, transparency=colour))
-    assert torch.equal(open_image(path, backend=backend), theirs(load_image(str(path)), backend))
+    assert torch.equal(open_image(path, backend=backend), hf_open(load_image(str(path)), backend))
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "WEBP", "GIF", "BMP", "TIFF"])
@@ -140,15 +140,15 @@ def test_pil_images_keep_their_exif_orientation_unapplied(backend: str) -> None:
     exif[0x0112] = 6
     image = Image.open(io.BytesIO(encoded(picture("RGB"), "JPEG", exif=exif.tobytes())))
     assert ImageOps.exif_transpose(image).size == (20, 30)
-    assert torch.equal(open_image(image, backend=backend), theirs(image, backend))
+    assert torch.equal(open_image(image, backend=backend), hf_open(image, backend))
     assert open_image(image).shape == (3, 20, 30)
 
 
-def with_mode(mode: str) -> Image.Image:
+def blank(mode: str) -> Image.Image:
     return Image.new(mode, (4, 4))
 
 
-def cut(data: bytes) -> bytes:
+def truncated(data: bytes) -> bytes:
     return data[: len(data) * 9 // 10]
 
 
@@ -167,20 +167,24 @@ REFUSED = {
     "empty-pil": (Image.new("RGB", (0, 8)), ValueError, "expected at least one pixel, got 0 x 8"),
     "uint16": (noise(8, 8, 3).astype(np.uint16), TypeError, "expected uint8, got uint16"),
     "float": (torch.rand(3, 8, 8), TypeError, "expected uint8, got float32; .* do_rescale=False"),
-    "float64": (scaled(8, 8, 3).astype(np.float64), TypeError, "expected uint8, got float64; .* convert it to float32"),
+    "float64": (
+        unit_floats(8, 8, 3).astype(np.float64),
+        TypeError,
+        "expected uint8, got float64; .* convert it to float32",
+    ),
     "bool": (noise(8, 8, 3) > 9, TypeError, "expected uint8, got bool"),
-    "16-bit": (with_mode("I;16"), ValueError, "8 bits a channel .* got mode 'I;16'"),
-    "32-bit": (with_mode("I"), ValueError, "got mode 'I'"),
-    "float-pil": (with_mode("F"), ValueError, "got mode 'F'"),
-    "16-bit-file": (encoded(with_mode("I;16")), ValueError, "got mode 'I(;16)?'"),  # Pillow 10 says I
+    "16-bit": (blank("I;16"), ValueError, "8 bits a channel .* got mode 'I;16'"),
+    "32-bit": (blank("I"), ValueError, "got mode 'I'"),
+    "float-pil": (blank("F"), ValueError, "got mode 'F'"),
+    "16-bit-file": (encoded(blank("I;16")), ValueError, "got mode 'I(;16)?'"),  # Pillow 10 says I
     "url": ("https://example.com/a.png", ValueError, "got the URL .* download it"),
     "data-url": ("data:image/png;base64,AAAA", ValueError, "got the URL"),
     "missing": ("no/such/file.png", FileNotFoundError, r"file\.png"),
-    "not-an-image": (b"hello", ValueError, "got 5 bytes of no format Pillow knows"),
+    "not-an-image": (b"hello", ValueError, "got 5 bytes in no format that Pillow reads"),
     "no-bytes": (b"", ValueError, "got 0 bytes"),
-    "cut-jpeg": (cut(JPEG), ValueError, "broken image file"),
-    "cut-png": (cut(encoded(picture("RGB"))), ValueError, "broken image file"),
-    "cut-pil": (Image.open(io.BytesIO(cut(JPEG))), ValueError, "broken image file"),
+    "truncated-jpeg": (truncated(JPEG), ValueError, "broken image file"),
+    "truncated-png": (truncated(encoded(picture("RGB"))), ValueError, "broken image file"),
+    "truncated-pil": (Image.open(io.BytesIO(truncated(JPEG))), ValueError, "broken image file"),
     "none": (None, TypeError, "expected a PIL image.* got NoneType"),
     "nested": ([noise(8, 8, 3)], TypeError, "got list"),
 }
@@ -199,8 +203,8 @@ def test_refused(case: str) -> None:
 @pytest.mark.parametrize(
     ("image", "kind", "message"),
     [
-        (noise(8, 8, 3), TypeError, "expected float32, got uint8; do_rescale=False says"),
-        (picture("RGB"), TypeError, "float32 arrays scaled to .* got an 8-bit image"),
+        (noise(8, 8, 3), TypeError, "expected float32, got uint8; do_rescale=False is for"),
+        (picture("RGB"), TypeError, "float32 arrays in .* got an 8-bit image"),
         (JPEG, TypeError, "got an 8-bit image"),
         (torch.full((3, 8, 8), 1.5), ValueError, "got 1.5 to 1.5"),
         (torch.full((3, 8, 8), -0.1), ValueError, "got -0.1 to -0.1"),
@@ -239,7 +243,7 @@ def test_broken_files_raise_only_value_errors(kind: str, data: st.DataObject) ->
     for place in data.draw(st.lists(st.integers(0, len(broken) - 1), min_size=1, max_size=8)):
         broken[place] = data.draw(st.integers(0, 255))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000_000)  # a broken header may ask for any size
+        patch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000_000)  # a broken header may state any size
         _open_or_refuse(bytes(broken[: data.draw(st.integers(1, len(broken)))]))
 
 
@@ -255,7 +259,7 @@ def _open_or_refuse(data: bytes) -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 12))
-def test_a_layout_is_found_only_where_there_is_one(a: int, b: int, c: int) -> None:
+def test_the_layout_is_inferred_only_from_unambiguous_shapes(a: int, b: int, c: int) -> None:
     array = noise(a, b, c)
     first, last = a in (1, 3, 4), c in (1, 3, 4)
     if first == last:

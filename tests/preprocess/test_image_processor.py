@@ -13,8 +13,8 @@ from qwenvit.config.families import FAMILIES
 from qwenvit.preprocess.image_processor import ImageProcessor
 from qwenvit.preprocess.resize import smart_resize
 
-HF = {"pillow": Qwen2VLImageProcessorPil, "torch": Qwen2VLImageProcessor}
-BACKENDS = sorted(HF)
+HF_PROCESSORS = {"pillow": Qwen2VLImageProcessorPil, "torch": Qwen2VLImageProcessor}
+BACKENDS = sorted(HF_PROCESSORS)
 SIDES = st.integers(1, 130)
 
 
@@ -25,15 +25,15 @@ def pixels(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndar
     return np.where(random > 128, random, ramp).astype(np.uint8)
 
 
-def theirs(processor: ImageProcessor, images: list, backend: str, **options) -> tuple[torch.Tensor, torch.Tensor]:
-    out = HF[backend].from_dict(processor.to_hf())(images, return_tensors="pt", **options)
+def hf_process(processor: ImageProcessor, images: list, backend: str, **options) -> tuple[torch.Tensor, torch.Tensor]:
+    out = HF_PROCESSORS[backend].from_dict(processor.to_hf())(images, return_tensors="pt", **options)
     return out["pixel_values"], out["image_grid_thw"]
 
 
-def assert_same(ours: tuple, expected: tuple) -> None:
-    for mine, hf in zip(ours, expected, strict=True):
-        assert mine.dtype == hf.dtype
-        assert torch.equal(mine, hf)
+def assert_equal(ours: tuple, expected: tuple) -> None:
+    for our_tensor, hf_tensor in zip(ours, expected, strict=True):
+        assert our_tensor.dtype == hf_tensor.dtype
+        assert torch.equal(our_tensor, hf_tensor)
 
 
 @settings(max_examples=500)
@@ -47,7 +47,7 @@ def assert_same(ours: tuple, expected: tuple) -> None:
 @example(70, 98, 28, 1, 10**7)  # 2.5 and 3.5 tokens: halves go to even
 @example(1, 200, 28, 1, 10**7)
 @example(1, 201, 28, 1, 10**7)
-def test_smart_resize_is_transformers(height: int, width: int, factor: int, low: int, high: int) -> None:
+def test_smart_resize_is_as_in_transformers(height: int, width: int, factor: int, low: int, high: int) -> None:
     low, high = min(low, high), max(low, high)
     try:
         expected = hf_smart_resize(height, width, factor, low, high)
@@ -67,27 +67,27 @@ def test_smart_resize_has_the_same_defaults() -> None:
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
 @settings(max_examples=25, deadline=None)
 @given(height=SIDES, width=SIDES, seed=st.integers(0, 99))
-def test_one_image_is_transformers(backend: str, family: str, height: int, width: int, seed: int) -> None:
+def test_one_image_is_as_in_transformers(backend: str, family: str, height: int, width: int, seed: int) -> None:
     processor = ImageProcessor.for_family(family)
     image = Image.fromarray(pixels(height, width, seed=seed))
-    assert_same(processor(image, resize=backend), theirs(processor, [image], backend))
+    assert_equal(processor(image, resize=backend), hf_process(processor, [image], backend))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_several_images_are_transformers(backend: str) -> None:
+def test_several_images_are_as_in_transformers(backend: str) -> None:
     processor = ImageProcessor.for_family("qwen2_vl")
     images = [Image.fromarray(pixels(*size, seed=seed)) for seed, size in enumerate([(60, 90), (84, 56), (60, 90)])]
-    assert_same(processor(images, resize=backend), theirs(processor, images, backend))
-    assert_same(processor(iter(images), resize=backend), theirs(processor, images, backend))
+    assert_equal(processor(images, resize=backend), hf_process(processor, images, backend))
+    assert_equal(processor(iter(images), resize=backend), hf_process(processor, images, backend))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_each_byte_comes_out_as_in_transformers(backend: str) -> None:
+def test_every_byte_value_is_normalised_as_in_transformers(backend: str) -> None:
     processor = ImageProcessor.for_family("qwen2_vl")
-    image = np.arange(56 * 56, dtype=np.uint8).reshape(56, 56, 1).repeat(3, axis=2)  # of a size that is kept
+    image = np.arange(56 * 56, dtype=np.uint8).reshape(56, 56, 1).repeat(3, axis=2)  # a size that is not resized
     ours, _ = processor(image, resize=backend)
     assert ours.unique().numel() == 256 * 3
-    assert_same((ours,), theirs(processor, [image], backend)[:1])
+    assert_equal((ours,), hf_process(processor, [image], backend)[:1])
 
 
 def brute_force_patches(frames: torch.Tensor, p: ImageProcessor) -> list[torch.Tensor]:
@@ -105,7 +105,7 @@ def brute_force_patches(frames: torch.Tensor, p: ImageProcessor) -> list[torch.T
 
 
 @pytest.mark.parametrize(("patch", "merge", "group"), [(14, 2, 2), (3, 3, 1), (4, 1, 3)])
-def test_patchify_is_its_definition(patch: int, merge: int, group: int) -> None:
+def test_patchify_equals_its_definition(patch: int, merge: int, group: int) -> None:
     processor = ImageProcessor(patch_size=patch, merge_size=merge, temporal_patch_size=group)
     frames = torch.rand(2 * group, 3, 2 * patch * merge, 3 * patch * merge)
     expected = [row for part in frames.split(group) for row in brute_force_patches(part, processor)]
@@ -115,22 +115,22 @@ def test_patchify_is_its_definition(patch: int, merge: int, group: int) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=25, deadline=None)
 @given(height=SIDES, width=SIDES, seed=st.integers(0, 99))
-def test_scaled_floats_are_transformers(backend: str, height: int, width: int, seed: int) -> None:
+def test_scaled_floats_are_as_in_transformers(backend: str, height: int, width: int, seed: int) -> None:
     image = np.random.default_rng(seed).random((height, width, 3), np.float32)
     processor = ImageProcessor.for_family("qwen2_vl")
     ours = processor(image, do_rescale=False, resize=backend, channels="last")
-    assert_same(ours, theirs(processor, [image], backend, do_rescale=False, input_data_format="channels_last"))
+    assert_equal(ours, hf_process(processor, [image], backend, do_rescale=False, input_data_format="channels_last"))
 
 
-def test_the_users_array_is_left_alone() -> None:
+def test_the_users_array_is_unchanged() -> None:
     image = torch.rand(3, 14, 14)
     before = image.clone()
     ImageProcessor(temporal_patch_size=1, merge_size=1, min_pixels=1)(image, do_rescale=False, resize="torch")
     assert torch.equal(image, before)
 
 
-def test_black_and_white_floats_are_what_their_bytes_are() -> None:
-    """Not so in transformers' pillow processor, which takes floats that are all 0 or 1 for bytes 0 and 1."""
+def test_black_and_white_floats_equal_their_bytes() -> None:
+    """transformers' Pillow processor differs: it takes floats that are all 0 or 1 for the bytes 0 and 1."""
     black_and_white = np.where(pixels(64, 64) > 128, 255, 0).astype(np.uint8)
     processor = ImageProcessor.for_family("qwen2_vl")
     scaled, _ = processor((black_and_white / 255).astype(np.float32), do_rescale=False, resize="pillow")
@@ -140,24 +140,24 @@ def test_black_and_white_floats_are_what_their_bytes_are() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("low", "high"), [(3136, 5000), (40_000, 50_000)])
-def test_bounds_are_transformers(backend: str, low: int, high: int) -> None:
+def test_bounds_are_as_in_transformers(backend: str, low: int, high: int) -> None:
     image = Image.fromarray(pixels(90, 130))
     processor = ImageProcessor.for_family("qwen2_vl")
     size = {"shortest_edge": low, "longest_edge": high}
-    expected = theirs(processor, [image], backend, size=size)
-    assert_same(processor(image, min_pixels=low, max_pixels=high, resize=backend), expected)
-    assert_same(processor(image, size=size, resize=backend), expected)
-    assert_same(processor(image, size=size, max_pixels=high, resize=backend), expected)
+    expected = hf_process(processor, [image], backend, size=size)
+    assert_equal(processor(image, min_pixels=low, max_pixels=high, resize=backend), expected)
+    assert_equal(processor(image, size=size, resize=backend), expected)
+    assert_equal(processor(image, size=size, max_pixels=high, resize=backend), expected)
 
 
-def test_one_bound_alone_leaves_the_other() -> None:
+def test_one_bound_leaves_the_other_unchanged() -> None:
     processor = ImageProcessor.for_family("qwen2_vl")
     image = Image.fromarray(pixels(90, 130))
-    for given_ in ({"max_pixels": 5000}, {"size": {"longest_edge": 5000}}, {"size": {"max_pixels": 5000}}):
-        expected = theirs(processor, [image], "pillow", size={"shortest_edge": 3136, "longest_edge": 5000})
-        assert_same(processor(image, **given_), expected)
-    expected = theirs(processor, [image], "pillow", size={"shortest_edge": 40_000, "longest_edge": 12_845_056})
-    assert_same(processor(image, min_pixels=40_000), expected)
+    for options in ({"max_pixels": 5000}, {"size": {"longest_edge": 5000}}, {"size": {"max_pixels": 5000}}):
+        expected = hf_process(processor, [image], "pillow", size={"shortest_edge": 3136, "longest_edge": 5000})
+        assert_equal(processor(image, **options), expected)
+    expected = hf_process(processor, [image], "pillow", size={"shortest_edge": 40_000, "longest_edge": 12_845_056})
+    assert_equal(processor(image, min_pixels=40_000), expected)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_one_bound_alone_leaves_the_other() -> None:
         ({"max_pixels": 100}, "min_pixels=3136 is above max_pixels=100; pass both"),
         ({"max_pixels": 5000, "size": {"longest_edge": 6000}}, "max_pixels: expected what size says, 6000, got 5000"),
         ({"size": {"height": 28}}, "size: expected keys among .* got 'height'"),
-        ({"size": {"longest_edge": 9000, "max_pixels": 8000}}, "two spellings"),
+        ({"size": {"longest_edge": 9000, "max_pixels": 8000}}, "two names"),
         ({"size": 28}, "size: expected a mapping"),
         ({"max_pixels": 1e6}, "max_pixels: expected a positive integer, got 1000000.0"),
         ({"min_pixels": 0}, "min_pixels: expected a positive integer, got 0"),
@@ -178,14 +178,21 @@ def test_contradicting_options_are_refused(options: dict, message: str) -> None:
         ImageProcessor.for_family("qwen2_vl")(pixels(30, 30), **options)
 
 
-def test_a_stripe_is_refused_by_its_number() -> None:
+@pytest.mark.parametrize("call", ["__call__", "each"])
+def test_an_unknown_option_is_refused_before_an_image_is_opened(call: str) -> None:
+    known = "min_pixels, max_pixels, size, resize, do_rescale, channels"
+    with pytest.raises(TypeError, match=f"^options: expected only {known}, got max_pixel$"):
+        getattr(ImageProcessor.for_family("qwen2_vl"), call)("no/such/file.png", max_pixel=3, size=None)
+
+
+def test_a_refused_image_is_named_by_its_index() -> None:
     good, stripe = pixels(30, 30), pixels(2, 402)
     with pytest.raises(ValueError, match=r"images\[1\]: expected an aspect ratio of at most 200, got 201"):
         ImageProcessor.for_family("qwen2_vl")([good, stripe])
 
 
 @given(st.sampled_from(sorted(FAMILIES)), st.integers(1, 3000), st.integers(15, 3000))
-def test_grid_for_is_the_size_rule(family: str, height: int, width: int) -> None:
+def test_grid_for_counts_the_patches_that_transformers_counts(family: str, height: int, width: int) -> None:
     processor = ImageProcessor.for_family(family)
     if max(height, width) / min(height, width) > 200:
         return
@@ -198,4 +205,4 @@ def test_grid_for_is_the_size_rule(family: str, height: int, width: int) -> None
 def test_bounds_may_be_numpy_integers():
     processor = ImageProcessor.for_family("qwen2_vl").with_bounds(max_pixels=np.int64(100_000))
     assert processor == ImageProcessor.for_family("qwen2_vl").with_bounds(max_pixels=100_000)
-    assert type(processor.max_pixels) is int  # goes into JSON
+    assert type(processor.max_pixels) is int  # JSON has no NumPy integers

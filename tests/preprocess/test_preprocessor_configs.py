@@ -1,4 +1,4 @@
-"""Preprocessor configs: what is read and written, against what transformers reads."""
+"""Preprocessor configs: reading and writing them, against transformers."""
 
 import json
 
@@ -60,7 +60,7 @@ def test_from_hf_reads_what_transformers_reads(config: dict) -> None:
         ({"do_center_crop": True}, "do_center_crop"),
     ],
 )
-def test_foreign_configs_are_refused_by_name(config: dict, name: str, tmp_path) -> None:
+def test_unsupported_settings_are_refused_by_name(config: dict, name: str, tmp_path) -> None:
     with pytest.raises(ValueError, match=f"^{name}[:=]"):
         ImageProcessor.from_hf(config)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
@@ -87,7 +87,7 @@ VIDEOS = {"video_processor_type": "Qwen3VLVideoProcessor", "size": {"shortest_ed
         {"preprocessor_config": IMAGES | {"image_processor_type": "Qwen2VLImageProcessorFast"}, "config": "qwen2_vl"},
     ],
 )
-def test_files_are_read_in_transformers_order(files: dict, tmp_path) -> None:
+def test_files_take_precedence_as_in_transformers(files: dict, tmp_path) -> None:
     family = files.get("config", "qwen2_vl")
     for name, content in (files | {"config": {"model_type": family}}).items():
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
@@ -109,7 +109,7 @@ def test_a_config_is_a_mapping(config: object) -> None:
         ImageProcessor.from_hf(config)
 
 
-def test_no_files_mean_the_familys_own(tmp_path) -> None:
+def test_without_files_the_familys_processors_are_built(tmp_path) -> None:
     expected = ImageProcessor.for_family("qwen3_5"), VideoProcessor.for_family("qwen3_5")
     assert read_processors(tmp_path, "qwen3_5") == expected
 

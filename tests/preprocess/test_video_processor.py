@@ -13,25 +13,25 @@ from qwenvit.config.families import FAMILIES
 from qwenvit.preprocess.sampling import sample_frames
 from qwenvit.preprocess.video_processor import VideoProcessor
 
-HF = {"qwen2_vl": Qwen2VLVideoProcessor, "qwen3_vl": Qwen3VLVideoProcessor}
-RULES = sorted(HF)
+HF_PROCESSORS = {"qwen2_vl": Qwen2VLVideoProcessor, "qwen3_vl": Qwen3VLVideoProcessor}
+RULES = sorted(HF_PROCESSORS)
 
 
 def clip(frames: int, height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (frames, height, width, channels), dtype=np.uint8)
 
 
-def theirs(processor: VideoProcessor, video: object, **options) -> tuple[torch.Tensor, torch.Tensor]:
-    out = HF[processor.rule].from_dict(processor.to_hf())(
+def hf_process(processor: VideoProcessor, video: object, **options) -> tuple[torch.Tensor, torch.Tensor]:
+    out = HF_PROCESSORS[processor.rule].from_dict(processor.to_hf())(
         videos=[video], do_sample_frames=False, return_tensors="pt", **options
     )
     return out["pixel_values_videos"], out["video_grid_thw"]
 
 
-def assert_same(ours: tuple, expected: tuple) -> None:
-    for mine, hf in zip(ours, expected, strict=True):
-        assert mine.dtype == hf.dtype
-        assert torch.equal(mine, hf)
+def assert_equal(ours: tuple, expected: tuple) -> None:
+    for our_tensor, hf_tensor in zip(ours, expected, strict=True):
+        assert our_tensor.dtype == hf_tensor.dtype
+        assert torch.equal(our_tensor, hf_tensor)
 
 
 @pytest.mark.parametrize("cap", [False, True])
@@ -44,37 +44,37 @@ def assert_same(ours: tuple, expected: tuple) -> None:
     bounds=st.tuples(st.integers(1000, 60_000), st.integers(1000, 60_000)).map(sorted),
     seed=st.integers(0, 9),
 )
-def test_videos_are_transformers(
+def test_videos_are_as_in_transformers(
     rule: str, cap: bool, frames: int, height: int, width: int, bounds: list, seed: int
 ) -> None:
     processor = VideoProcessor.for_family(rule)
     video = clip(frames, height, width, seed=seed)
     size = dict(zip(("shortest_edge", "longest_edge"), bounds, strict=True))
-    expected = theirs(processor, video, size=size, cap_pixels_per_frame=cap, input_data_format="channels_last")
-    assert_same(processor(video, size=size, cap_pixels_per_frame=cap, channels="last"), expected)
+    expected = hf_process(processor, video, size=size, cap_pixels_per_frame=cap, input_data_format="channels_last")
+    assert_equal(processor(video, size=size, cap_pixels_per_frame=cap, channels="last"), expected)
     low, high = bounds
-    assert_same(processor(video, min_pixels=low, max_pixels=high, cap_pixels_per_frame=cap, channels="last"), expected)
+    assert_equal(processor(video, min_pixels=low, max_pixels=high, cap_pixels_per_frame=cap, channels="last"), expected)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_families_are_transformers(family: str) -> None:
+def test_families_are_as_in_transformers(family: str) -> None:
     processor = VideoProcessor.for_family(family)
     video = clip(5, 70, 90)
-    assert_same(processor(video), theirs(processor, video))
+    assert_equal(processor(video), hf_process(processor, video))
 
 
 @settings(max_examples=300)
 @given(
     st.integers(1, 900), st.integers(1, 3000), st.integers(1, 3000), st.sampled_from(RULES), st.booleans(), st.data()
 )
-def test_grids_are_transformers(
+def test_grids_are_as_in_transformers(
     frames: int, height: int, width: int, rule: str, cap: bool, data: st.DataObject
 ) -> None:
-    """Without the pixels, so that long and large videos are compared too."""
+    """Compare sizes alone, without pixels, so that long and large videos can be compared too."""
     processor = VideoProcessor(**vars(VideoProcessor.for_family(rule)) | {"cap_pixels_per_frame": cap})
     high = data.draw(st.integers(5000, 10**8))
     processor = processor.with_bounds(data.draw(st.integers(1, high)), high)
-    hf = HF[rule].from_dict(processor.to_hf())
+    hf = HF_PROCESSORS[rule].from_dict(processor.to_hf())
     video = torch.empty(1, frames, 3, height, width, dtype=torch.uint8, device="meta")
     try:
         resized = hf.resize(video, hf.size, hf.resample, processor.factor, temporal_factor=2, cap_pixels_per_frame=cap)
@@ -89,9 +89,9 @@ def test_grids_are_transformers(
 def test_one_frame() -> None:
     video = clip(1, 60, 60)
     two, three = VideoProcessor.for_family("qwen2_vl"), VideoProcessor.for_family("qwen3_vl")
-    assert_same(two(video), theirs(two, video))
+    assert_equal(two(video), hf_process(two, video))
     with pytest.raises(ValueError, match="larger than temporal_factor"):
-        theirs(three, video)
+        hf_process(three, video)
     with pytest.raises(ValueError, match="frames: expected at least 2, got 1"):
         three(video)
 
@@ -103,25 +103,25 @@ def test_frames_in_every_form(tmp_path) -> None:
     paths = [tmp_path / f"{index}.png" for index in range(3)]
     for image, path in zip(images, paths, strict=True):
         image.save(path)
-    expected = theirs(processor, images)
+    expected = hf_process(processor, images)
     channels_first = torch.from_numpy(array).permute(0, 3, 1, 2)
     for frames in (array, torch.from_numpy(array), channels_first, images, paths, iter(images), list(array)):
-        assert_same(processor(frames), expected)
-    assert_same(processor(channels_first, channels="first"), expected)
+        assert_equal(processor(frames), expected)
+    assert_equal(processor(channels_first, channels="first"), expected)
 
 
 @pytest.mark.parametrize("channels", [1, 4])
-def test_gray_and_opaque_frames_are_transformers(channels: int) -> None:
+def test_gray_and_opaque_frames_are_as_in_transformers(channels: int) -> None:
     processor = VideoProcessor.for_family("qwen3_vl")
     video = clip(4, 60, 90, channels)
     video[..., 3:] = 255
-    assert_same(processor(video), theirs(processor, video, input_data_format="channels_last"))
+    assert_equal(processor(video), hf_process(processor, video, input_data_format="channels_last"))
 
 
 def test_transparent_frames_are_within_a_level_of_transformers() -> None:
     processor = VideoProcessor.for_family("qwen3_vl").with_bounds(1, 10**8)
-    video = clip(4, 64, 96, 4)  # of a size that is kept
-    (ours, grid), (hf, hf_grid) = processor(video), theirs(processor, video, input_data_format="channels_last")
+    video = clip(4, 64, 96, 4)  # a size that is not resized
+    (ours, grid), (hf, hf_grid) = processor(video), hf_process(processor, video, input_data_format="channels_last")
     assert torch.equal(grid, hf_grid)
     assert 0 < (ours - hf).abs().max() <= 1.001 / 127.5
 
@@ -151,7 +151,7 @@ def test_refused_frames(frames: object, kind: type[Exception], message: str) -> 
     "stated", [{}, {"size": {"shortest_edge": 5000, "longest_edge": 90_000}}, {"max_pixels": 150_000}]
 )
 def test_from_hf_reads_what_transformers_reads(rule: str, stated: dict) -> None:
-    hf = HF[rule].from_dict({**stated})
+    hf = HF_PROCESSORS[rule].from_dict({**stated})
     ours = VideoProcessor.from_hf({"video_processor_type": type(hf).__name__} | stated)
     assert (ours.min_pixels, ours.max_pixels) == (hf.size.shortest_edge, hf.size.longest_edge)
     assert (ours.image_mean, ours.image_std) == (tuple(hf.image_mean), tuple(hf.image_std))
@@ -171,7 +171,7 @@ def test_from_hf_reads_what_transformers_reads(rule: str, stated: dict) -> None:
         ({"video_processor_type": "Qwen2VLVideoProcessor", "max_video_tokens": "9"}, "max_video_tokens: "),
     ],
 )
-def test_foreign_configs_are_refused_by_name(config: dict, message: str) -> None:
+def test_unsupported_settings_are_refused_by_name(config: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         VideoProcessor.from_hf(config)
 
@@ -189,8 +189,8 @@ def test_foreign_configs_are_refused_by_name(config: dict, message: str) -> None
 @example("qwen3_vl", 1, 30.0, ("fps", 2.0), 4, 768)
 @example("qwen2_vl", 10, 30.0, ("num_frames", 1), 4, 768)
 @example("qwen2_vl", 17, 30.0, ("num_frames", 14), 4, 768)
-def test_sampling_is_transformers(family: str, total: int, fps: float, how: tuple, least: int, most: int) -> None:
-    hf = HF[VideoProcessor.for_family(family).rule](min_frames=least, max_frames=most)
+def test_sampling_is_as_in_transformers(family: str, total: int, fps: float, how: tuple, least: int, most: int) -> None:
+    hf = HF_PROCESSORS[VideoProcessor.for_family(family).rule](min_frames=least, max_frames=most)
     key, value = how
     options = {"target_fps" if key == "fps" else key: value, "min_frames": least, "max_frames": most}
     metadata = VideoMetadata(total_num_frames=total, fps=fps)
@@ -200,12 +200,12 @@ def test_sampling_is_transformers(family: str, total: int, fps: float, how: tupl
         with pytest.raises(ValueError, match="expected"):
             sample_frames(total, fps, family=family, **options)
         return
-    if key == "num_frames" and value > total:  # there frames are then repeated
+    if key == "num_frames" and value > total:  # transformers repeats frames
         with pytest.raises(ValueError, match=f"num_frames: expected at most total_frames={total}, got {value}"):
             sample_frames(total, fps, family=family, **options)
         return
     indices = sample_frames(total, fps, family=family, **options)
-    if expected[-1] == total:  # there rounding of the step adds a frame past the end
+    if expected[-1] == total:  # transformers' rounding of the step adds a frame past the end
         expected = expected[:-1]
     assert indices == expected.tolist()
     assert indices == sorted(set(indices))
@@ -214,7 +214,7 @@ def test_sampling_is_transformers(family: str, total: int, fps: float, how: tupl
 
 @pytest.mark.parametrize("family", RULES)
 def test_sampling_two_frames_a_second_is_the_default(family: str) -> None:
-    expected = HF[family]().sample_frames(VideoMetadata(total_num_frames=301, fps=29.97), fps=2)
+    expected = HF_PROCESSORS[family]().sample_frames(VideoMetadata(total_num_frames=301, fps=29.97), fps=2)
     assert sample_frames(301, 29.97, family=family) == expected.tolist()
 
 

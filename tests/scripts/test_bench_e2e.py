@@ -1,7 +1,6 @@
-"""`scripts/bench_e2e.py`: what it runs, and what it refuses to call the same work. Nothing here is timed."""
+"""`scripts/bench_e2e.py`: the cases it runs, and the rivals whose work it does not accept. Nothing here is timed."""
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
@@ -10,32 +9,32 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.hf_towers import build_tower
-from e2e import towers as e2e_towers
-from e2e.cases import BARS, MODELS, Case, all_cases, gate_case, picture_of, pixel_values, random_sizes
-from peers import timm_tower
-from peers import towers as peer_towers
+from common.tower_inputs import Case, picture_of, pixel_values
+from e2e import model_bench
+from e2e.cases import BARS, MODELS, all_cases, parity_case, random_sizes
+from peers import timm_tower, transformers_towers
+from peers.rivals import RIVAL_NAMES
 from peers.vllm_figures import read_vllm
 from qwenvit import parity
 from qwenvit.config.published import published_config
 from qwenvit.plan.grid_plan import GridPlan
-from support.towers import SMALL, ours_from
+from support.towers import narrow, ours_from
 
 CPU = torch.device("cpu")
 NARROW = {
-    "qwen2_vl": replace(SMALL["qwen2_vl"], depth=2),
-    "qwen2_5_vl": replace(SMALL["qwen2_5_vl"], depth=2, fullatt_block_indexes=(1,)),
-    "qwen3_vl": replace(SMALL["qwen3_vl"], depth=2, deepstack_visual_indexes=(0,)),
+    family: narrow(family, depth=2, hidden_size=96, num_heads=4, intermediate_size=192)
+    for family in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 }
 
 
-def dense_attention(q, k, v, cu_seqlens, longest):
-    """What a varlen kernel computes, by a mask."""
+def dense_attention(q, k, v, cu_seqlens, max_seqlen):
+    """Compute what a varlen kernel computes, by a mask."""
     segment = (torch.arange(len(q))[:, None] >= cu_seqlens[1:]).sum(1)
     q, k, v = (x.transpose(0, 1) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=segment[:, None] == segment).transpose(0, 1)
 
 
-def test_cases_are_those_of_the_issue():
+def test_cases_of_each_model():
     assert list(MODELS) == ["Qwen2-VL-7B", "Qwen2.5-VL-7B", "Qwen3-VL-4B", "Qwen3-VL-8B"]
     for name in MODELS.values():
         config = published_config(name)
@@ -48,7 +47,7 @@ def test_cases_are_those_of_the_issue():
         video = cases["16 frames, 448²"]
         assert (video.frames, video.grid) == (16, ((8, side[0], side[0]),))
         assert len(cases) == 11
-        assert all(h % 2 == w % 2 == 0 for case in (*cases.values(), gate_case(config)) for _, h, w in case.grid)
+        assert all(h % 2 == w % 2 == 0 for case in (*cases.values(), parity_case(config)) for _, h, w in case.grid)
         sizes = random_sizes(config)
         assert len(sizes) == 20
         assert sizes == random_sizes(config)
@@ -63,7 +62,7 @@ def test_pixel_values_are_those_of_a_still():
     assert pixels.shape == (24, config.patch_dim)
     picture = picture_of(pixels, case, config)
     assert picture.shape == (1, 3, 64, 96)
-    second = pixels[1].view(3, 2, 16, 16)  # to the right of the first, in the same merge block
+    second = pixels[1].view(3, 2, 16, 16)  # to the right of the first patch, in the same merge block
     assert torch.equal(picture[0, :, :16, 16:32], second[:, 0])
     assert torch.equal(second[:, 0], second[:, 1])
     assert torch.equal(picture[0, :, 16:32, :16], pixels[2].view(3, 2, 16, 16)[:, 0])
@@ -74,21 +73,22 @@ def test_pixel_values_are_those_of_a_still():
 def test_rivals_do_the_same_work(family):
     config = NARROW[family]
     tower = build_tower(config)
-    name = peer_towers.register("flash_dense", dense_attention)
-    whole = peer_towers.compile_whole(tower, name, backend="eager")  # fullgraph: raises where it breaks
-    for case in (gate_case(config), Case("image", ((1, 8, 12),))):
+    name = transformers_towers.register_attention("flash_dense", dense_attention)
+    compiled = transformers_towers.compile_tower(tower, name, backend="eager")  # raises if the graph breaks
+    for case in (parity_case(config), Case("image", ((1, 8, 12),))):
         pixels = pixel_values(case, config, CPU, torch.float32)
-        expected = peer_towers.eager(tower, "sdpa")(case, pixels)()
-        for prepare in (peer_towers.eager(tower, name), peer_towers.compiled(whole, config, graph=False)):
+        expected = transformers_towers.eager(tower, "sdpa")(case, pixels)()
+        eager = transformers_towers.eager(tower, name)
+        for prepare in (eager, transformers_towers.compiled(compiled, config, in_graph=False)):
             found = prepare(case, pixels)()
             assert len(found) == len(expected) == 1 + len(config.deepstack_visual_indexes)
-            assert max(e2e_towers.errors(found, expected)) < 1e-5
+            assert max(model_bench.relative_errors(found, expected)) < 1e-5
 
 
 def test_rivals_asked_for():
     tower = build_tower(NARROW["qwen3_vl"])
     config = NARROW["qwen3_vl"]
-    names = list(peer_towers.transformers_rivals(tower, config, peer_towers.NAMES, with_fa3=True))
+    names = list(transformers_towers.transformers_rivals(tower, config, RIVAL_NAMES, with_fa3=True))
     assert names == [
         "transformers sdpa",
         "transformers FA2",
@@ -96,7 +96,8 @@ def test_rivals_asked_for():
         "transformers compiled",
         "transformers compiled + graph",
     ]
-    assert "transformers FA3" not in peer_towers.transformers_rivals(tower, config, peer_towers.NAMES, with_fa3=False)
+    without_fa3 = transformers_towers.transformers_rivals(tower, config, RIVAL_NAMES, with_fa3=False)
+    assert "transformers FA3" not in without_fa3
 
 
 def test_timm_without_a_tower_says_so(tmp_path):
@@ -104,33 +105,34 @@ def test_timm_without_a_tower_says_so(tmp_path):
         timm_tower.timm_tower(tmp_path, torch.nn.Identity(), NARROW["qwen2_5_vl"])
 
 
-def a_bench(monkeypatch, factor=1.0):
-    """On a CPU, with transformers' tower in bf16 for ours, its results times a factor; and rivals that fail."""
+def bench_on_cpu(monkeypatch, factor=1.0):
+    """Return a bench whose qwenvit is transformers' bf16 tower, its outputs times a factor; two rivals fail."""
     config = NARROW["qwen3_vl"]
-    monkeypatch.setattr(e2e_towers, "CUDA", CPU)
+    monkeypatch.setattr(model_bench, "CUDA", CPU)
 
     def fail(case, pixels):
         raise ValueError("takes no such input")
 
-    def take_turns(calls, rounds, share, fewest, always):
+    def time_interleaved(calls, rounds, max_seconds, min_rounds, every_round):
         assert rounds >= 15
-        assert always == {"qwenvit"}
+        assert every_round == {"qwenvit"}
         return {name: [0.002, 0.004, 0.003] for name in calls}
 
-    monkeypatch.setattr(e2e_towers, "memory_of", lambda prepare: (2**20, prepare()()))
-    monkeypatch.setattr(e2e_towers, "take_turns", take_turns)
-    bench = object.__new__(e2e_towers.Bench)
-    bench.config, bench.padding, bench.gate, bench.absent = config, 2**19, [], {"transformers FA3": "no library"}
+    monkeypatch.setattr(model_bench, "peak_memory", lambda prepare: (2**20, prepare()()))
+    monkeypatch.setattr(model_bench, "time_interleaved", time_interleaved)
+    bench = object.__new__(model_bench.ModelBench)
+    bench.config, bench.padding_bytes, bench.parity_checks = config, 2**19, []
+    bench.missing = {"transformers FA3": "no library"}
     bench.hf, bench.truth = build_tower(config, dtype=torch.bfloat16), build_tower(config)
     bench.truth.load_state_dict(bench.hf.state_dict())
-    own = peer_towers.eager(bench.hf, "sdpa")
-    bench.ours = lambda case, pixels: lambda: [factor * x for x in own(case, pixels)()]
-    bench.rivals = {"transformers sdpa": own, "other": fail, "wrong": lambda c, p: lambda: [-x for x in own(c, p)()]}
+    sdpa = transformers_towers.eager(bench.hf, "sdpa")
+    bench.prepare_qwenvit = lambda case, pixels: lambda: [factor * x for x in sdpa(case, pixels)()]
+    bench.rivals = {"transformers sdpa": sdpa, "other": fail, "wrong": lambda c, p: lambda: [-x for x in sdpa(c, p)()]}
     return bench
 
 
 def test_a_row(monkeypatch):
-    row = json.loads(json.dumps(a_bench(monkeypatch).measure(Case("448²", ((1, 8, 8),)))))
+    row = json.loads(json.dumps(bench_on_cpu(monkeypatch).measure(Case("448²", ((1, 8, 8),)))))
     assert row["passed"]
     assert row["times"]["qwenvit"] == pytest.approx({"median": 0.003, "p10": 0.0022, "p90": 0.0038, "rounds": 3})
     assert set(row["times"]) == {"qwenvit", "transformers sdpa"}
@@ -143,16 +145,16 @@ def test_a_row(monkeypatch):
 def test_parity_is_checked(monkeypatch):
     case = Case("448²", ((1, 8, 8),))
     for factor in (1.05, float("nan")):
-        row = a_bench(monkeypatch, factor).measure(case)
+        row = bench_on_cpu(monkeypatch, factor).measure(case)
         assert not row["passed"]
         assert row["failure"].startswith("output 0: error")
-    bench = a_bench(monkeypatch)
-    bench.gate = [parity.Check("tokens: relative L2 in fp32", 2e-5, 1e-5)]
+    bench = bench_on_cpu(monkeypatch)
+    bench.parity_checks = [parity.Check("tokens: relative L2 in fp32", 2e-5, 1e-5)]
     assert bench.measure(case)["failure"] == "tokens: relative L2 in fp32"
 
 
-def test_flops_are_those_that_torch_counts(monkeypatch):
-    bench = a_bench(monkeypatch)
+def test_flops_equal_those_that_torch_counts(monkeypatch):
+    bench = bench_on_cpu(monkeypatch)
     case = Case("images and a video", ((1, 8, 12), (2, 4, 6), (1, 2, 2)))
     ours = ours_from(bench.truth, bench.config)
     pixels = pixel_values(case, bench.config, CPU, torch.float32)
@@ -172,5 +174,5 @@ def test_figures_of_vllm(tmp_path):
     assert found["Qwen2.5-VL-7B", 1024, False] == {"vLLM eager": 0.0154, "vLLM eager + graph": 0.0054}
     assert found["Qwen2.5-VL-7B", 8192, True] == {}
     (tmp_path / "qwen25_eager.json").write_text("{}")
-    with pytest.raises(ValueError, match="no figures"):
+    with pytest.raises(ValueError, match="expected figures of vLLM's benchmark, got none"):
         read_vllm(tmp_path)

@@ -1,4 +1,4 @@
-"""`scripts/bench_e2e.py`: what it says and writes of its figures, and what a failure costs. Nothing here is timed."""
+"""`scripts/bench_e2e.py`: what it prints and writes, and what a failure leaves out. Nothing here is timed."""
 
 import argparse
 import json
@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from common.machine import Ceilings
+from common.tower_inputs import Case
 from e2e import chart as e2e_chart
-from e2e import jobs as e2e_jobs
+from e2e import model_run
 from e2e import report as e2e_report
 from e2e import verdicts as e2e_verdicts
-from e2e.cases import Case
+from e2e.pages import SPEED_MARKERS, TOWERS_MARKERS, rewrite
 from qwenvit import parity
 from qwenvit.config.published import published_config
 
@@ -26,70 +27,74 @@ GRAPHS = {"capture": {"448²": 50.0, "1344²": 80.0}, "memory": {"448²": 2**20,
 
 
 def row_of(name="448²", **more):
-    """Figures of a case, as `Bench.measure` gives them; times in ms."""
+    """Return figures of a case as `ModelBench.measure` does."""
     times = {key: {"median": ms / 1e3, "p10": 0.9e-3 * ms, "p90": 1.1e-3 * ms} for key, ms in TIMES.items()}
     row = {"name": name, "patches": 784, "frames": 0, "times": times, "passed": True, "failure": "", "flops": 7e11}
     return row | {"missing": {"other": "takes no such input"}, "peak": dict.fromkeys(TIMES, 2**25)} | more
 
 
 def result_of(*rows, **more):
-    return e2e_jobs.blank("Qwen3-VL-8B") | {"machine": "a GPU, driver 1", "gemm": 7e14, "rows": list(rows)} | more
+    return (
+        model_run.empty_result("Qwen3-VL-8B") | {"machine": "a GPU, driver 1", "gemm": 7e14, "rows": list(rows)} | more
+    )
 
 
 def test_the_headline_is_over_the_best_rival():
     row = row_of(frames=16)
     assert e2e_verdicts.best_rival(row) == "vLLM compile + graph"
-    assert e2e_verdicts.value_of("over the best", row) == pytest.approx(1.5)
+    assert e2e_verdicts.value_of("over best rival", row) == pytest.approx(1.5)
     assert e2e_verdicts.value_of("over sdpa", row) == pytest.approx(6)
     assert e2e_verdicts.value_of("frames/s", row) == pytest.approx(8000)
     row["times"] = {"qwenvit": {"median": 1.0}}
     assert e2e_verdicts.best_rival(row) is None
-    verdict = e2e_verdicts.verdicts("Qwen3-VL-8B", row)[1]
+    verdict = e2e_verdicts.row_verdicts("Qwen3-VL-8B", row)[1]
     assert (verdict.text, verdict.met) == ("no figure (≥ 5)", False)
 
 
 @pytest.mark.parametrize("why", ["not asked for (--rivals)", "no figures were given (--vllm)"])
-def test_no_headline_over_a_field_from_which_a_rival_was_left_out(why):
+def test_no_best_rival_where_an_option_left_one_out(why):
     row = row_of(missing={"transformers compiled": why})
     assert e2e_verdicts.best_rival(row) is None
-    assert [(v.kind, v.met) for v in e2e_verdicts.verdicts("Qwen3-VL-8B", row)] == [
-        ("ms", True), ("over sdpa", True), ("over the best", False),
+    assert [(v.kind, v.met) for v in e2e_verdicts.row_verdicts("Qwen3-VL-8B", row)] == [
+        ("ms", True), ("over sdpa", True), ("over best rival", False),
     ]  # fmt: skip
     assert "| **2.00** (1.80–2.20) | – | – | 12.00 (10.80–13.20) | 6.00× |" in e2e_report.short_table(result_of(row))
-    assert e2e_verdicts.best_rival(row_of(missing={"timm": why})) is not None  # which leaves DeepStack out
+    assert e2e_verdicts.best_rival(row_of(missing={"timm": why})) is not None  # timm is no rival for the whole tower
 
 
 @pytest.mark.parametrize(
     ("model", "given", "why"),
     [
-        ("Qwen2-VL-7B", False, "its own bench has not this model"),
-        ("Qwen3-VL-8B", True, "its own bench has not this case"),
+        ("Qwen2-VL-7B", False, "vLLM's benchmark does not include this model"),
+        ("Qwen3-VL-8B", True, "vLLM's benchmark does not include this case"),
         ("Qwen3-VL-8B", False, "no figures were given (--vllm)"),
     ],
 )
 def test_why_there_is_no_figure_of_vllm(model, given, why):
-    assert e2e_jobs.without_vllm(model, given) == why
+    assert model_run.why_no_vllm_figure(model, given) == why
 
 
 def test_a_section():
-    text = e2e_report.section(result_of(row_of(), row_of("672²"), cold=COLD, graphs=GRAPHS, gate="34 of 34 pass"))
+    result = result_of(row_of(), row_of("672²"), cold=COLD, graphs=GRAPHS, gate="34 of 34 pass")
+    text = e2e_report.section(result, for_readers=False)
     rivals = "3.00 (2.70–3.30), vLLM compile + graph | 1.50× | 12.00 (10.80–13.20) | 6.00×"
     assert f"| 448² | 784 | **2.00** (1.80–2.20) | {rivals} |" in text
     assert "- 7 of 7 bars met.\n- Parity: 34 of 34 pass.\n" in text
     assert "| 448² | 2.00 | 350 | 50% | 32 (32) | 12.00 | 9.00 | 8.00 | 3.00 | 1.00 | 1.00 | 2.000 ms (≤ 2.6) " in text
     assert "- Cold process, nothing compiled: 11.0 s from load to first embedding (≤ 30) ✓: loading 2.0 s" in text
-    assert "Nothing is subtracted: the file's 1.00 GiB lay in the system's cache" in text
-    assert "a capture takes 80 ms at 1344², then 50 ms at 448²; the first keeps 256 MiB, the second adds 1 MiB" in text
+    assert "Nothing is subtracted: the file's 1.00 GiB were in the system's cache" in text
+    assert "a capture takes 80 ms at 1344², then 50 ms at 448²; the first takes 256 MiB, the second adds 1 MiB" in text
     assert "61 graphs in 4.0 s, 512 MiB, and 128 MiB of the driver's own" in text
-    assert "returns after 700 µs, never waiting for the GPU" in text
+    assert "returns after 700 µs, without waiting for the GPU" in text
     assert "- Not measured: other: takes no such input (all)." in text
-    for table in (e2e_report.short_table(result_of(row_of())), e2e_report.full_table(result_of(row_of()))):
+    one_row = result_of(row_of())
+    for table in (e2e_report.short_table(one_row), *(e2e_report.full_table(one_row, which) for which in (True, False))):
         assert len({line.count("|") for line in table.splitlines()}) == 1
 
 
 def test_bars_that_are_missed_are_named():
     slow = row_of("672²", times=row_of()["times"] | {"qwenvit": {"median": 0.005, "p10": 0.005, "p90": 0.005}})
-    lines = e2e_report.notes(result_of(row_of(), slow, cold=COLD | {"load": 22.0}))
+    lines = e2e_report.notes(result_of(row_of(), slow, cold=COLD | {"load": 22.0}), for_readers=False)
     assert lines[0] == "3 of 7 bars met"
     assert lines[1] == (
         "Not met: 672²: 5.000 ms (≤ 4.7), 2.40× transformers sdpa (≥ 2.8), 0.60× the best rival (≥ 1.2); "
@@ -99,17 +104,18 @@ def test_bars_that_are_missed_are_named():
 
 def test_no_speedup_where_parity_fails():
     result = result_of(row_of(passed=False, failure="output 0: error"))
-    text = e2e_report.section(result)
-    assert "×" not in text
-    assert "parity failed: output 0: error" in text
-    assert not any(verdict.met for verdict in e2e_verdicts.judged(result))
-    assert not e2e_report.over_timm(result)
-    assert e2e_report.over_timm(result_of(row_of())) == ["1.00× (448²)"]
+    for for_readers in (False, True):
+        text = e2e_report.section(result, for_readers)
+        assert "×" not in text
+        assert "parity failed: output 0: error" in text or "Parity failed: 448²: output 0: error" in text
+    assert not any(verdict.met for verdict in e2e_verdicts.all_verdicts(result))
+    assert not e2e_report.speedups_over_timm(result)
+    assert e2e_report.speedups_over_timm(result_of(row_of())) == ["1.00× (448²)"]
 
 
 def test_random_sizes_are_judged_by_the_worst():
     sizes = [{"name": name, "ours": ours, "exact": 1.0} for name, ours in (("a", 1.05), ("b", 1.2), ("c", 1.06))]
-    assert e2e_verdicts.sizes_text(sizes) == (
+    assert e2e_verdicts.sizes_text(sizes, with_bar=True) == (
         "3 random sizes over graphs of their exact shapes: median 1.06, 1.05 to 1.20 (worst b patches; each ≤ 1.12) ✗"
     )
     assert not e2e_verdicts.sizes_verdict(sizes).met
@@ -118,7 +124,7 @@ def test_random_sizes_are_judged_by_the_worst():
 
 def test_failures_are_grouped_by_reason():
     failed = [("672²", "CUDA error"), ("random sizes", "no memory"), ("896²", "CUDA error")]
-    text = e2e_report.section(result_of(failed=failed))
+    text = e2e_report.section(result_of(failed=failed), for_readers=False)
     assert text.endswith("- Failed: 672², 896²: CUDA error.\n- Failed: random sizes: no memory.")
 
 
@@ -127,38 +133,38 @@ class FakeBench:
 
     def __init__(self, *_):
         self.config = published_config("qwen3_vl-8b")
-        self.gate = [parity.Check("tokens: relative L2 in fp32", 1e-6, 1e-5)]
+        self.parity_checks = [parity.Check("tokens: relative L2 in fp32", 1e-6, 1e-5)]
 
     def measure(self, case):
         if case.name == "672²":
             raise RuntimeError("out of memory\nat length")
         return row_of(case.name, patches=case.patches, missing={})
 
-    def cold(self):
+    def cold_start(self):
         raise RuntimeError("no such process")
 
-    def sizes(self):
+    def measure_random_sizes(self):
         return [{"name": "a", "ours": 1.05, "exact": 1.0}]
 
     def profile(self, _):
         return {"span": 1.0, "replay": 1.0, "kernels": []}
 
-    def graphs(self):
+    def graph_costs(self):
         return GRAPHS
 
 
-def run_fake(monkeypatch, tmp_path, keep=lambda _: None):
-    monkeypatch.setattr(e2e_jobs, "Bench", FakeBench)
-    monkeypatch.setattr(e2e_jobs, "machine", lambda _, commit: f"a GPU, {commit}\n\nCeilings: high")
-    monkeypatch.setattr(e2e_jobs, "read_vllm", lambda _: {("Qwen3-VL-8B", 36, False): {"vLLM eager": 0.0015}})
-    monkeypatch.setattr(e2e_jobs, "all_cases", lambda _: [Case(f"{n}²", ((1, 6, n // 56),)) for n in (336, 448, 672)])
-    options = argparse.Namespace(vllm=tmp_path, cases=["336²", "448²", "672²", *e2e_jobs.EXTRAS], commit="abc")
-    return e2e_jobs.run_model("Qwen3-VL-8B", options, Ceilings(4e12, 7e14), keep)
+def run_fake(monkeypatch, tmp_path, save=lambda _: None):
+    monkeypatch.setattr(model_run, "ModelBench", FakeBench)
+    monkeypatch.setattr(model_run, "describe_machine", lambda _, commit: f"a GPU, {commit}\n\nCeilings: high")
+    monkeypatch.setattr(model_run, "read_vllm", lambda _: {("Qwen3-VL-8B", 36, False): {"vLLM eager": 0.0015}})
+    monkeypatch.setattr(model_run, "all_cases", lambda _: [Case(f"{n}²", ((1, 6, n // 56),)) for n in (336, 448, 672)])
+    options = argparse.Namespace(vllm=tmp_path, cases=["336²", "448²", "672²", *model_run.EXTRAS], commit="abc")
+    return model_run.run_model("Qwen3-VL-8B", options, Ceilings(4e12, 7e14), save)
 
 
 def test_a_failure_leaves_the_rest(monkeypatch, tmp_path):
-    kept = []
-    result = run_fake(monkeypatch, tmp_path, lambda result: kept.append(json.dumps(result)))
+    saved = []
+    result = run_fake(monkeypatch, tmp_path, lambda result: saved.append(json.dumps(result)))
     assert result["failed"] == [
         ("cold process", "RuntimeError: no such process"),
         ("672²", "RuntimeError: out of memory"),
@@ -169,9 +175,11 @@ def test_a_failure_leaves_the_rest(monkeypatch, tmp_path):
     assert result["complete"]
     first, second = result["rows"]
     assert first["times"]["vLLM eager"] == {"median": 0.0015}
-    assert second["missing"]["vLLM"] == "its own bench has not this case"
-    assert "nearest its bound: tokens: relative L2 in fp32 1e-06 (≤ 1e-05)" in e2e_report.block([result])
-    assert [len(json.loads(text)["rows"]) for text in kept] == [0, 0, 1, 2, 2, 2, 2, 2, 2]
+    assert second["missing"]["vLLM"] == "vLLM's benchmark does not include this case"
+    assert "nearest its bound: tokens: relative L2 in fp32 1e-06 (≤ 1e-05)" in e2e_report.block(
+        [result], for_readers=False
+    )
+    assert [len(json.loads(text)["rows"]) for text in saved] == [0, 0, 1, 2, 2, 2, 2, 2, 2]
     assert list(result["seconds"]) == [
         "weights and parity", "cold process", "336²", "448²", "profile of 448²", "672²", "random sizes", "graphs",
     ]  # fmt: skip
@@ -181,8 +189,8 @@ def test_a_model_that_does_not_load(monkeypatch, tmp_path):
     monkeypatch.setattr(FakeBench, "__init__", lambda *_: 1 / 0)
     result = run_fake(monkeypatch, tmp_path)
     assert result["failed"] == [("weights and parity", "ZeroDivisionError: division by zero")]
-    assert e2e_report.section(result) == (
-        "#### Qwen3-VL-8B\n\n- Failed: weights and parity: ZeroDivisionError: division by zero."
+    assert e2e_report.section(result, for_readers=False) == (
+        "### Qwen3-VL-8B\n\n- Failed: weights and parity: ZeroDivisionError: division by zero."
     )
 
 
@@ -202,7 +210,7 @@ def test_a_process_that_dies_costs_one_model(tmp_path):
             "import json, os, pathlib, sys\nfile = pathlib.Path(sys.argv[sys.argv.index('--json') + 1])\n"
             f"{write}\nos._exit({end})\n"
         )
-        result = e2e_jobs.run_apart("b", options, script)
+        result = model_run.run_in_new_process("b", options, script)
         assert [list(entry) for entry in result["failed"]] == failed
         assert len(result["rows"]) == (1 if write else 0)
     given = result["rows"][0]
@@ -210,33 +218,93 @@ def test_a_process_that_dies_costs_one_model(tmp_path):
     assert given[4:] == ["--cases", "448²", "--rivals", "--fa3", "fa3.so"]
 
 
-def test_several_models_run_apart(monkeypatch, tmp_path):
-    monkeypatch.setattr(bench_e2e, "run_apart", lambda model, *_: e2e_jobs.blank(model))
+def test_several_models_run_in_processes_of_their_own(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench_e2e, "run_in_new_process", lambda model, *_: model_run.empty_result(model))
     options = argparse.Namespace(models=["a", "b"], json=tmp_path / "all.json")
     assert [result["model"] for result in bench_e2e.measure(options)] == ["a", "b"]
     assert [result["model"] for result in json.loads(options.json.read_text())] == ["a", "b"]
     assert [file.name for file in tmp_path.iterdir()] == ["all.json"]
 
 
-def test_readme_block(tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{e2e_report.BEGIN}\nold\n{e2e_report.END}\nafter\n")
+@pytest.mark.parametrize("markers", [TOWERS_MARKERS, SPEED_MARKERS])
+def test_a_page_is_rewritten_between_its_markers(tmp_path, markers):
+    page, (begin, end) = tmp_path / "page.md", markers
+    page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
     for text in ("first", "| a | b |"):
-        e2e_report.rewrite(readme, text)
-        assert readme.read_text() == f"before\n{e2e_report.BEGIN}\n\n{text}\n\n{e2e_report.END}\nafter\n"
-    for broken in ("nothing", e2e_report.END + e2e_report.BEGIN, 2 * (e2e_report.BEGIN + e2e_report.END)):
-        readme.write_text(broken)
+        rewrite(page, markers, text)
+        assert page.read_text() == f"before\n{begin}\n\n{text}\n\n{end}\nafter\n"
+    for broken in ("nothing", end + begin, 2 * (begin + end)):
+        page.write_text(broken)
         with pytest.raises(ValueError, match="expected one"):
-            e2e_report.rewrite(readme, "text")
-        assert readme.read_text() == broken
+            rewrite(page, markers, "text")
+        assert page.read_text() == broken
+
+
+def test_readers_are_shown_no_bars():
+    slow = row_of("672²", times=row_of()["times"] | {"qwenvit": {"median": 0.005, "p10": 0.005, "p90": 0.005}})
+    sizes = [{"name": "16×18", "ours": 1.05, "exact": 1.0}]
+    result = result_of(row_of(), slow, cold=COLD, graphs=GRAPHS, sizes=sizes, gate="34 of 34 pass")
+    terminal, page = (e2e_report.block([result], for_readers) for for_readers in (False, True))
+    bars = ("✓", "✗", "(≤ 30)", "≤ 1.12")
+    for text in ("bars met", "Bars are", "| bars |", "moonshot", "Not met", "Not measured", *bars):
+        assert text in terminal
+    for text in ("bar", "moonshot", "not met", "not measured", *bars):
+        assert text not in page.lower()
+    for text in (
+        e2e_report.short_table(result),
+        "Parity: 34 of 34 pass.",
+        "1.05 to 1.05 (worst 16×18 patches).",
+        "11.0 s from load to first embedding: loading 2.0 s",
+        "61 graphs in 4.0 s",
+        "| 448² | 2.00 | 350 | 50% | 32 (32) | 12.00 |",
+        e2e_report.METHOD,
+        e2e_report.HOW_RIVALS_RUN,
+    ):
+        assert text in page
+
+
+def test_speed_table():
+    rows = [row_of(case) for case in ("448²", "672²", "896²", "1344²")]
+    without_best = row_of("1344²", missing={"transformers compiled": "not asked for (--rivals)"})
+    others = [result_of(*rows) | {"model": model} for model in ("Qwen2-VL-7B", "Qwen2.5-VL-7B")]
+    results = [result_of(*rows[:3], without_best), *others]
+    lines = e2e_report.speed_table(results).splitlines()
+    assert lines[0] == (
+        "| model, input | qwenvit, ms | best rival, ms | times faster | transformers sdpa, ms | times faster |"
+    )
+    figures = "**2.00** | 3.00 (vLLM compile + graph) | 1.50× | 12.00 | 6.00× |"
+    assert lines[2:] == [
+        f"| Qwen2.5-VL-7B, 448² | {figures}",
+        f"| Qwen2.5-VL-7B, 896² | {figures}",
+        f"| Qwen2.5-VL-7B, 1344² | {figures}",
+        f"| Qwen3-VL-8B, 448² | {figures}",
+        f"| Qwen3-VL-8B, 896² | {figures}",
+        "| Qwen3-VL-8B, 1344² | **2.00** | – | – | 12.00 | 6.00× |",
+    ]
+    with pytest.raises(ValueError, match=r"expected figures of 6 inputs, got none of Qwen2\.5-VL-7B at 448²"):
+        e2e_report.speed_table(results[:2])
+
+
+def test_page_and_readme_are_written(monkeypatch, tmp_path):
+    rows = [row_of(case) for case in ("448²", "896²", "1344²")]
+    results = [result_of(*rows) | {"model": model} for model in ("Qwen2.5-VL-7B", "Qwen3-VL-8B")]
+    file, page, readme = (tmp_path / name for name in ("a.json", "BENCHMARKS.md", "README.md"))
+    file.write_text(json.dumps(results))
+    page.write_text("".join(TOWERS_MARKERS))
+    readme.write_text("".join(SPEED_MARKERS))
+    options = ["--read", str(file), "--page", str(page), "--readme", str(readme)]
+    monkeypatch.setattr(sys, "argv", ["bench_e2e.py", *options])
+    bench_e2e.main()
+    assert e2e_report.block(results, for_readers=True) in page.read_text()
+    assert e2e_report.speed_table(results) in readme.read_text()
 
 
 def test_earlier_figures_are_read(monkeypatch, tmp_path, capsys):
     profile = {"span": 100.0, "replay": 70.0, "kernels": [{"name": "a_kernel", "calls": 2, "us": 60.0}]}
     result = result_of(row_of(), profiles={"448²": profile}, sizes=[{"name": "16×18", "ours": 1.05, "exact": 1.0}])
-    file, readme = tmp_path / "a.json", tmp_path / "README.md"
-    readme.write_text(e2e_report.BEGIN + e2e_report.END)
-    monkeypatch.setattr(sys, "argv", ["bench_e2e.py", "--read", str(file), "--readme", str(readme)])
+    file, page = tmp_path / "a.json", tmp_path / "BENCHMARKS.md"
+    page.write_text("".join(TOWERS_MARKERS))
+    monkeypatch.setattr(sys, "argv", ["bench_e2e.py", "--read", str(file), "--page", str(page)])
     file.write_text(json.dumps([result]))
     bench_e2e.main()
     out = capsys.readouterr().out
@@ -244,7 +312,7 @@ def test_earlier_figures_are_read(monkeypatch, tmp_path, capsys):
     assert "without the profiler, takes 70 µs" in out
     assert "| `a_kernel` | 2 | 60 | 100% |" in out
     assert "4 of 4 bars met." in out
-    assert e2e_report.block([result]) in readme.read_text()
+    assert e2e_report.block([result], for_readers=True) in page.read_text()
     file.write_text(json.dumps([result | {"failed": [("672²", "out of memory")]}]))
     with pytest.raises(SystemExit, match="1"):
         bench_e2e.main()
@@ -252,7 +320,7 @@ def test_earlier_figures_are_read(monkeypatch, tmp_path, capsys):
 
 
 def test_chart(tmp_path):
-    assert e2e_chart.contenders(row_of()) == pytest.approx(
+    assert e2e_chart.milliseconds_by_label(row_of()) == pytest.approx(
         {"qwenvit": 2, "vLLM, best mode": 3, "transformers FlashAttention, best": 8, "transformers sdpa": 12}
     )
     pytest.importorskip("matplotlib")

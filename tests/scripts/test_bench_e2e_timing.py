@@ -1,11 +1,10 @@
-"""How `scripts/bench_e2e.py` measures: turns, memory, replays, capacities, cold processes. Nothing here is timed."""
+"""How `scripts/bench_e2e.py` measures: rounds, memory, replays, capacities, cold processes. Nothing here is timed."""
 
 import gc
 import json
 import operator
 import subprocess
 import weakref
-from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
 
@@ -16,50 +15,50 @@ from common.hf_towers import build_tower, save_tower
 from e2e import cold as e2e_cold
 from e2e import graphs as e2e_graphs
 from e2e import timing as e2e_timing
-from peers import towers as peer_towers
-from qwenvit.graphs import graphed_tower as graphs
+from peers import cuda_graph
+from qwenvit.graphs import graphed_tower
 from qwenvit.graphs.capacity import Capacity
 from qwenvit.towers.fast import FastTower
-from support.towers import FULL, SMALL
+from support.towers import narrow
 
 
-def test_a_graph_keeps_what_its_call_reads(monkeypatch):
+def test_a_graph_keeps_the_inputs_of_its_call_alive(monkeypatch):
     monkeypatch.setattr(torch, "cuda", mock.MagicMock())
 
-    def a_call():
-        given = torch.ones(3)
-        return (lambda: [2 * given]), weakref.ref(given)
+    def call_and_its_input():
+        x = torch.ones(3)
+        return (lambda: [2 * x]), weakref.ref(x)
 
-    call, given = a_call()
-    replay = peer_towers.captured(call)
+    call, x = call_and_its_input()
+    replay = cuda_graph.capture(call)
     del call
     gc.collect()
-    assert given() is not None  # else the graph would read memory that others are given
+    assert x() is not None  # else the graph would read freed memory
     first, second = replay(), replay()
     assert torch.equal(first[0], torch.full((3,), 2.0))
     assert first[0].data_ptr() != second[0].data_ptr()
     del replay
     gc.collect()
-    assert given() is None
+    assert x() is None
 
 
-def test_turns(monkeypatch):
+def test_interleaved_rounds(monkeypatch):
     order = []
-    monkeypatch.setattr(e2e_timing, "wall", lambda call: call())
+    monkeypatch.setattr(e2e_timing, "wall_seconds", lambda call: call())
 
     def contender(name, seconds):
         return lambda: order.append(name) or seconds
 
     calls = {name: contender(name, s) for name, s in (("ours", 0.5), ("fast", 0.001), ("slow", 0.1), ("slowest", 9))}
-    spent = e2e_timing.take_turns(calls, 16, 0.8, 5, always={"ours"})
+    spent = e2e_timing.time_interleaved(calls, 16, 0.8, 5, every_round={"ours"})
     assert {name: len(times) for name, times in spent.items()} == {"ours": 16, "fast": 16, "slow": 8, "slowest": 6}
-    assert order[:4] == list(calls)  # the round that comes before
+    assert order[:4] == list(calls)  # the untimed round
     rounds = "".join({"ours": " o", "fast": "f", "slow": "s", "slowest": "S"}[name] for name in order[4:]).split()
     assert rounds == ["ofsS", "of", "ofs", "ofS", "ofs", "of"] * 2 + ["ofsS", "of", "ofs", "ofS"]
 
 
-def test_memory_counts_what_is_kept_and_what_a_call_adds(monkeypatch):
-    state = {"in use": 100, "pools": 77, "peak": 0}  # pools of graphs that are gone
+def test_peak_memory_counts_what_a_call_keeps_and_adds(monkeypatch):
+    state = {"in use": 100, "pools": 77, "peak": 0}  # pools of deleted graphs
 
     def call():
         state["peak"] = max(state["peak"], state["in use"] + 5)  # results
@@ -67,12 +66,12 @@ def test_memory_counts_what_is_kept_and_what_a_call_adds(monkeypatch):
 
     def prepare():
         state["in use"] += 20  # buffers
-        state["pools"] = 300  # a capture returns what was left of others
+        state["pools"] = 300  # a capture frees the pools of deleted graphs
         state["peak"] = 10**6
         return call
 
-    monkeypatch.setattr(e2e_timing, "clean", lambda: state.update(pools=0))
-    monkeypatch.setattr(e2e_timing, "held_bytes", lambda: state["in use"] + state["pools"])
+    monkeypatch.setattr(e2e_timing, "free_cached_memory", lambda: state.update(pools=0))
+    monkeypatch.setattr(e2e_timing, "allocated_bytes", lambda: state["in use"] + state["pools"])
     cuda = SimpleNamespace(
         synchronize=lambda: None,
         memory_allocated=lambda: state["in use"],
@@ -80,7 +79,7 @@ def test_memory_counts_what_is_kept_and_what_a_call_adds(monkeypatch):
         max_memory_allocated=lambda: state["peak"],
     )
     monkeypatch.setattr(torch, "cuda", cuda)
-    assert e2e_timing.memory_of(prepare) == (325, [])
+    assert e2e_timing.peak_memory(prepare) == (325, [])
 
 
 def test_replays_are_timed_alone(monkeypatch):
@@ -112,7 +111,7 @@ def test_replays_are_timed_alone(monkeypatch):
     assert Graph.replay is original
 
 
-def test_a_host_that_waits_is_told_from_one_that_does_not(monkeypatch):
+def test_host_time_counts_calls_that_waited(monkeypatch):
     for waits in (False, True):
         done = [False]
 
@@ -121,7 +120,7 @@ def test_a_host_that_waits_is_told_from_one_that_does_not(monkeypatch):
                 pass
 
             def query(self):
-                return done[0]  # noqa: B023 (called within this turn)
+                return done[0]  # noqa: B023 (called within this iteration)
 
         cuda = SimpleNamespace(Event=Event, synchronize=lambda: None, _sleep=lambda _: None)
         monkeypatch.setattr(torch, "cuda", cuda)
@@ -130,67 +129,67 @@ def test_a_host_that_waits_is_told_from_one_that_does_not(monkeypatch):
         assert found["us"] > 0
 
 
-def test_exact_and_rounded_differ_in_capacity_alone(monkeypatch):
+def test_call_with_capacity_replaces_the_capacity_alone(monkeypatch):
     class Graph:
         def replay(self):
             pass
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    usual, used = graphs.capacity_for, []
+    rounded, used = graphed_tower.capacity_for, []
     need = Capacity(100, 1, 0, 1, 12)
 
     def encoder(pixels, grid):
-        used.append(graphs.capacity_for(need, 4))
+        used.append(graphed_tower.capacity_for(need, 4))
         if pixels is None:
             raise ValueError("no pixels")
-        if used[-1] is not need:  # as the tower in graphs tells whether there is a graph
+        if used[-1] is not None:  # None means no graph, as in the tower in graphs
             Graph().replay()
 
-    assert usual(need, 4) != need
-    for rounding, room in ((e2e_graphs.exact, need), (usual, usual(need, 4))):
-        call = e2e_graphs.rounding_by(rounding, encoder, "pixels", "grid")
-        assert used[-1] == room
+    assert rounded(need, 4) != need
+    for capacity_for, capacity in ((e2e_graphs.exact_capacity, need), (rounded, rounded(need, 4))):
+        call = e2e_graphs.call_with_capacity(capacity_for, encoder, "pixels", "grid")
+        assert used[-1] == capacity
         assert (call.func, call.args) == (encoder, ("pixels", "grid"))
-        assert graphs.capacity_for is usual
+        assert graphed_tower.capacity_for is rounded
     with pytest.raises(ValueError, match="no pixels"):
-        e2e_graphs.rounding_by(e2e_graphs.exact, encoder, None, "grid")
-    assert graphs.capacity_for is usual
-    for rounding, deaf in ((e2e_graphs.exact, lambda *_: Graph().replay()), (lambda need, _: need, encoder)):
-        with pytest.raises(RuntimeError, match="replays no graph"):
-            e2e_graphs.rounding_by(rounding, deaf, "pixels", "grid")
+        e2e_graphs.call_with_capacity(e2e_graphs.exact_capacity, encoder, None, "grid")
+    assert graphed_tower.capacity_for is rounded
+    never_asks = lambda *_: Graph().replay()  # noqa: E731
+    for capacity_for, wrong in ((e2e_graphs.exact_capacity, never_asks), (lambda *_: None, encoder)):
+        with pytest.raises(RuntimeError, match="replayed no graph"):
+            e2e_graphs.call_with_capacity(capacity_for, wrong, "pixels", "grid")
 
 
-def test_afresh_means_the_same_weights_without_graphs():
-    shape = {"depth": 1, "hidden_size": 160, "num_heads": 2, "intermediate_size": 320, "out_hidden_size": 8}
-    tower = FastTower(replace(FULL["qwen2_vl"], **shape), "reference")
+def test_a_fresh_encoder_has_the_same_weights_and_no_graphs():
+    tower = FastTower(narrow("qwen2_vl", depth=1, intermediate_size=320, out_hidden_size=8), "reference")
     tower.graphs = "graphs"
-    encoder = e2e_graphs.afresh(tower)
+    encoder = e2e_graphs.fresh_encoder(tower)
     assert encoder.tower.graphs is None
     assert tower.graphs == "graphs"
     assert all(map(operator.is_, encoder.tower.parameters(), tower.parameters()))
 
 
-def test_the_graphs_ask_for_their_capacity_where_it_is_replaced():
-    """`rounding_by` replaces a name of `qwenvit.graphs`: the tower in graphs has to look it up there."""
-    assert "capacity_for" in graphs.GraphedTower._prepare.__code__.co_names
+def test_the_tower_in_graphs_looks_up_the_capacity_where_it_is_replaced():
+    """`call_with_capacity` patches `graphed_tower.capacity_for`, so the tower has to look the name up there."""
+    assert "capacity_for" in graphed_tower.GraphedTower._prepare.__code__.co_names
 
 
 def test_a_cold_process(tmp_path, monkeypatch):
-    config = replace(SMALL["qwen3_vl"], depth=1, deepstack_visual_indexes=())
+    config = narrow("qwen3_vl", depth=1, deepstack_visual_indexes=())
     source = save_tower(build_tower(config), config, tmp_path)
     found = e2e_cold.cold_start(source, "cpu", "reference")
     assert found["bytes"] == (tmp_path / "model.safetensors").stat().st_size
     assert found["kernels"] == 0
-    assert all(found[part] > 0 for part in ("imports", "read", "load", "first", "second"))
+    assert all(found[step] > 0 for step in ("imports", "read", "load", "first", "second"))
     with pytest.raises(RuntimeError, match="ended with 2"):
         e2e_cold.cold_start(source, "cpu", "other")
-    given = {}
+    environment = {}
 
-    def ran(command, env, **_):
-        given.update(env)
+    def run(command, env, **_):
+        environment.update(env)
         return SimpleNamespace(returncode=0, stdout=json.dumps({"load": 1}))
 
-    monkeypatch.setattr(subprocess, "run", ran)
+    monkeypatch.setattr(subprocess, "run", run)
     with pytest.raises(RuntimeError, match="compiled no kernel"):
         e2e_cold.cold_start(source)
-    assert len({given[name] for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "CUDA_CACHE_PATH")}) == 3
+    assert len({environment[name] for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "CUDA_CACHE_PATH")}) == 3

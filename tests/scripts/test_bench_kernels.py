@@ -1,4 +1,4 @@
-"""`scripts/bench_kernels.py`: what it measures and how it counts. Nothing here is timed."""
+"""Tests of `scripts/bench_kernels.py`: its cases, their counts of bytes and FLOPs, and its report. Nothing is timed."""
 
 import dataclasses
 import sys
@@ -14,24 +14,24 @@ from kernel_bench import cases as kernel_cases
 from kernel_bench import compile_time
 from kernel_bench import report as kernel_report
 from kernel_bench.attention_cases import attention_case
-from kernel_bench.cases import Bar, Case, Figures, Run
+from kernel_bench.cases import Case, Implementation, Measurement, Target
 from kernel_bench.length_cases import length_case
-from kernel_bench.pass_cases import MERGERS, activation_case, map_case, merger_case, norm_case
-from kernel_bench.patch_cases import patch_case, positions_case
+from kernel_bench.pass_cases import MERGERS, activation_case, merger_case, norm_case, spatial_merge_case
+from kernel_bench.patch_cases import patch_embed_case, positions_case
 from kernel_bench.projection_cases import mlp_case, qkv_case
-from kernel_bench.timing import kernel_name
+from kernel_bench.timing import kernel_label
 from peers import attention as peer_attention
 from qwenvit import ops
 
 CPU = torch.device("cpu")
 
 
-def plain_attention(q, k, v, cu_seqlens, longest):
-    return ops.rope_attention(q, k, v, None, None, cu_seqlens, longest, impl="reference")
+def reference_attention(q, k, v, cu_seqlens, max_seqlen):
+    return ops.rope_attention(q, k, v, None, None, cu_seqlens, max_seqlen, impl="reference")
 
 
-LIBRARY = {"plain": plain_attention}
-TINY = [
+LIBRARY = {"plain": reference_attention}
+TINY_CASES = [
     attention_case(96, 10, 64, True, LIBRARY, heads=1),
     attention_case(96, 6, 72, False, LIBRARY, heads=2),
     attention_case(96, 6, 80, True, LIBRARY, interleaved=False, heads=1),
@@ -41,35 +41,35 @@ TINY = [
     *(mlp_case("Qwen2.5-VL", act, 20, 64, 128) for act in ("swiglu", "quick_gelu", "gelu_tanh")),
     *(norm_case(kind, 64, residual, 12) for kind in ("rms", "layer") for residual in (True, False)),
     *(activation_case(act, 32, 8) for act in ("swiglu", "gelu_tanh", "quick_gelu")),
-    *(merger_case(kind, 16, merged, reorder, 64) for kind, _, merged, reorder in MERGERS),
-    *(map_case(mode, 16, 64) for mode in ("concat", "average")),
+    *(merger_case(kind, 16, norm_merged, restore_order, 64) for kind, _, norm_merged, restore_order in MERGERS),
+    *(spatial_merge_case(mode, 16, 64) for mode in ("concat", "average")),
     *(positions_case(32, add, 64) for add in (True, False)),
-    *(patch_case(model, 64, pixels) for model in ("Qwen2.5-VL", "Qwen3-VL") for pixels in (None, torch.float32)),
+    *(patch_embed_case(model, 64, dtype) for model in ("Qwen2.5-VL", "Qwen3-VL") for dtype in (None, torch.float32)),
 ]
 
 
 def without_compile(case: Case) -> Case:
-    return dataclasses.replace(case, rivals={name: run for name, run in case.rivals.items() if name != "torch.compile"})
+    rivals = {name: rival for name, rival in case.rivals.items() if name != "torch.compile"}
+    return dataclasses.replace(case, rivals=rivals)
 
 
-@pytest.mark.parametrize("case", TINY, ids=lambda case: f"{case.section} {case.title}")
-def test_every_contender_does_the_same_work(case, monkeypatch):
-    monkeypatch.setattr(
-        bench_kernels, "OURS", 2.0
-    )  # errors of 1e-7 in fp32, a few roundings, are not 1.05 of another's
-    errors = bench_kernels.check(without_compile(case), CPU, torch.float32)
+@pytest.mark.parametrize("case", TINY_CASES, ids=lambda case: f"{case.section} {case.title}")
+def test_every_implementation_does_the_same_work(case, monkeypatch):
+    # In fp32 all errors are a few roundings, about 1e-7, and their ratio is not bounded by 1.05.
+    monkeypatch.setattr(bench_kernels, "MAX_ERROR_RATIO", 2.0)
+    errors = bench_kernels.check_errors(without_compile(case), CPU, torch.float32)
     assert all(error < 1e-6 for error in errors.values())
-    assert set(errors) == {"plain torch", *case.ours, *case.rivals} - {"torch.compile"}
-    for name, run in case.floors.items():
-        out = run.call(case.inputs(CPU, torch.float32))
-        if name == kernel_cases.COPY:
-            assert 0 <= case.fewest_bytes - 2 * out.nbytes < 32
+    assert set(errors) == {"plain torch", *case.implementations, *case.rivals} - {"torch.compile"}
+    for name, bound in case.lower_bounds.items():
+        out = bound.call(case.make_inputs(CPU, torch.float32))
+        if name == kernel_cases.COPY_BOUND:
+            assert 0 <= case.minimum_bytes - 2 * out.nbytes < 32
         else:
             assert out.shape[0] == case.tokens
 
 
-class Reads(dict):
-    """Inputs that note which of them are read."""
+class RecordingInputs(dict):
+    """Inputs that record which of them are read."""
 
     def __init__(self, inputs):
         super().__init__(inputs)
@@ -84,27 +84,27 @@ class Reads(dict):
         return super().get(name, default)
 
 
-@pytest.mark.parametrize("case", TINY, ids=lambda case: f"{case.section} {case.title}")
-def test_fewest_bytes_are_those_of_inputs_and_outputs(case):
-    inputs = Reads(case.inputs(CPU, torch.bfloat16))
-    out = list(case.ours.values())[-1].call(inputs)
+@pytest.mark.parametrize("case", TINY_CASES, ids=lambda case: f"{case.section} {case.title}")
+def test_minimum_bytes_are_those_of_inputs_and_outputs(case):
+    inputs = RecordingInputs(case.make_inputs(CPU, torch.bfloat16))
+    out = list(case.implementations.values())[-1].call(inputs)
     size = {name: inputs[name].numel() * inputs[name].element_size() for name in inputs.read}
-    angles = size.pop("cos", 0) + size.pop("sin", 0)  # each half of a row is the other once more
+    angles = size.pop("cos", 0) + size.pop("sin", 0)  # the second half of each row repeats the first
     written = sum(part.nbytes for part in (out if isinstance(out, tuple) else (out,)))
-    assert case.fewest_bytes == sum(size.values()) + angles // 2 + written
+    assert case.minimum_bytes == sum(size.values()) + angles // 2 + written
 
 
 @pytest.mark.parametrize(
-    "case", [case for case in TINY if case.section not in ("passes",)], ids=lambda case: case.title
+    "case", [case for case in TINY_CASES if case.section not in ("passes",)], ids=lambda case: case.title
 )
 def test_flops_are_those_that_torch_counts(case):
     with FlopCounterMode(display=False) as counter:
-        case.truth(case.inputs(CPU, torch.float32))
-    rotation = 6 * case.tokens * 2 * 64 if case.section == "qkv" else 0  # of elements, which torch does not count
-    assert case.flops - rotation == counter.get_total_flops()
+        case.truth(case.make_inputs(CPU, torch.float32))
+    rope_flops = 6 * case.tokens * 2 * 64 if case.section == "qkv" else 0  # elementwise, which torch does not count
+    assert case.flops - rope_flops == counter.get_total_flops()
 
 
-def test_cases_are_those_of_the_issue():
+def test_cases_cover_the_published_shapes():
     cases = bench_kernels.all_cases(list(kernel_report.SECTIONS), None)
     found = Counter((case.section, case.head_dim, case.tokens) for case in cases)
     sizes = (1024, 2304, 4096, 9216, 784, 1764, 3136, 7056)
@@ -117,14 +117,14 @@ def test_cases_are_those_of_the_issue():
     assert {"norm", "add_norm", "swiglu pass", "gelu_tanh pass", "spatial_merge", "add_positions"} <= names
     windows = next(case for case in cases if case.section == "windows" and case.head_dim == 80 and case.tokens == 9216)
     assert {"torch RoPE + cuDNN", "torch RoPE + FA2", "Triton RoPE + cuDNN", "Triton RoPE + FA2"} == set(windows.rivals)
-    assert [bar.limit for bar in windows.bars["qwenvit"]] == [1.7, 2.2]
+    assert [target.limit for target in windows.targets["qwenvit"]] == [1.7, 2.2]
 
 
 def test_partial_windows_are_in_the_cases():
-    case = attention_case(448, 28, 72, True, {"cuDNN": plain_attention, "FA2": plain_attention})
-    lengths = case.inputs(CPU, torch.float32)["cu_seqlens"].diff().unique().tolist()
+    case = attention_case(448, 28, 72, True, {"cuDNN": reference_attention, "FA2": reference_attention})
+    lengths = case.make_inputs(CPU, torch.float32)["cu_seqlens"].diff().unique().tolist()
     assert lengths == [16, 32, 64]
-    assert not any("cuDNN" in name for name in case.rivals)  # it takes no segments of different lengths
+    assert not any("cuDNN" in name for name in case.rivals)  # it runs segments of one length only
 
 
 def test_torch_rope_is_transformers_own():
@@ -132,42 +132,47 @@ def test_torch_rope_is_transformers_own():
 
     qkv, angles = torch.randn(12, 3 * 2 * 80).bfloat16(), torch.rand(12, 40).repeat(1, 2)
     q, k, _ = peer_attention.torch_rope(qkv, angles.cos(), angles.sin(), 2)
-    own_q, own_k, _ = peer_attention.split(qkv, 2)
-    expected = apply_rotary_pos_emb_vision(own_q, own_k, angles.cos(), angles.sin())
+    unrotated_q, unrotated_k, _ = peer_attention.split_qkv(qkv, 2)
+    expected = apply_rotary_pos_emb_vision(unrotated_q, unrotated_k, angles.cos(), angles.sin())
     assert torch.equal(q, expected[0])
     assert torch.equal(k, expected[1])
 
 
-def test_a_wrong_kernel_gets_no_figures():
+def with_implementation(case: Case, call) -> Case:
+    return dataclasses.replace(case, implementations={"qwenvit": Implementation(call)})
+
+
+def test_a_wrong_kernel_is_not_timed():
     case = without_compile(norm_case("rms", 64, False, 12))
-    wrong = dataclasses.replace(case, ours={"qwenvit": Run(lambda x: case.stick.call(x) * 1.02)})
+    wrong = with_implementation(case, lambda x: case.baseline.call(x) * 1.02)
     with pytest.raises(ValueError, match=r"qwenvit: relative L2 [12]"):
-        bench_kernels.check(wrong, CPU)
-    lazy = dataclasses.replace(case, ours={"qwenvit": Run(lambda x: torch.empty_like(x["x"]))})
+        bench_kernels.check_errors(wrong, CPU)
+    unwritten = with_implementation(case, lambda x: torch.empty_like(x["x"]))
     with pytest.raises(ValueError, match="qwenvit: relative L2 nan"):
-        bench_kernels.check(lazy, CPU)
-    poisoned = dataclasses.replace(case, ours={"qwenvit": Run(lambda x: case.stick.call(x) * torch.nan)})
+        bench_kernels.check_errors(unwritten, CPU)
+    poisoned = with_implementation(case, lambda x: case.baseline.call(x) * torch.nan)
     with pytest.raises(ValueError, match="qwenvit: relative L2 nan"):
-        bench_kernels.check(poisoned, CPU)
+        bench_kernels.check_errors(poisoned, CPU)
 
 
-def test_a_library_never_meets_a_bar_of_ours():
-    figures = Figures({"fused": 1.0, "rival": 2.0}, Ceilings(4e12, 7e14), 4 * 10**12)
-    bar = Bar("over rival", lambda f: f.over("fused", "rival"), 1.08)
-    assert bar.verdict(figures, ["_project_and_rotate"]) == (2.0, True)
-    assert bar.verdict(figures, ["cuBLAS", "_rotate_in_place"]) == (2.0, False)
-    assert bar.verdict(figures, []) == (2.0, False)
-    assert dataclasses.replace(bar, any_kernel=True).verdict(figures, ["cuBLAS"]) == (2.0, True)
-    assert Bar("of one pass", lambda f: f.seconds["rival"] / f.one_pass, 1.7, at_most=True).verdict(
-        figures, ["_window_attention"]
-    ) == (2.0, False)
+def test_a_library_kernel_never_meets_a_target_of_our_kernels():
+    measurement = Measurement({"fused": 1.0, "rival": 2.0}, Ceilings(4e12, 7e14), 4 * 10**12)
+    target = Target("over rival", lambda m: m.speedup("fused", "rival"), 1.08)
+    assert target.evaluate(measurement, ["_project_and_rotate"]) == (2.0, True)
+    assert target.evaluate(measurement, ["cuBLAS", "_rotate_in_place"]) == (2.0, False)
+    assert target.evaluate(measurement, []) == (2.0, False)
+    assert dataclasses.replace(target, any_kernel=True).evaluate(measurement, ["cuBLAS"]) == (2.0, True)
+    of_one_pass = Target("of one pass", lambda m: m.seconds["rival"] / m.copy_seconds, 1.7, at_most=True)
+    assert of_one_pass.evaluate(measurement, ["_window_attention"]) == (2.0, False)
 
 
-def test_names_of_kernels():
-    assert kernel_name("nvjet_tst_128x256_64x4_2x1_v_bz_coopA_bias_TNN") == "cuBLAS"
-    assert kernel_name("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16") == "cuDNN"
-    assert kernel_name("_window_attention") == "_window_attention"
-    passes = {name for case in TINY for name in case.pass_bytes}
+def test_kernel_labels_and_names_of_passes():
+    assert kernel_label("nvjet_tst_128x256_64x4_2x1_v_bz_coopA_bias_TNN") == "cuBLAS"
+    assert kernel_label("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16") == "cuDNN"
+    assert kernel_label("_window_attention") == "_window_attention"
+    cases = TINY_CASES + bench_kernels.all_cases(list(kernel_report.SECTIONS), None)
+    passes = {name for case in cases for name in case.pass_bytes}
+    assert passes
     assert passes <= kernel_cases.own_kernels()
 
 
@@ -177,17 +182,17 @@ def row_of(case: Case, name: str) -> kernel_report.Row:
         "head_dim": case.head_dim, "kernels": ["_rotate_in_place", "cuBLAS"], "microseconds": 12.34, "tflops": 3.21,
         "gigabytes": 2345.6, "roofline": 0.512, "moved_bytes": 2e6, "fewest_bytes": 1e6, "peak_bytes": 0,
         "torch_peak_bytes": 2**20, "rivals": dict.fromkeys(case.rivals, 20.0),
-        "floors": dict.fromkeys(case.floors, 9.0), "over_best": 1.62,
+        "floors": dict.fromkeys(case.lower_bounds, 9.0), "over_best": 1.62,
         "bars": [{"text": "over cuDNN", "unit": "×", "limit": 2.2, "at_most": False, "value": 1.62, "met": False}],
     }  # fmt: skip
 
 
-def test_rows_fit_their_head():
-    for case in TINY:
-        others = ["a rival that it has not", *case.rivals, *case.floors]
-        head, line = kernel_report.table_head(others).splitlines()
-        row = kernel_report.table_row(row_of(case, next(iter(case.ours))), others)
-        assert head.count("|") == line.count("|") == row.count("|")
+def test_rows_have_the_columns_of_their_header():
+    for case in TINY_CASES:
+        compared = ["a rival of other cases", *case.rivals, *case.lower_bounds]
+        header, line = kernel_report.table_header(compared).splitlines()
+        row = kernel_report.table_row(row_of(case, next(iter(case.implementations))), compared)
+        assert header.count("|") == line.count("|") == row.count("|")
     assert row.endswith("| 1.62× | 1.620× over cuDNN (≥ 2.2) ✗ |")
     assert "| `_rotate_in_place` + cuBLAS | **12.3** | 3.2 | 2346 | 51% | 2.0 / 1.0 MB | 0.0 (1.0) | – | 20.0 |" in row
 
@@ -196,14 +201,14 @@ def test_compile_times():
     lines = kernel_report.compile_table([{"model": "A", "kernels": 3, "seconds": 61.0}]).splitlines()
     assert lines[-1] == "| A | 3 | 61.0 | ✗ |"
     for model in compile_time.MODELS:
-        sections = {case.section for case in compile_time.cases_of(model)}
+        sections = {case.section for case in compile_time.model_cases(model)}
         assert sections == {"full", "qkv", "mlp", "passes", "patch"} | ({"windows"} if model == "Qwen2.5-VL" else set())
 
 
 def test_chart(tmp_path):
     pytest.importorskip("matplotlib")
-    rows = [row_of(case, name) for case in TINY for name in case.ours]
-    kernel_report.draw(rows, "a GPU", tmp_path / "chart.png")
+    rows = [row_of(case, name) for case in TINY_CASES for name in case.implementations]
+    kernel_report.draw_chart(rows, "a GPU", tmp_path / "chart.png")
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
 
 

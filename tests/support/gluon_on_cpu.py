@@ -1,7 +1,8 @@
-"""Enough of Gluon in threads and torch to run `hopper_attention` without a GPU: its control flow, barriers and copies.
+"""A model of Gluon in threads and torch that runs attention on Hopper without a GPU: control flow, barriers and copies.
 
-A program's partitions are threads. Barriers complete their phases as the hardware's do, and waits tell odd phases from
-even ones only. Copies are made some time later, in any order. Registers, layouts and instructions are not modelled.
+Each warp-specialised partition of a program is a thread. Barriers complete phases as the hardware's do, and a wait
+tells only odd phases from even ones. Copies finish later, in any order. Registers, layouts and instructions are not
+modelled.
 """
 
 import random
@@ -13,25 +14,24 @@ from unittest import mock
 
 import torch
 
-from qwenvit.kernels.attention import hopper as hopper_attention
-from qwenvit.kernels.attention import hopper_producer as hopper_tiles
+from qwenvit.kernels.attention import hopper, hopper_producer, hopper_scheduler
 
-PATIENCE = 60.0
-"""Seconds until a wait is a deadlock."""
+DEADLOCK_SECONDS = 60.0
+"""A wait longer than this is a deadlock."""
 
 
 class Block(torch.Tensor):
-    """A tensor of registers: a new one for each value, also where Python would change the old."""
+    """A value in registers. In-place operators return a new tensor, since registers are values, not memory."""
 
     type = SimpleNamespace(layout=None)
     __iadd__, __isub__, __imul__ = torch.Tensor.__add__, torch.Tensor.__sub__, torch.Tensor.__mul__
 
 
-def block(x):
+def as_block(x):
     return torch.as_tensor(x).as_subclass(Block)
 
 
-def side_by_side(calls):
+def run_in_threads(calls):
     threads = [threading.Thread(target=call) for call in calls]
     for thread in threads:
         thread.start()
@@ -49,7 +49,7 @@ class Pointer:
 
 
 class Shared:
-    """Shared memory of several slots, or one of them."""
+    """Shared memory: an array of buffers or barriers, or one buffer of it."""
 
     def __init__(self, values):
         self.values = values
@@ -61,7 +61,7 @@ class Shared:
         return Shared(self.values.T)
 
     def load(self, _):
-        return block(self.values.clone())
+        return as_block(self.values.clone())
 
     def store(self, x):
         self.values.copy_(x[: len(self.values)])
@@ -85,41 +85,44 @@ class Barrier:
     def wait(self, parity):
         with self.machine.changed:
             passed = self.machine.changed.wait_for(
-                lambda: self.machine.failures or (self.phase & 1) != int(parity), PATIENCE
+                lambda: self.machine.failures or (self.phase & 1) != int(parity), DEADLOCK_SECONDS
             )
         if self.machine.failures or not passed:
             raise RuntimeError("deadlock")
 
 
 class Machine:
-    """Programs, their threads, and whoever makes copies."""
+    """A GPU: its programs in threads, and a thread that makes the asynchronous copies.
+
+    `local` has the running thread's program number and the number of programs.
+    """
 
     def __init__(self, seed):
         self.random = random.Random(seed)
         self.changed = threading.Condition()
-        self.failures, self.copies, self.here = [], ([], []), threading.local()
+        self.failures, self.soon, self.late, self.local = [], [], [], threading.local()
 
     def copy(self, descriptors, first, rest, full, i_row, end, length, i_head, head_dim):
-        """`hopper_tiles._copy`: rows from `i_row` of the segment on, zeros from its end on."""
+        """Do what `hopper_producer._copy_rows` does: copy rows from `i_row` of the segment on, zeros past its end."""
         rows = len(first.values)
         start, end, head = int(end - length + i_row), int(end), int(i_head)
 
-        def make():
+        def make_copy():
             x = descriptors[0]
-            taken = torch.zeros(rows, head_dim, dtype=x.dtype)
-            found = x[min(start, end) : min(start + rows, end), head]
-            taken[: len(found)] = found
-            first.values.copy_(taken[:, :64])
+            tile = torch.zeros(rows, head_dim, dtype=x.dtype)
+            inside = x[min(start, end) : min(start + rows, end), head]
+            tile[: len(inside)] = inside
+            first.values.copy_(tile[:, :64])
             if head_dim > 64:
-                rest.values[:, : head_dim - 64] = taken[:, 64:]
+                rest.values[:, : head_dim - 64] = tile[:, 64:]
             full.change(more_bytes=-rows * (128 if head_dim == 64 else 160))
 
         with self.changed:
-            self.copies[self.random.random() < 0.2].append(make)
+            (self.late if self.random.random() < 0.2 else self.soon).append(make_copy)
             self.changed.notify_all()
 
     def run(self, function, *arguments):
-        """An error ends all waits, and is raised again in the test's own thread."""
+        """Call a function; keep its error, which ends all waits and is raised again in the test's own thread."""
         try:
             function(*arguments)
         except BaseException as error:  # noqa: BLE001
@@ -128,26 +131,25 @@ class Machine:
                 self.changed.notify_all()
 
     def make_copies(self):
-        """Some at once, and some when nothing else has moved for a while."""
-        soon, late = self.copies
+        """Make copies in random order until the launch is done; late ones only when no other has come for a while."""
         while True:
             with self.changed:
-                self.changed.wait_for(lambda: soon or late or self.done)
-                if not (soon or late):
+                self.changed.wait_for(lambda: self.soon or self.late or self.done)
+                if not (self.soon or self.late):
                     return
-                self.changed.wait_for(lambda: soon, 0.003)
-                ready = soon or late
-                make = ready.pop(self.random.randrange(len(ready)))
-            self.run(make)
+                self.changed.wait_for(lambda: self.soon, 0.003)
+                ready = self.soon or self.late
+                make_copy = ready.pop(self.random.randrange(len(ready)))
+            self.run(make_copy)
 
     def specialize(self, partitions, *_):
-        where = vars(self.here)
+        program = vars(self.local)
 
-        def work(function, arguments):
-            vars(self.here).update(where)
+        def run_partition(function, arguments):
+            vars(self.local).update(program)
             self.run(function, *arguments)
 
-        side_by_side(partial(work, *partition) for partition in partitions)
+        run_in_threads(partial(run_partition, *partition) for partition in partitions)
 
     def atomic_add(self, pointer, value, mask=True, **_):
         with self.changed:
@@ -157,19 +159,19 @@ class Machine:
                 if mask.expand(offset.shape).flatten()[i]:
                     old.view(-1)[i] = pointer.memory[offset.flatten()[i]]
                     pointer.memory[offset.flatten()[i]] += value.expand(offset.shape).flatten()[i]
-            return block(old)
+            return as_block(old)
 
     def launch(self, programs, kernel, *arguments):
-        """Run a kernel's programs side by side."""
+        """Run a kernel's programs in threads."""
         self.done = False
         copier = threading.Thread(target=self.make_copies)
         copier.start()
 
         def program(number):
-            self.here.program, self.here.programs = number, programs
+            self.local.program, self.local.programs = number, programs
             self.run(kernel, *arguments)
 
-        side_by_side(partial(program, number) for number in range(programs))
+        run_in_threads(partial(program, number) for number in range(programs))
         with self.changed:
             self.done = True
             self.changed.notify_all()
@@ -178,12 +180,12 @@ class Machine:
             raise self.failures[0]
 
     def gluon(self):
-        """What the kernel calls `gl`."""
+        """Return the stand-in for the kernel's module `gl`."""
 
         def load(pointer, mask=True, other=0):
             offset = torch.as_tensor(pointer.offset)
             inside = torch.as_tensor(mask).expand(offset.shape)
-            return block(torch.where(inside, pointer.memory[torch.where(inside, offset, 0)], other))
+            return as_block(torch.where(inside, pointer.memory[torch.where(inside, offset, 0)], other))
 
         def store(pointer, value, mask=True):
             offset = torch.as_tensor(pointer.offset)
@@ -204,12 +206,12 @@ class Machine:
             BlockedLayout=layout, SliceLayout=layout, NVMMADistributedLayout=layout, NVMMASharedLayout=layout,
             SwizzledSharedLayout=layout, DotOperandLayout=layout,
             static_range=range,
-            program_id=lambda _: block(self.here.program), num_programs=lambda _: self.here.programs,
-            arange=lambda start, end, **_: block(torch.arange(start, end, dtype=torch.int32)),
-            zeros=lambda shape, dtype, _: block(torch.zeros(shape, dtype=dtype)),
-            where=lambda mask, a, b: block(torch.where(torch.as_tensor(mask), a, b)),
-            minimum=lambda a, b: block(torch.minimum(torch.as_tensor(a), torch.as_tensor(b))),
-            maximum=lambda a, b: block(torch.maximum(torch.as_tensor(a), torch.as_tensor(b))),
+            program_id=lambda _: as_block(self.local.program), num_programs=lambda _: self.local.programs,
+            arange=lambda start, end, **_: as_block(torch.arange(start, end, dtype=torch.int32)),
+            zeros=lambda shape, dtype, _: as_block(torch.zeros(shape, dtype=dtype)),
+            where=lambda mask, a, b: as_block(torch.where(torch.as_tensor(mask), a, b)),
+            minimum=lambda a, b: as_block(torch.minimum(torch.as_tensor(a), torch.as_tensor(b))),
+            maximum=lambda a, b: as_block(torch.maximum(torch.as_tensor(a), torch.as_tensor(b))),
             sum=lambda x, axis: x.sum(axis), max=lambda x, axis: x.amax(axis),
             convert_layout=lambda x, *_, **__: x,
             load=load, store=store, atomic_add=self.atomic_add,
@@ -219,11 +221,11 @@ class Machine:
 
 def _product(a, b, total, use_acc=True, **_):
     a, b = (x.values if isinstance(x, Shared) else x for x in (a, b))
-    return block(a.float() @ b.float() + (total if use_acc else 0))
+    return as_block(a.float() @ b.float() + (total if use_acc else 0))
 
 
-def attend(q, k, v, cu_seqlens, scale, out, programs, across, seed=0):
-    """`hopper_attention` on CPU tensors `[S, H, D]`, by so many programs."""
+def attend(q, k, v, cu_seqlens, scale, out, programs, across_heads, seed=0):
+    """Run `hopper_attention`'s kernel on CPU tensors `[S, H, D]`; `seed` orders the copies."""
     tokens, heads, head_dim = out.shape
     machine = Machine(seed)
     barriers = SimpleNamespace(
@@ -236,7 +238,7 @@ def attend(q, k, v, cu_seqlens, scale, out, programs, across, seed=0):
     functions = {
         "gl": machine.gluon(),
         "mbarrier": barriers,
-        "_copy": machine.copy,
+        "_copy_rows": machine.copy,
         "_exp2": torch.exp2,
         "_pack": lambda x, dtype: x.to(dtype),
         "_unpack": lambda x, *_: x,
@@ -244,19 +246,19 @@ def attend(q, k, v, cu_seqlens, scale, out, programs, across, seed=0):
         "warpgroup_mma_wait": lambda _, deps: deps[0] if len(deps) == 1 else deps,
     }
     with ExitStack() as stack:
-        for module in (hopper_tiles, hopper_attention):
+        for module in (hopper_scheduler, hopper_producer, hopper):
             for name, value in list(vars(module).items()):
                 if name in functions:
                     stack.enter_context(mock.patch.object(module, name, functions[name]))
-                elif name != "_hopper_attention" and hasattr(value, "fn"):  # what it calls
+                elif name != "_hopper_attention" and hasattr(value, "fn"):  # the functions that it calls
                     stack.enter_context(mock.patch.object(module, name, value.fn))
                 elif type(value).__name__ == "constexpr":
                     stack.enter_context(mock.patch.object(module, name, value.value))
         counters = torch.zeros(2, dtype=torch.int32)
         tensors = (x for one in (q, k, v) for x in (one, one))
         machine.launch(
-            programs, hopper_attention._hopper_attention.fn, *tensors, Pointer(out.view(-1)), Pointer(cu_seqlens),
-            Pointer(counters), len(cu_seqlens) - 1, tokens, heads, scale * hopper_attention.LOG2_E, head_dim,
-            across,
+            programs, hopper._hopper_attention.fn, *tensors, Pointer(out.view(-1)), Pointer(cu_seqlens),
+            Pointer(counters), len(cu_seqlens) - 1, tokens, heads, scale * hopper.LOG2_E, head_dim,
+            across_heads,
         )  # fmt: skip
         assert not counters.any()

@@ -1,4 +1,4 @@
-"""A Hub on 127.0.0.1: the few endpoints that huggingface_hub asks, with the faults that real ones have."""
+"""A Hub on 127.0.0.1: the endpoints that huggingface_hub uses, with the faults of real servers."""
 
 import contextlib
 import json
@@ -23,21 +23,21 @@ class Request:
 
 @dataclass
 class Hub:
-    """Serves `folder` as the repository `repo_id`. The fields below the first three are its faults."""
+    """Serves `folder` as the repository `repo_id`. The fields after the first three configure faults."""
 
     folder: Path
     repo_id: str = "org/model"
     revisions: dict[str, str] = field(default_factory=lambda: {"main": "a" * 40})
-    token: str | None = None  # needed for every file
-    gated: bool = False  # files are refused to everybody
+    token: str | None = None  # required for every file
+    gated: bool = False  # every file is refused
     ignores_ranges: bool = False
-    truncated: dict[str, int] = field(default_factory=dict)  # file -> bytes that are there
-    drops: int = 0  # so many ranged responses break off halfway
-    budget: int | None = None  # bytes of ranges that are served, after which every connection breaks
-    stalls: bool = False  # ... or rather stays open and silent until `go_on` is set
+    truncated: dict[str, int] = field(default_factory=dict)  # file -> its size in bytes after truncation
+    drops: int = 0  # number of range responses that break off halfway
+    budget: int | None = None  # bytes of range responses, after which every connection breaks
+    stalls: bool = False  # whether such a connection stays open and silent until `go_on` is set
     stalled: threading.Event = field(default_factory=threading.Event)
     go_on: threading.Event = field(default_factory=threading.Event)
-    storage: "Hub | None" = None  # another host, to which downloads of tensors are redirected
+    storage: "Hub | None" = None  # another host, to which requests for tensors are redirected
     requests: list[Request] = field(default_factory=list)
 
     def __enter__(self) -> "Hub":
@@ -68,7 +68,7 @@ class Hub:
         return sum(request.served for request in self.tensor_requests())
 
     def take(self, wanted: int) -> int:
-        """How many of `wanted` tensor bytes are sent before the connection breaks."""
+        """Return how many of `wanted` tensor bytes to send before the connection breaks."""
         with self.lock:
             if self.drops > 0:
                 self.drops -= 1
@@ -91,7 +91,7 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def handle(self) -> None:
-        # Clients that break off are part of what is tested.
+        # Tests break connections on purpose.
         with contextlib.suppress(ConnectionError):
             super().handle()
 

@@ -1,4 +1,4 @@
-"""Inputs, the truth, and the measure for the tests of `qwenvit.ops.rope_attention`."""
+"""Inputs, the fp64 truth, and the error measure for the tests of `qwenvit.ops.rope_attention`."""
 
 from contextlib import contextmanager
 from itertools import pairwise
@@ -10,12 +10,12 @@ from qwenvit import ops
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HEAD_DIMS = (64, 72, 80)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16) if DEVICE == "cuda" else (torch.float32, torch.float16)
-"""The interpreter multiplies no matrices of bfloat16."""
+"""Triton's interpreter cannot multiply bfloat16 matrices."""
 
 
 @contextmanager
 def poisoned():
-    """Whatever is allocated inside starts as NaN."""
+    """Fill tensors allocated inside with NaN."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -26,7 +26,7 @@ def poisoned():
 
 
 def packed(tokens, heads, head_dim, dtype, device=DEVICE, outliers=True, seed=0):
-    """Q, K and V as views of a packed projection; some channels of all three far larger than the rest."""
+    """Return random Q, K and V [tokens, heads, head_dim], views of a packed projection, some channels far larger."""
     generator = torch.Generator(device).manual_seed(seed)
     qkv = torch.randn(tokens, 3, heads, head_dim, device=device, generator=generator)
     if outliers:
@@ -36,6 +36,7 @@ def packed(tokens, heads, head_dim, dtype, device=DEVICE, outliers=True, seed=0)
 
 
 def angles(tokens, head_dim, device=DEVICE):
+    """Return cosines and sines [tokens, head_dim] in fp32."""
     position = torch.arange(tokens, device=device)[:, None] * 0.37
     angle = position / 10000 ** (torch.arange(head_dim // 2, device=device) / (head_dim // 2))
     return angle.cos().repeat(1, 2), angle.sin().repeat(1, 2)
@@ -56,7 +57,7 @@ def rotate(x, cos, sin, interleaved):
 
 
 def truth(q, k, v, cos, sin, bounds, interleaved=False, scale=None, rotate_keys=True):
-    """In fp64, segment by segment."""
+    """Return attention within segments in fp64."""
     q, k, v = q.double(), k.double(), v.double()
     if cos is not None:
         q = rotate(q, cos, sin, interleaved)
@@ -70,15 +71,15 @@ def truth(q, k, v, cos, sin, bounds, interleaved=False, scale=None, rotate_keys=
 
 
 def error(out, right):
-    """Relative L2; NaN wherever anything is."""
+    """Return the relative L2 error; NaN if either tensor has one, 0 for empty tensors."""
     return ((out.double() - right).norm() / right.norm()).item() if right.numel() else 0.0
 
 
-def contract(qkv, bounds, max_seqlen, interleaved=False, rotate=True, scale=None):
-    """Both implementations into NaN-filled memory; the kernel no further from the truth than 1.05 times torch.
+def assert_close_to_truth(qkv, bounds, max_seqlen, interleaved=False, rotate=True, scale=None):
+    """Assert that the kernel's error is at most 1.05 times that of plain torch.
 
-    In fp32 the few rows with the largest scores make the error, and in a small input chance decides whose are worse:
-    there, on a GPU, the errors of seven more inputs come in, which differ in signs.
+    In fp32 a few rows with the largest scores dominate the error, and in a small input chance decides which
+    implementation has the worse ones. There, on a GPU, the errors of seven more inputs with other signs are pooled.
     """
     q, draws = qkv[0], [qkv]
     if q.is_cuda and q.dtype == torch.float32 and len(q) < 2000:
@@ -87,12 +88,12 @@ def contract(qkv, bounds, max_seqlen, interleaved=False, rotate=True, scale=None
         draws += [tuple(x * sign for x, sign in zip(qkv, signs, strict=False)) for _ in range(7)]
     pooled = torch.tensor([errors(draw, bounds, max_seqlen, interleaved, rotate, scale) for draw in draws])
     ours, theirs = pooled.square().mean(0).sqrt().tolist()
-    floor = 2**-21 if q.dtype == torch.float32 else 0.0  # a few ulps, which few tokens are off by chance
+    floor = 2**-21 if q.dtype == torch.float32 else 0.0  # a few ulps: with few tokens the errors differ by chance
     assert ours <= max(1.05 * theirs, floor), (ours, theirs)
 
 
 def errors(qkv, bounds, max_seqlen, interleaved, rotate, scale):
-    """Of the kernel and of torch."""
+    """Return the errors of the kernel and of plain torch, both run on NaN-filled memory."""
     q, k, v = qkv
     cos, sin = angles(len(q), q.shape[2], q.device) if rotate else (None, None)
     arguments = (q, k, v, cos, sin, boundaries(bounds), max_seqlen, scale, interleaved)

@@ -1,4 +1,4 @@
-"""Tiny towers of every family, built by transformers: the independent truth about names and shapes."""
+"""Tiny towers of every family, built by transformers: an independent source of names and shapes."""
 
 import json
 import re
@@ -17,23 +17,23 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 Tensors = dict[str, torch.Tensor]
 
 # Official prefix, class and config of each family.
-_NEW = {"depth": 2, "hidden_size": 16, "out_hidden_size": 24, "num_heads": 2, "intermediate_size": 20}
-_QWEN3 = {**_NEW, "num_position_embeddings": 16, "patch_size": 4}
-_DEEP = {**_QWEN3, "deepstack_visual_indexes": [0, 1]}
+_COMMON = {"depth": 2, "hidden_size": 16, "out_hidden_size": 24, "num_heads": 2, "intermediate_size": 20}
+_QWEN3 = {**_COMMON, "num_position_embeddings": 16, "patch_size": 4}
+_DEEPSTACK = {**_QWEN3, "deepstack_visual_indexes": [0, 1]}
 FAMILIES = {
     "qwen2_vl": (
         "visual.",
         Qwen2VisionTransformerPretrainedModel,
         {"depth": 2, "embed_dim": 16, "hidden_size": 24, "num_heads": 2, "mlp_ratio": 2, "patch_size": 4},
     ),
-    "qwen2_5_vl": ("visual.", Qwen2_5_VisionTransformerPretrainedModel, {**_NEW, "patch_size": 4}),
-    "qwen3_vl": ("model.visual.", Qwen3VLVisionModel, _DEEP),
+    "qwen2_5_vl": ("visual.", Qwen2_5_VisionTransformerPretrainedModel, {**_COMMON, "patch_size": 4}),
+    "qwen3_vl": ("model.visual.", Qwen3VLVisionModel, _DEEPSTACK),
     "qwen3_5": ("model.visual.", Qwen3_5VisionModel, _QWEN3),
-    "qwen2_5_omni": ("thinker.visual.", Qwen2_5OmniVisionEncoder, {**_NEW, "patch_size": 4}),
-    "qwen3_omni": ("thinker.visual.", Qwen3OmniMoeVisionEncoder, _DEEP),
+    "qwen2_5_omni": ("thinker.visual.", Qwen2_5OmniVisionEncoder, {**_COMMON, "patch_size": 4}),
+    "qwen3_omni": ("thinker.visual.", Qwen3OmniMoeVisionEncoder, _DEEPSTACK),
 }
-# What lies beside the tower in composite checkpoints.
-OTHERS = (
+# Other tensors in composite checkpoints.
+OTHER_TENSORS = (
     "model.layers.0.self_attn.q_proj.weight",
     "model.language_model.norm.weight",
     "lm_head.weight",
@@ -42,9 +42,8 @@ OTHERS = (
     "thinker.model.norm.weight",
     "talker.model.norm.weight",
 )
-# How our tower's modules are called where transformers calls them otherwise; written down a second time on
-# purpose, from the other side and in another form than the tables under test.
-_OURS = (
+# Official to canonical names where they differ. Written independently of the tables under test, in another form.
+_CANONICAL = (
     (r"^(deepstack_merger_list|merger_list)\.", "deepstack_mergers."),
     (r"merger(s\.\d+)?\.ln_q\.", r"merger\1.norm."),
     (r"(mergers?(?:\.\d+)?)\.mlp\.0\.", r"\1.fc1."),
@@ -53,15 +52,15 @@ _OURS = (
 )
 
 
-def ours(official: str) -> str:
-    for pattern, replacement in _OURS:
+def canonical_name(official: str) -> str:
+    for pattern, replacement in _CANONICAL:
         official = re.sub(pattern, replacement, official)
     return official
 
 
 @dataclass
 class Tower:
-    """One family's tower: `state` by official names without prefix, `canonical` by ours."""
+    """One family's tower: `state` has official names without prefix, `canonical` has canonical names."""
 
     family: str
     prefix: str
@@ -70,16 +69,16 @@ class Tower:
     canonical: dict[str, torch.Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.canonical = {ours(name): tensor for name, tensor in self.state.items()}
+        self.canonical = {canonical_name(name): tensor for name, tensor in self.state.items()}
 
     @property
     def expected(self) -> dict[str, torch.Size]:
         return {name: tensor.shape for name, tensor in self.canonical.items()}
 
     def composite(self, prefix: str | None = None) -> dict[str, torch.Tensor]:
-        """The whole model's tensors: the tower under `prefix` and other parts around it."""
+        """Return the whole model's tensors: the tower under `prefix`, and tensors of other parts."""
         prefix = self.prefix if prefix is None else prefix
-        return {name: torch.full((3, 5), 7.0) for name in OTHERS} | {
+        return {name: torch.full((3, 5), 7.0) for name in OTHER_TENSORS} | {
             prefix + name: tensor for name, tensor in self.state.items()
         }
 
@@ -88,14 +87,14 @@ def build(family: str, dtype: torch.dtype = torch.float32, **changes: object) ->
     prefix, cls, config = FAMILIES[family]
     torch.manual_seed(sorted(FAMILIES).index(family))
     model = cls._from_config(cls.config_class(**{**config, **changes})).to(dtype)
-    # transformers starts biases at 0 and norms at 1: equal tensors would hide two that are swapped.
+    # transformers initialises biases to 0 and norms to 1; equal tensors would hide a swap.
     state = {name: torch.randn(tensor.shape).to(dtype) for name, tensor in model.state_dict().items()}
     model.load_state_dict(state)
     return Tower(family, prefix, state, model)
 
 
 def save_sharded(directory: Path, tensors: dict[str, torch.Tensor], shard_of: dict[str, int]) -> dict[str, str]:
-    """Write `tensors` as shards with an index, the way official checkpoints lie; returns the weight map."""
+    """Write `tensors` as shards with an index, like official checkpoints; return the weight map."""
     count = max(shard_of.values()) + 1
     weight_map = {name: f"model-{shard_of[name] + 1:05}-of-{count:05}.safetensors" for name in tensors}
     for file in set(weight_map.values()):

@@ -1,7 +1,7 @@
-"""Towers with one plausible mistake each: the parity gate must fail every one.
+"""Mutants, towers with one plausible mistake each: the parity gate must fail every one.
 
-Each mutant is a tower at a published depth, narrow, with transformers' weights. The reference tower is held to both
-rules, exact equality (the CPU) and 1e-5 relative L2 in fp32 (everywhere else); the fast tower to the second.
+Each mutant is a narrow tower of a published depth with transformers' weights. The reference tower must fail both rules,
+exact equality (used on the CPU) and 1e-5 relative L2 in fp32 (used elsewhere); the fast tower must fail the second.
 """
 
 from dataclasses import replace
@@ -16,7 +16,7 @@ from qwenvit.parity import close, exact
 from qwenvit.plan.grid_plan import GridPlan
 from qwenvit.plan.rope import rope_cos_sin
 from qwenvit.towers.fast import FastTower
-from support.towers import FULL, SMALL, ours_from, random_pixels
+from support.towers import SMALL, narrow, ours_from, random_pixels
 
 GRIDS = [[1, 16, 26], [2, 8, 14]]
 
@@ -93,7 +93,7 @@ MUTANTS = [
 ]
 
 
-def forget_that_pairs_are_adjacent(tower, plan):
+def load_qkv_without_making_pairs_adjacent(tower, plan):
     attention = tower.blocks[3].attn
     for rows in (attention.qkv.weight, attention.qkv.bias):
         rows.copy_(rows[adjacent_pairs(attention.num_heads, tower.config.head_dim).argsort()])
@@ -129,8 +129,8 @@ FAST_MUTANTS = [
     ("qwen3_vl", reorder_deepstack),
     ("qwen2_5_vl", order_windows_by_columns),
     ("qwen3_vl", shift_one_position_tap),
-    ("qwen2_5_vl", forget_that_pairs_are_adjacent),
-    ("qwen3_vl", forget_that_pairs_are_adjacent),
+    ("qwen2_5_vl", load_qkv_without_making_pairs_adjacent),
+    ("qwen3_vl", load_qkv_without_making_pairs_adjacent),
     ("qwen2_5_vl", swap_gate_and_up),
     ("qwen2_5_vl", lose_the_bias_of_one_mlp),
     ("qwen3_vl", lose_the_bias_of_one_mlp),
@@ -138,7 +138,7 @@ FAST_MUTANTS = [
 
 
 def outputs(config, hf, tower, mutate):
-    """What a tower and transformers' give, side by side, after `mutate`."""
+    """Return `(name, tensor, transformers' tensor)` for each output of a tower after `mutate`."""
     plan = GridPlan.build(GRIDS, config)
     pixels = random_pixels(plan.num_patches, config)
     plan = mutate(tower, plan)
@@ -150,16 +150,15 @@ def outputs(config, hf, tower, mutate):
 
 
 def gate(family, mutate):
-    """The checks of both rules on the reference tower and its plan after `mutate`."""
+    """Return the checks of both rules on the reference tower and its plan after `mutate`."""
     hf = build_tower(SMALL[family])
     pairs = outputs(SMALL[family], hf, ours_from(hf, SMALL[family]), mutate)
     return [exact(*pair) for pair in pairs], [close(*pair) for pair in pairs]
 
 
 def fast_gate(family, mutate):
-    """The checks of the second rule on the fast tower, in plain torch, and its plan after `mutate`."""
-    width = 2 * FULL[family].head_dim
-    config = replace(SMALL[family], hidden_size=width, num_heads=2)
+    """Return the checks of the second rule on the fast tower, in plain torch, and its plan after `mutate`."""
+    config = narrow(family, intermediate_size=192)
     hf = build_tower(config)
     tower = FastTower(config, "reference")
     tower.load_state_dict(ours_from(hf, config).state_dict())

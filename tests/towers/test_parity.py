@@ -1,4 +1,4 @@
-"""The measures and the verdict of the parity gate, and the script that applies them."""
+"""The parity gate: its measures, its verdict, and `scripts/compare_hf.py`, which applies it."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""VisionAttention: the checkpoints' rows in and out, and transformers' attention layer's results."""
+"""VisionAttention: state dicts with the checkpoints' rows, and outputs of transformers' attention layer."""
 
 from types import SimpleNamespace
 
@@ -26,7 +26,7 @@ def transformers_layer(head_dim, heads, dtype):
 
 
 def inputs(head_dim, heads, dtype):
-    """Hidden states and the plan of two images, with windows and without."""
+    """Return hidden states and the plan of two images, with windows."""
     width = heads * head_dim
     config = VisionConfig(
         "qwen2_5_vl", 1, width, width, heads, width, "silu", 14, window_size=112, fullatt_block_indexes=(0,)
@@ -40,7 +40,7 @@ def inputs(head_dim, heads, dtype):
 @pytest.mark.parametrize("windows", [True, False], ids=["windows", "frames"])
 @pytest.mark.parametrize("impl", ["triton", "reference"])
 @pytest.mark.parametrize(("head_dim", "heads", "dtype"), CASES, ids=str)
-def test_it_is_transformers_layer(head_dim, heads, dtype, impl, windows):
+def test_outputs_equal_transformers_layer(head_dim, heads, dtype, impl, windows):
     theirs = transformers_layer(head_dim, heads, dtype)
     ours = VisionAttention(heads * head_dim, heads, impl=impl, device=DEVICE, dtype=dtype)
     ours.load_state_dict(theirs.state_dict())
@@ -52,12 +52,12 @@ def test_it_is_transformers_layer(head_dim, heads, dtype, impl, windows):
     exact = theirs.double()(
         hidden_states.double(), segments.cu_seqlens, position_embeddings=tuple(x.double() for x in angles)
     )
-    floor = 1e-6 if dtype == torch.float32 else 0.0  # sums of another order, either way
-    error, limit = (Difference.of(x, exact).relative_l2 for x in (out, reference))
-    assert error <= max(ERROR_FACTOR * limit, floor), (error, limit)
+    floor = 1e-6 if dtype == torch.float32 else 0.0  # either may add in another order
+    error, baseline_error = (Difference.of(x, exact).relative_l2 for x in (out, reference))
+    assert error <= max(ERROR_FACTOR * baseline_error, floor), (error, baseline_error)
 
 
-def test_rows_go_in_and_come_out_in_the_checkpoints_order():
+def test_state_dict_round_trip_keeps_the_checkpoints_order_of_rows():
     theirs = transformers_layer(64, 2, torch.float32)
     ours = VisionAttention(128, 2, device=DEVICE)
     before = {name: tensor.clone() for name, tensor in theirs.state_dict().items()}
@@ -84,7 +84,7 @@ def test_wrong_shapes_are_refused_by_name():
         VisionAttention(100, 2)
 
 
-def test_gradients_are_refused_where_there_are_none():
+def test_gradients_are_refused_by_triton_and_given_by_the_reference():
     hidden_states, plan = inputs(64, 2, torch.float32)
     arguments = (hidden_states.requires_grad_(), plan.cos, plan.sin, plan.frames.cu_seqlens)
     with pytest.raises(ValueError, match="impl: 'triton' means Triton here, which gives no gradients"):

@@ -24,7 +24,7 @@ def qwen3() -> Tower:
 
 @pytest.fixture(scope="session")
 def big() -> Tower:
-    """About 2 MB of tower, in front of 8 MB of language model."""
+    """A tower of about 2 MB; the checkpoint adds 8 MB of language model."""
     widths = {"hidden_size": 128, "intermediate_size": 512, "out_hidden_size": 256}
     return build("qwen3_vl", torch.bfloat16, **widths)
 
@@ -63,7 +63,7 @@ def fetch(hub, tmp_path):
 
 @pytest.fixture
 def unplug(hub, monkeypatch):
-    """Calling it puts a closed port in the Hub's place."""
+    """A function that replaces the Hub by a closed port."""
 
     def unplug() -> None:
         with socket.create_server(("127.0.0.1", 0)) as closed:

@@ -14,7 +14,7 @@ from qwenvit.weights.local import find_tensors, load_tensors
 from support.hub_server import Hub
 from support.tiny_towers import Tower, save_sharded
 
-SLACK = 64 << 10  # config files, and what is in flight when a connection breaks
+SLACK = 64 << 10  # config files, and bytes in flight when a connection breaks
 ROOT = Path(__file__).parents[2]
 SINGLE = "model.safetensors"
 
@@ -36,11 +36,11 @@ def path_from(process: subprocess.Popen[str]) -> Path:
     return Path(out.strip())
 
 
-def assert_whole(directory: Path, big: Tower) -> None:
+def assert_complete(directory: Path, big: Tower) -> None:
     loaded = load_tensors(find_tensors(directory), big.expected, family=big.family)
     assert all(torch.equal(loaded[name], tensor) for name, tensor in big.canonical.items())
-    left = {path.name for path in directory.iterdir() if not path.name.startswith(".")}
-    assert left == {SINGLE, "config.json", "preprocessor_config.json"}
+    files = {path.name for path in directory.iterdir() if not path.name.startswith(".")}
+    assert files == {SINGLE, "config.json", "preprocessor_config.json"}
 
 
 def as_shards(hub: Hub, big: Tower) -> None:
@@ -61,13 +61,13 @@ def test_only_the_tower_is_downloaded(hub, fetch, big, size, layout):
     if layout is not None:
         layout(hub, big)
     directory = fetch()
-    assert_whole(directory, big)
+    assert_complete(directory, big)
     assert (directory / "config.json").read_bytes() == (hub.folder / "config.json").read_bytes()
     whole = sum(file.stat().st_size for file in hub.folder.iterdir())
     assert size <= hub.served <= size + 3 * HEADER_GUESS_BYTES + SLACK < whole / 2
 
 
-def test_what_was_fetched_loads_in_transformers(fetch, big):
+def test_the_downloaded_tower_loads_in_transformers(fetch, big):
     model, info = type(big.model).from_pretrained(fetch(), output_loading_info=True)
     assert not any(info.values())
     assert all(torch.equal(tensor, big.state[name]) for name, tensor in model.state_dict().items())
@@ -85,31 +85,31 @@ def test_tensors_of_mixed_width_stay_aligned(hub, fetch):
 def test_header_larger_than_the_first_request(hub, fetch, big, size):
     tensors = load_file(hub.folder / SINGLE)
     save_file(tensors, hub.folder / SINGLE, metadata={"note": "x" * (HEADER_GUESS_BYTES + 1000)})
-    assert_whole(fetch(), big)
+    assert_complete(fetch(), big)
     assert hub.tensor_bytes() <= size + HEADER_GUESS_BYTES + SLACK
 
 
-def test_connections_that_drop_go_on_in_the_middle(hub, fetch, big, size):
+def test_dropped_connections_resume_in_the_middle(hub, fetch, big, size):
     hub.drops = 4
-    assert_whole(fetch(), big)
+    assert_complete(fetch(), big)
     assert hub.drops == 0
     assert hub.tensor_bytes() <= size + HEADER_GUESS_BYTES + 4 * SLACK
 
 
-def test_after_an_interruption_only_the_rest_is_fetched(hub, fetch, big, size, tmp_path):
+def test_after_an_interruption_only_the_rest_is_downloaded(hub, fetch, big, size, tmp_path):
     hub.budget = HEADER_GUESS_BYTES + size // 2
-    with pytest.raises(ConnectionError, match=r"org/model: the download broke off.*next call goes on"):
+    with pytest.raises(ConnectionError, match=r"org/model: the download broke off.*next call resumes it"):
         fetch()
     assert not list(tmp_path.rglob(f"assets/**/{SINGLE}"))
     first = hub.tensor_bytes()
     hub.budget = None
-    assert_whole(fetch(), big)
-    # Chunks in flight on the 8 connections are lost, no more.
+    assert_complete(fetch(), big)
+    # Only the chunks in flight on the 8 connections are lost.
     assert hub.tensor_bytes() - first <= HEADER_GUESS_BYTES + size - size // 2 + 8 * ranges.CHUNK_BYTES
     assert hub.tensor_bytes() - first < HEADER_GUESS_BYTES + size - ranges.CHUNK_BYTES
 
 
-def test_killed_process_leaves_nothing_under_the_final_name_and_the_next_goes_on(hub, big, size, tmp_path):
+def test_a_killed_process_leaves_no_file_under_the_final_name_and_the_next_resumes(hub, big, size, tmp_path):
     hub.budget, hub.stalls = HEADER_GUESS_BYTES + size * 3 // 4, True
     process = start(hub, tmp_path)
     assert hub.stalled.wait(300)
@@ -121,29 +121,29 @@ def test_killed_process_leaves_nothing_under_the_final_name_and_the_next_goes_on
     before = len(hub.tensor_requests())
     hub.budget, hub.stalls = None, False
     hub.go_on.set()
-    assert_whole(path_from(start(hub, tmp_path)), big)
+    assert_complete(path_from(start(hub, tmp_path)), big)
     fetched = [r for r in hub.tensor_requests() if r.range != f"bytes=0-{HEADER_GUESS_BYTES - 1}"]
     assert kept > 0
     assert sum(r.served for r in fetched) >= size
-    # Of the second process alone: the server may still be sending into the first one's broken connections.
+    # Count the second process alone: the server may still be sending into broken connections of the first.
     second = sum(request.served for request in hub.tensor_requests()[before:])
     assert second <= HEADER_GUESS_BYTES + size - (kept - 1) * ranges.CHUNK_BYTES
 
 
-def test_changed_source_is_not_mixed_with_what_was_kept(hub, fetch, big, size, tmp_path):
+def test_a_changed_source_is_not_mixed_with_kept_chunks(hub, fetch, big, size, tmp_path):
     hub.budget = HEADER_GUESS_BYTES + size // 2
     with pytest.raises(ConnectionError):
         fetch()
     hub.budget = None
     tensors = {name: -tensor for name, tensor in load_file(hub.folder / SINGLE).items()}
-    save_file(tensors, hub.folder / SINGLE, metadata={"moved": "by this"})
+    save_file(tensors, hub.folder / SINGLE, metadata={"shift": "offsets"})
     state = load_file(fetch() / SINGLE)
     assert all(torch.equal(state[name], -tensor) for name, tensor in big.state.items())
 
 
 def test_second_start_sends_no_request(hub, big, tmp_path):
     first = path_from(start(hub, tmp_path))
-    assert_whole(first, big)
+    assert_complete(first, big)
     assert first.is_relative_to(tmp_path / "assets" / "qwenvit")
     sent = len(hub.requests)
     for script, environment in (("", {}), ("", {"HF_HUB_OFFLINE": "1"}), (", local_files_only=True", {})):
@@ -151,15 +151,15 @@ def test_second_start_sends_no_request(hub, big, tmp_path):
     assert len(hub.requests) == sent
 
 
-def test_two_processes_fetch_it_once(hub, big, size, tmp_path):
+def test_two_processes_download_the_tower_once(hub, big, size, tmp_path):
     both = [start(hub, tmp_path) for _ in range(2)]
     first, second = map(path_from, both)
     assert first == second
-    assert_whole(first, big)
+    assert_complete(first, big)
     assert hub.tensor_bytes() <= size + HEADER_GUESS_BYTES
 
 
-def test_offline_without_it_says_so(hub, fetch, tmp_path):
+def test_offline_without_the_tower_is_a_clear_error(hub, fetch, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"org/model \(main\).*network is off"):
         fetch(local_files_only=True)
     _, err = start(hub, tmp_path, HF_HUB_OFFLINE="1").communicate(timeout=300)
@@ -181,12 +181,12 @@ def test_token_does_not_follow_a_redirect_to_another_host(hub, fetch, big):
     hub.token = "hf_secret"
     with Hub(hub.folder) as storage:
         hub.storage = storage
-        assert_whole(fetch(token="hf_secret"), big)
+        assert_complete(fetch(token="hf_secret"), big)
         assert storage.requests
         assert {request.authorization for request in storage.requests} == {None}
 
 
-def test_revisions_are_kept_apart_and_a_branch_moves_when_asked(hub, fetch, big):
+def test_revisions_are_separate_and_force_download_moves_a_branch(hub, fetch, big):
     hub.revisions = {"main": "a" * 40, "v2": "b" * 40}
     main, other = fetch(), fetch(revision="v2")
     assert (main.name, other.name) == ("a" * 40, "b" * 40)
@@ -195,15 +195,15 @@ def test_revisions_are_kept_apart_and_a_branch_moves_when_asked(hub, fetch, big)
     assert fetch(revision=None) == main
     assert fetch(force_download=True).name == "c" * 40
     assert fetch().name == "c" * 40
-    with pytest.raises(FileNotFoundError, match=r"org/model \(v9\).*this revision is not"):
+    with pytest.raises(FileNotFoundError, match=r"org/model \(v9\).*this revision does not"):
         fetch(revision="v9")
 
 
-def test_damaged_file_is_fetched_again(fetch, big):
+def test_a_damaged_file_is_downloaded_again(fetch, big):
     directory = fetch()
     with (directory / SINGLE).open("r+b") as stream:
         stream.truncate(1000)
-    assert_whole(fetch(), big)
+    assert_complete(fetch(), big)
 
 
 def test_server_without_ranges_is_refused_before_its_body_is_read(hub, fetch, tmp_path):
@@ -228,7 +228,7 @@ def test_gated_missing_and_unreachable_repositories(hub, fetch, tmp_path, monkey
         fetch_tower("org/nothing", cache_dir=tmp_path / "cache")
     hub.gated = False
     (hub.folder / "config.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"org/model \(main\): has no file .*config.json"):
+    with pytest.raises(FileNotFoundError, match=r"org/model \(main\): the repository has no file .*config.json"):
         fetch()
 
 
@@ -237,7 +237,7 @@ def test_repository_without_safetensors(hub, fetch):
     with pytest.raises(ValueError, match=r"org/model: only safetensors files are read.*convert it"):
         fetch()
     (hub.folder / "pytorch_model.bin").unlink()
-    with pytest.raises(FileNotFoundError, match=r"org/model: looked for .*config.json"):
+    with pytest.raises(FileNotFoundError, match=r"org/model: expected one of .*got config.json"):
         fetch()
 
 
@@ -250,7 +250,7 @@ def test_repository_without_a_vision_tower(hub, fetch):
 def test_no_answer_is_a_connection_error(hub, fetch, unplug):
     hub.ignores_ranges = True
     with pytest.raises(ValueError, match="cannot send parts"):
-        fetch()  # leaves config.json in the cache, without which huggingface_hub itself retries for long
+        fetch()  # leaves config.json in the cache; without it huggingface_hub itself retries for long
     unplug()
     with pytest.raises(ConnectionError, match=r"org/model \(a+\): no answer from http://127.0.0.1"):
         fetch()

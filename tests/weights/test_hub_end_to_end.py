@@ -1,4 +1,4 @@
-"""From a repository's name to embeddings through the command line, against a Hub on this machine."""
+"""From a repository's name to embeddings through the command line, against a local Hub server."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def qwenvit(hub, home, *arguments, **environment):
     )
 
 
-def test_fetched_once_then_encoded_without_the_network(served, tmp_path):
+def test_fetch_once_then_encode_without_the_network(served, tmp_path):
     hub, tower = served
     image = tmp_path / "image.png"
     Image.linear_gradient("L").resize((400, 300)).convert("RGB").save(image)
@@ -75,7 +75,7 @@ def test_info_downloads_no_weights(served, tmp_path):
     assert not any("safetensors" in path for path in asked)
 
 
-def test_a_repository_that_is_not_there_is_one_line(served, tmp_path):
+def test_a_missing_repository_is_a_one_line_error(served, tmp_path):
     hub, _ = served
     done = qwenvit(hub, tmp_path / "home", "info", "org/other", "--load")
     assert done.returncode == 1

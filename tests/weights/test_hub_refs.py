@@ -1,4 +1,4 @@
-"""Which commit a branch stands for: where it was fetched, until the Hub is asked anew and answers."""
+"""Branches stay pinned to the commit of their last complete download until force_download moves them."""
 
 import pytest
 from huggingface_hub import constants, hf_hub_download
@@ -24,7 +24,7 @@ def move(hub: Hub, branch: str = "main") -> None:
     hub.requests.clear()
 
 
-def test_a_branch_stays_though_another_tool_moves_the_shared_refs(hub, fetch, config, tmp_path):
+def test_a_branch_stays_pinned_when_another_tool_moves_the_shared_refs(hub, fetch, config, tmp_path):
     tower = fetch()
     move(hub)
     others = hf_hub_download(hub.repo_id, "config.json", cache_dir=tmp_path / "cache")
@@ -36,7 +36,7 @@ def test_a_branch_stays_though_another_tool_moves_the_shared_refs(hub, fetch, co
     assert not hub.requests
 
 
-def test_looking_at_the_new_config_does_not_move_the_tower(hub, fetch, config):
+def test_forced_fetch_of_the_config_does_not_move_the_tower(hub, fetch, config):
     tower = fetch()
     move(hub)
     assert config(force_download=True).name == B
@@ -82,7 +82,7 @@ def test_an_interrupted_first_fetch_pins_nothing(hub, fetch):
     assert fetch().name == B
 
 
-def test_a_damaged_tower_is_fetched_again_at_its_own_commit(hub, fetch):
+def test_a_damaged_tower_is_downloaded_again_at_its_own_commit(hub, fetch):
     tower = fetch()
     move(hub)
     (tower / "model.safetensors").write_bytes(b"")
@@ -90,8 +90,8 @@ def test_a_damaged_tower_is_fetched_again_at_its_own_commit(hub, fetch):
     assert (tower / "model.safetensors").stat().st_size
 
 
-def test_names_of_branches_are_kept_apart(hub, fetch):
-    pull = "refs%2Fpr%2F1"  # as it comes in a request
+def test_branches_of_similar_names_are_separate(hub, fetch):
+    pull = "refs%2Fpr%2F1"  # as in a request's path
     hub.revisions = {"main": A, "Main": B, pull: "c" * 40}
     names = {revision: fetch(revision=revision).name for revision in ("main", "Main", "refs/pr/1")}
     assert names == {"main": A, "Main": B, "refs/pr/1": "c" * 40}
@@ -101,19 +101,19 @@ def test_names_of_branches_are_kept_apart(hub, fetch):
     assert fetch(revision="main").name == A
 
 
-def test_a_torn_ref_counts_as_none(hub, fetch, tmp_path):
+def test_an_empty_pin_file_counts_as_no_pin(hub, fetch, tmp_path):
     tower = fetch()
-    (ref,) = (tower.parent / "refs").iterdir()
-    assert ref.read_text() == f"{A} main\n"
-    ref.write_text("")
+    (pin,) = (tower.parent / "refs").iterdir()
+    assert pin.read_text() == f"{A} main\n"
+    pin.write_text("")
     hub.requests.clear()
     assert fetch() == tower
     assert not hub.tensor_requests()
-    assert ref.read_text() == f"{A} main\n"
+    assert pin.read_text() == f"{A} main\n"
 
 
 @pytest.mark.parametrize("revision", ["main", A])
-def test_forced_without_an_answer_is_an_error(fetch, either, unplug, revision):
+def test_force_download_without_an_answer_is_an_error(fetch, either, unplug, revision):
     tower = fetch()
     unplug()
     with pytest.raises(ConnectionError, match=rf"org/model \({revision}\): no answer from http://127") as caught:
@@ -122,8 +122,8 @@ def test_forced_without_an_answer_is_an_error(fetch, either, unplug, revision):
     assert fetch(local_files_only=True) == tower
 
 
-def test_forced_names_what_is_not_there_as_an_unforced_call_does(hub, either):
-    with pytest.raises(FileNotFoundError, match=r"org/model \(v9\).*this revision is not"):
+def test_force_download_raises_the_errors_of_an_unforced_call(hub, either):
+    with pytest.raises(FileNotFoundError, match=r"org/model \(v9\).*this revision does not"):
         either(force_download=True, revision="v9")
     hub.token = "hf_secret"
     with pytest.raises(FileNotFoundError, match=r"no such repository, or a private one.*token="):
@@ -131,7 +131,7 @@ def test_forced_names_what_is_not_there_as_an_unforced_call_does(hub, either):
     either(force_download=True, token="hf_secret")
 
 
-def test_forced_and_offline_contradict_each_other(hub, either, monkeypatch):
+def test_force_download_while_offline_is_refused(hub, either, monkeypatch):
     with pytest.raises(ValueError, match=r"force_download=True.*local_files_only=True.*HF_HUB_OFFLINE"):
         either(force_download=True, local_files_only=True)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -140,7 +140,7 @@ def test_forced_and_offline_contradict_each_other(hub, either, monkeypatch):
     assert not hub.requests
 
 
-def test_a_config_looked_at_by_force_is_found_offline(hub, config):
+def test_a_config_from_force_download_is_found_offline(hub, config):
     assert config(force_download=True).name == A
     move(hub)
     assert config(local_files_only=True).name == A
@@ -150,7 +150,7 @@ def test_a_config_looked_at_by_force_is_found_offline(hub, config):
     assert not hub.requests
 
 
-def test_looking_for_what_is_not_there_leaves_no_trace(tmp_path):
+def test_a_failed_lookup_leaves_no_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="network is off"):
         fetch_tower("org/typo", cache_dir=tmp_path / "cache", local_files_only=True)
     assert not (tmp_path / "cache").exists()

@@ -44,7 +44,7 @@ def test_tower_that_transformers_saved_alone(tmp_path, tower):
     assert_same(load(tmp_path, tower), tower)
 
 
-def test_separate_vision_file_wins(tmp_path, tower):
+def test_a_separate_vision_file_is_preferred(tmp_path, tower):
     save_file(
         {"visual." + name: tensor for name, tensor in tower.state.items()},
         tmp_path / "model_visual.safetensors",
@@ -54,7 +54,7 @@ def test_separate_vision_file_wins(tmp_path, tower):
 
 
 @pytest.mark.parametrize("vision_in", ["single", "shards"])
-def test_of_two_layouts_the_one_with_vision_tensors_counts(tmp_path, qwen3, vision_in):
+def test_the_layout_with_vision_tensors_is_used(tmp_path, qwen3, vision_in):
     whole, text = qwen3.composite(), {"lm_head.weight": torch.ones(2)}
     save_file(whole if vision_in == "single" else text, tmp_path / SINGLE)
     sharded = text if vision_in == "single" else whole
@@ -64,7 +64,7 @@ def test_of_two_layouts_the_one_with_vision_tensors_counts(tmp_path, qwen3, visi
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_any_split_into_shards_of_which_only_the_needed_are_there(tmp_path_factory, qwen3, data):
+def test_any_split_into_shards_without_the_unneeded_ones(tmp_path_factory, qwen3, data):
     directory = tmp_path_factory.mktemp("shards")
     tensors = qwen3.composite()
     shard_of = {name: data.draw(st.integers(0, 4), label=name) for name in tensors}
@@ -73,13 +73,13 @@ def test_any_split_into_shards_of_which_only_the_needed_are_there(tmp_path_facto
     for file in set(weight_map.values()) - needed:
         (directory / file).unlink()
     assert_same(load(directory, qwen3), qwen3)
-    gone = sorted(needed)[0]
-    (directory / gone).unlink()
-    with pytest.raises(FileNotFoundError, match=re.escape(gone)):
+    absent = sorted(needed)[0]
+    (directory / absent).unlink()
+    with pytest.raises(FileNotFoundError, match=re.escape(absent)):
         find_tensors(directory)
 
 
-def test_entries_say_where_the_bytes_are(tmp_path, qwen3):
+def test_entries_give_the_byte_range_of_each_tensor(tmp_path, qwen3):
     save_file(qwen3.composite(), tmp_path / SINGLE)
     raw = (tmp_path / SINGLE).read_bytes()
     entries = find_tensors(tmp_path)
@@ -91,10 +91,10 @@ def test_entries_say_where_the_bytes_are(tmp_path, qwen3):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, None])
-def test_loaded_tensors_have_the_dtype_and_memory_of_their_own(tmp_path, qwen3, dtype):
+def test_loaded_tensors_have_the_dtype_and_own_their_memory(tmp_path, qwen3, dtype):
     save_file(qwen3.composite(), tmp_path / SINGLE)
     loaded = load(tmp_path, qwen3, dtype=dtype)
-    # If a tensor were a view of the mapped file, overwriting the file in place would change it.
+    # Overwriting the file in place would change a tensor that is a view of the mapped file.
     with (tmp_path / SINGLE).open("r+b") as stream:
         stream.write(b"\xff" * (tmp_path / SINGLE).stat().st_size)
     for name, tensor in qwen3.canonical.items():
@@ -102,7 +102,7 @@ def test_loaded_tensors_have_the_dtype_and_memory_of_their_own(tmp_path, qwen3, 
         assert loaded[name].untyped_storage().nbytes() == loaded[name].nbytes
 
 
-def test_checkpoint_dtype_is_the_one_of_most_bytes(tmp_path, qwen3):
+def test_checkpoint_dtype_is_the_dtype_of_most_bytes(tmp_path, qwen3):
     mixed = {n: t.float() if "norm" in n or "bias" in n else t for n, t in qwen3.state.items()}
     save_file(mixed | {"lm_head.weight": torch.ones(10**6)}, tmp_path / SINGLE)
     assert sum(t.dtype == torch.float32 for t in mixed.values()) > len(mixed) / 2
@@ -113,7 +113,7 @@ def test_checkpoint_dtype_is_the_one_of_most_bytes(tmp_path, qwen3):
         checkpoint_dtype({})
 
 
-def test_missing_unexpected_and_misshapen_are_listed_at_once(tmp_path, tower):
+def test_missing_unexpected_and_mismatched_tensors_are_listed_together(tmp_path, tower):
     tensors = tower.composite()
     lost, extra, wrong = (tower.prefix + name for name in ("blocks.1.norm2.weight", "blocks.7.what", "merger.x.bias"))
     first = tower.prefix + "patch_embed.proj.weight"
@@ -124,12 +124,12 @@ def test_missing_unexpected_and_misshapen_are_listed_at_once(tmp_path, tower):
         load(tmp_path, tower)
     assert (error.value.missing, sorted(error.value.unexpected)) == ([lost], sorted([extra, wrong]))
     assert error.value.mismatched == [(first, (16, 3, 2, 4, 4), (16, 3, 2, 5, 4))]
-    for said in (lost, extra, wrong, f"{first}: expected (16, 3, 2, 4, 4), got (16, 3, 2, 5, 4)"):
-        assert said in str(error.value)
+    for part in (lost, extra, wrong, f"{first}: expected (16, 3, 2, 4, 4), got (16, 3, 2, 5, 4)"):
+        assert part in str(error.value)
 
 
 @pytest.mark.parametrize("fault", ["missing", "unexpected", "mismatched", "unreadable"])
-def test_one_fault_of_one_kind_is_enough(tmp_path, tower, fault):
+def test_a_single_fault_is_refused(tmp_path, tower, fault):
     name = tower.prefix + ("merger.surplus" if fault == "unexpected" else "blocks.1.attn.proj.bias")
     tensors = tower.composite()
     if fault == "missing":
@@ -145,7 +145,7 @@ def test_one_fault_of_one_kind_is_enough(tmp_path, tower, fault):
     assert [kind for kind, faults in found.items() if faults] == [fault]
 
 
-def test_long_lists_are_cut_in_the_message_and_whole_in_the_attributes(tmp_path, qwen3):
+def test_long_lists_are_shortened_in_the_message_and_complete_in_the_attributes(tmp_path, qwen3):
     kept = {name: tensor for name, tensor in qwen3.composite().items() if ".blocks." not in name}
     save_file(kept, tmp_path / SINGLE)
     with pytest.raises(CheckpointError, match="… and 12 more") as error:
@@ -154,7 +154,7 @@ def test_long_lists_are_cut_in_the_message_and_whole_in_the_attributes(tmp_path,
     assert len(error.value.missing) == 24
 
 
-def test_another_familys_checkpoint_is_recognised(tmp_path, tower):
+def test_a_checkpoint_of_another_family_is_recognised(tmp_path, tower):
     other = "qwen2_vl" if tower.family != "qwen2_vl" else "qwen3_omni"
     save_file(tower.composite(), tmp_path / SINGLE)
     with pytest.raises(CheckpointError, match=rf"\({other}\): these look like tensors of .*{tower.family}"):
@@ -179,19 +179,19 @@ def test_quantised_language_model_does_not_matter(tmp_path, qwen3):
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "tower.pt", "tower.pth", "last.ckpt"])
-def test_pickles_are_refused_with_the_way_out(tmp_path, name):
+def test_pickles_are_refused_with_advice(tmp_path, name):
     (tmp_path / name).write_bytes(b"\x80\x04N.")
     for path in (tmp_path, tmp_path / name):
         with pytest.raises(ValueError, match=re.escape(name) + ".*convert it"):
             find_tensors(path)
 
 
-def test_nothing_there_says_what_was_looked_for(tmp_path):
+def test_a_folder_without_a_checkpoint_is_refused_with_the_expected_names(tmp_path):
     (tmp_path / "odd.safetensors").touch()
     with pytest.raises(FileNotFoundError) as error:
         find_tensors(tmp_path)
-    for said in ("model_visual.safetensors", SINGLE, "model.safetensors.index.json", "odd.safetensors"):
-        assert said in str(error.value)
+    for part in ("model_visual.safetensors", SINGLE, "model.safetensors.index.json", "odd.safetensors"):
+        assert part in str(error.value)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         find_tensors(tmp_path / "nowhere")
 
@@ -219,9 +219,9 @@ def test_broken_header_is_refused(tmp_path, text):
         find_tensors(tmp_path)
 
 
-def test_foreign_file_and_absurd_header_length(tmp_path):
+def test_a_file_of_another_format_is_refused(tmp_path):
     (tmp_path / SINGLE).write_bytes(b"GGUF" + b"\xff" * 100)
-    with pytest.raises(ValueError, match=r"not a safetensors file.*promise a header of"):
+    with pytest.raises(ValueError, match=r"not a safetensors file.*give a header of"):
         find_tensors(tmp_path)
 
 
@@ -232,19 +232,19 @@ def test_broken_index_is_refused(tmp_path, text):
         find_tensors(tmp_path)
 
 
-def test_index_that_promises_what_a_shard_lacks(tmp_path, qwen3):
+def test_an_index_that_lists_tensors_missing_from_a_shard_is_refused(tmp_path, qwen3):
     tensors = qwen3.composite()
     save_sharded(tmp_path, tensors, dict.fromkeys(tensors, 0))
     file = tmp_path / "model.safetensors.index.json"
     index = json.loads(file.read_text())
     index["weight_map"]["model.visual.blocks.9.norm1.bias"] = "model-00001-of-00001.safetensors"
     file.write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=r"not there: model.visual.blocks.9.norm1.bias in model-00001"):
+    with pytest.raises(ValueError, match=r"not in their shards: model.visual.blocks.9.norm1.bias in model-00001"):
         find_tensors(tmp_path)
 
 
-def test_saved_tower_reads_back_here_and_in_transformers(tmp_path, tower):
-    # Slices of one fused tensor, as separate q, k and v may be, and a transposed one.
+def test_a_saved_tower_reads_back_here_and_in_transformers(tmp_path, tower):
+    # Two slices of one tensor, like q, k and v of a fused weight, and a transposed tensor.
     fused = torch.stack([tower.canonical["blocks.0.norm1.weight"], tower.canonical["blocks.1.norm1.weight"]])
     tensors = tower.canonical | {"blocks.0.norm1.weight": fused[0], "blocks.1.norm1.weight": fused[1]}
     tensors["merger.fc1.weight"] = tensors["merger.fc1.weight"].t().contiguous().t()

@@ -1,7 +1,7 @@
 import pytest
 
 from qwenvit.weights.names import (
-    FAMILIES,
+    NAME_TABLES,
     PREFIXES,
     canonical_name,
     find_prefix,
@@ -11,7 +11,7 @@ from qwenvit.weights.names import (
 )
 
 
-def test_every_tensor_of_the_family_has_its_name_both_ways(tower):
+def test_every_tensor_translates_both_ways(tower):
     assert {official_name(name, tower.family) for name in tower.canonical} == set(tower.state)
     for name, tensor in tower.canonical.items():
         official = official_name(name, tower.family)
@@ -19,14 +19,14 @@ def test_every_tensor_of_the_family_has_its_name_both_ways(tower):
         assert canonical_name(official, tower.family) == name
 
 
-def test_canonical_names_are_the_same_words_in_every_family(tower):
+def test_canonical_names_are_equal_in_all_families(tower):
     roots = {name.split(".")[0] for name in tower.canonical}
     assert {"patch_embed", "blocks", "merger"} <= roots
     assert roots <= {"patch_embed", "pos_embed", "blocks", "merger", "deepstack_mergers"}
     assert {"merger.norm.weight", "merger.fc1.bias", "merger.fc2.weight"} <= set(tower.canonical)
 
 
-def test_index_is_kept_whatever_its_length():
+def test_an_index_of_any_length_is_kept():
     assert official_name("blocks.123.mlp.fc1.weight", "qwen3_vl") == "blocks.123.mlp.linear_fc1.weight"
     assert canonical_name("merger_list.12.mlp.0.bias", "qwen3_omni") == "deepstack_mergers.12.fc1.bias"
 
@@ -39,13 +39,13 @@ def test_name_that_the_family_lacks_is_refused(name):
         canonical_name(name, "qwen2_vl")
 
 
-def test_unknown_family_is_refused_with_the_known_ones():
+def test_an_unknown_family_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match=r"family: expected one of qwen2_vl, .* got 'qwen9'"):
         official_name("pos_embed.weight", "qwen9")
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
-def test_prefix_is_found_among_everything_else(tower, prefix):
+def test_the_prefix_is_found_among_other_tensors(tower, prefix):
     names = list(tower.composite(prefix))
     assert find_prefix(names) == prefix
     assert vision_names(names, prefix) == [prefix + name for name in tower.state]
@@ -64,7 +64,7 @@ def test_two_vision_prefixes_are_refused(tower, pair):
     assert "lm_head.weight" in str(error.value)
 
 
-def test_no_vision_tensor_is_refused_with_what_is_there():
+def test_a_checkpoint_without_vision_tensors_is_refused_with_its_names():
     with pytest.raises(ValueError, match="no vision tensors") as error:
         find_prefix(["model.layers.0.mlp.up_proj.weight", "lm_head.weight", "vision_model.encoder.weight"])
     for present in ("model.layers", "lm_head.weight", "vision_model.encoder"):
@@ -73,7 +73,7 @@ def test_no_vision_tensor_is_refused_with_what_is_there():
         find_prefix([])
 
 
-def test_likely_family_is_the_one_itself(tower):
+def test_likely_families_contain_the_right_one(tower):
     families = likely_families(tower.state)
     assert tower.family in families
     assert set(families) <= {tower.family, "qwen3_vl", "qwen3_5"}
@@ -81,4 +81,4 @@ def test_likely_family_is_the_one_itself(tower):
 
 
 def test_families_are_the_six():
-    assert list(FAMILIES) == ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen2_5_omni", "qwen3_omni"]
+    assert list(NAME_TABLES) == ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen2_5_omni", "qwen3_omni"]

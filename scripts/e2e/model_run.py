@@ -1,0 +1,145 @@
+"""Measure one model for `bench_e2e.py`, step by step: here, or in a process of its own."""
+
+import argparse
+import contextlib
+import gc
+import json
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.machine import Ceilings, describe_machine
+from common.progress import progress
+from e2e.cases import MODELS, all_cases
+from e2e.model_bench import ModelBench, first_line
+from e2e.verdicts import OMITTED_BY_OPTION, Result
+from peers.vllm_figures import VLLM_MODELS, read_vllm
+from qwenvit.config.published import published_config
+
+SIZES, PROFILE, GRAPHS, COLD = "random sizes", "profile", "graphs", "cold process"
+EXTRAS = (SIZES, PROFILE, GRAPHS, COLD)
+PROFILED = ("448²", "896²", "1344²")
+Step = Callable[[str], AbstractContextManager[None]]
+TIMEOUT = 900
+"""Seconds after which the process of a model is killed."""
+NOT_FORWARDED_OPTIONS = ("models", "json", "read", "chart", "page", "readme")
+"""Options of the command that a model's own process does not receive, or receives with other values."""
+
+
+def empty_result(model: str) -> Result:
+    return {"model": model, "machine": "", "ceilings": "", "gemm": 0.0, "gate": "", "rows": [], "sizes": [],
+            "profiles": {}, "graphs": None, "cold": None, "failed": [], "seconds": {}, "complete": False}  # fmt: skip
+
+
+def run_model(model: str, options: argparse.Namespace, limits: Ceilings, save: Callable[[Result], None]) -> Result:
+    """Measure everything about one model. A step that fails is listed under `failed`, and the next steps run.
+
+    Args:
+        model: a key of MODELS.
+        options: the command's options.
+        limits: the machine's ceilings.
+        save: called with all figures so far, after each step.
+    """
+    host, _, measured = describe_machine(limits, options.commit).partition("\n\n")
+    result = empty_result(model) | {"machine": host, "ceilings": measured, "gemm": limits.gemm_throughput}
+
+    @contextlib.contextmanager
+    def step(name: str) -> Iterator[None]:
+        progress(f"{model}: {name}")
+        start = time.perf_counter()
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 (the report lists it, and the next steps run)
+            progress("")
+            traceback.print_exc()
+            result["failed"].append((name, first_line(error)))
+        result["seconds"][name] = round(time.perf_counter() - start, 1)
+        save(result)
+        gc.collect()
+        with contextlib.suppress(RuntimeError):  # after a CUDA error, this fails as well
+            torch.cuda.empty_cache()
+
+    bench: ModelBench | None = None
+    vllm = read_vllm(options.vllm) if options.vllm else {}
+    with step("weights and parity"):
+        bench = ModelBench(model, options)
+        checks = bench.parity_checks
+        worst = max(checks, key=lambda check: check.value / check.bound if check.bound else check.value)
+        passed = f"{sum(check.passed for check in checks)} of {len(checks)} checks pass"
+        result["gate"] = f"{passed}, nearest its bound: {worst.name} {worst.value:.3g} (≤ {worst.bound:g})"
+    if bench is not None:
+        run_steps(bench, result, options, vllm, step)
+    progress("")
+    result["complete"] = True  # the run reached its end, whatever failed
+    save(result)
+    return result
+
+
+def run_steps(
+    bench: ModelBench, result: Result, options: argparse.Namespace, vllm: dict[Any, dict[str, float]], step: Step
+) -> None:
+    """Add the figures that `--cases` asks for to the result."""
+    if COLD in options.cases:
+        with step(COLD):
+            result["cold"] = bench.cold_start()
+    for case in (case for case in all_cases(bench.config) if case.name in options.cases):
+        with step(case.name):
+            row = bench.measure(case)
+            figures = vllm.get((result["model"], case.patches, bool(case.frames)), {}) if len(case.grid) == 1 else {}
+            row["times"] |= {name: {"median": seconds} for name, seconds in figures.items()}
+            if not figures:
+                row["missing"]["vLLM"] = why_no_vllm_figure(result["model"], bool(vllm))
+            result["rows"].append(row)
+        if case.name in PROFILED and PROFILE in options.cases:
+            with step(f"{PROFILE} of {case.name}"):
+                result["profiles"][case.name] = bench.profile(case)
+    if SIZES in options.cases:
+        with step(SIZES):
+            result["sizes"] = bench.measure_random_sizes()
+    if GRAPHS in options.cases:
+        with step(GRAPHS):
+            result["graphs"] = bench.graph_costs()
+
+
+def why_no_vllm_figure(model: str, given: bool) -> str:
+    """Return the reason why vLLM has no figure.
+
+    Args:
+        model: a key of MODELS.
+        given: whether `--vllm` gave any figures.
+    """
+    if model not in VLLM_MODELS.values():
+        return "vLLM's benchmark does not include this model"
+    no_figures = f"no figures were given {OMITTED_BY_OPTION}vllm)"
+    return "vLLM's benchmark does not include this case" if given else no_figures
+
+
+def run_in_new_process(model: str, options: argparse.Namespace, script: Path) -> Result:
+    """Measure one model in a new process, so that a fatal CUDA error costs this model alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "result.json")
+        command = [sys.executable, str(script), "--models", model, "--json", str(file)]
+        for name, value in vars(options).items():
+            if name not in NOT_FORWARDED_OPTIONS and value is not None:
+                command += [f"--{name}", *(value if isinstance(value, list) else [str(value)])]
+        try:
+            ending = f"ended with {subprocess.run(command, stdout=subprocess.DEVNULL, timeout=TIMEOUT).returncode}"
+        except subprocess.TimeoutExpired:
+            ending = f"was killed after {TIMEOUT} s"
+        result = json.loads(file.read_text())[0] if file.exists() else empty_result(model)
+    if not result["complete"]:
+        result["failed"].append(("its process", ending))
+    return result
+
+
+def case_names() -> list[str]:
+    """Return the choices of `--cases`."""
+    return [*(case.name for case in all_cases(published_config(next(iter(MODELS.values()))))), *EXTRAS]

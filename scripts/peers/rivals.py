@@ -1,0 +1,15 @@
+"""The rivals of `bench_e2e.py`: their names, and how each one runs."""
+
+SDPA, TIMM = "transformers sdpa", "timm"
+RIVAL_NAMES = {"sdpa": SDPA, "fa2": "transformers FA2", "fa3": "transformers FA3", "compiled": "transformers compiled",
+               "timm": TIMM}  # fmt: skip
+"""By the word that `--rivals` takes."""
+HOW_RIVALS_RUN = (
+    "transformers: its tower in eager mode, `tower(pixel_values, grid_thw)`; FA2 is "
+    "`torch.nn.attention.varlen.varlen_attn`, FA3 is `_vllm_fa3_C.fwd`, either as an attention function named "
+    "`flash_…`. compiled: `torch.compile(tower, fullgraph=True, dynamic=True)` with FA3 (FA2 without it), positions, "
+    "`cu_seqlens` and `max_seqlen` computed before; + graph: the same in a CUDA graph of exactly this input. timm: "
+    "`qwen3_vit_*_enc` (no DeepStack, one image), each block compiled for this size, in a CUDA graph. vLLM: its tower, "
+    "timed in another process on the same machine; + graph: the faster of a CUDA graph of exactly this input and "
+    "vLLM's own graph manager."
+)
