@@ -156,7 +156,8 @@ def test_demo_announces_itself_and_is_reached_by_name_only(tmp_path):
     with pytest.warns(UserWarning, match="random weights: shapes and plumbing are real, features are not"):
         first = Encoder.from_pretrained("demo", device="cpu")
     assert torch.equal(
-        first.encode(picture(64, 64)).packed, Encoder.from_pretrained("demo").encode(picture(64, 64)).packed
+        first.encode(picture(64, 64)).packed,
+        Encoder.from_pretrained("demo", device="cpu").encode(picture(64, 64)).packed,
     )
     assert qwenvit.encode.__kwdefaults__["model"] == "Qwen/Qwen2.5-VL-7B-Instruct"
     with pytest.raises((ValueError, OSError), match=r"Qwen/Qwen2\.5-VL-7B-Instruct"):

@@ -11,6 +11,7 @@ from torch import nn
 
 from qwenvit.integrations import transformers as integration
 from qwenvit.integrations.transformers import RopeIndexHandle, use_rope_index
+from support.pinned import needs_pinned_transformers
 from support.rope_index_truth import sequence
 
 CLASSES = {
@@ -136,6 +137,7 @@ def forward(model, inputs):
     return model(**inputs, labels=inputs["input_ids"])
 
 
+@needs_pinned_transformers
 @pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize("batch", BATCHES)
 def test_generation_gives_the_same_tokens(model, batch, padding, calls, monkeypatch):
@@ -152,6 +154,7 @@ def test_generation_gives_the_same_tokens(model, batch, padding, calls, monkeypa
     assert len(calls) == 1
 
 
+@needs_pinned_transformers
 @pytest.mark.parametrize("options", [{"num_beams": 2}, {"num_beams": 2, "num_return_sequences": 2}])
 def test_beams(model, options, calls):
     inputs = inputs_for(model, "both, padded")
@@ -161,6 +164,7 @@ def test_beams(model, options, calls):
     assert calls
 
 
+@needs_pinned_transformers
 @pytest.mark.parametrize("batch", BATCHES)
 def test_a_training_step_gives_the_same_logits_and_loss(model, batch, calls):
     inputs = inputs_for(model, batch, "right")
@@ -232,6 +236,7 @@ class TestRemoval:
         assert self.has_own_method(model)
 
 
+@needs_pinned_transformers
 @pytest.mark.parametrize(
     "way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
 )

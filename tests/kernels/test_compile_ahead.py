@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import triton
 
 KERNELS = {
     "_activate", "_add_position_rows", "_convert_rows", "_count_tokens", "_merge_average",
@@ -16,20 +17,24 @@ KERNELS = {
 TMA_KERNELS = {"_embed_patches"}
 SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
 """Bytes of shared memory that a block may use."""
-MAX_SPILLED = {"sm_80": 380, "sm_90": 0, "sm_100": 0}
+MAX_SPILLED = {"sm_80": 388 if triton.__version__ < "3.7" else 380, "sm_90": 0, "sm_100": 0}
 """Most bytes that ptxas may spill in 16 bits. Attention in windows spills on sm_80: its tiles were tuned on sm_90."""
 
 
 @pytest.mark.parametrize(
-    "arch", ["sm_90", *(pytest.param(arch, marks=pytest.mark.long) for arch in ("sm_80", "sm_100"))]
+    ("arch", "dtypes"),
+    [
+        pytest.param("sm_90", ["bfloat16"], id="sm_90 in bf16"),
+        *(pytest.param(arch, ["bfloat16", "float32"], id=arch, marks=pytest.mark.long) for arch in SHARED_MEMORY),
+    ],
 )
-def test_every_kernel_compiles(arch, tmp_path):
+def test_every_kernel_compiles(arch, dtypes, tmp_path):
     # In its own process: this one may have imported Triton in interpreter mode.
     script = Path(__file__).parents[1] / "support/compile_ahead.py"
     paths = os.pathsep.join([str(script.parents[2]), str(script.parents[1]), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": paths}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "TMPDIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, script, arch], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, script, arch, *dtypes], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     print(done.stdout)

@@ -133,6 +133,7 @@ def test_more_chunks_than_one_block():
     same(kernel("qwen2_vl", inputs), brute_force("qwen2_vl", **inputs))
 
 
+@pytest.mark.long
 def test_one_row_of_more_chunks_than_one_block():
     pair = [("image", (1, 40, 40)), ("text", SCAN * CHUNK // 2)]
     inputs = sequence([[("text", 7)], [*pair, *pair, ("video", (2, 6, 8)), ("text", 300)]], "qwen2_vl")

@@ -10,6 +10,7 @@ import torch
 from peers.rope_index import SETUPS, processor_inputs, transformers_rope_index, vision_ids
 from qwenvit import rope_index
 from qwenvit.mrope.rules import PUBLISHED_RULES
+from support.pinned import needs_pinned_transformers
 from support.rope_index_truth import FAMILIES, same, sequence
 from support.towers import FULL
 
@@ -153,6 +154,7 @@ def test_inputs_may_be_strided(family):
     same(rope_index(family=family, **inputs), expected)
 
 
+@needs_pinned_transformers
 @pytest.mark.parametrize(
     "seconds",
     [
@@ -194,6 +196,7 @@ SECONDS_FORMS = {
 } | {str(dtype): lambda second, dtype=dtype: torch.tensor([second], dtype=dtype) for dtype in FLOATS}
 
 
+@needs_pinned_transformers
 @pytest.mark.parametrize("form", SECONDS_FORMS)
 @pytest.mark.parametrize("seconds", [0.1, 0.35, 1 / 3, 2.3])
 def test_rounding_over_long_videos(form, seconds):

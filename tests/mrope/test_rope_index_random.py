@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from peers.rope_index import transformers_rope_index
 from qwenvit import rope_index
+from support.pinned import needs_pinned_transformers
 from support.rope_index_truth import FAMILIES, brute_force, random_rows, same, sequence
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64]
@@ -50,6 +51,7 @@ def ours(family, inputs):
     return rope_index(family=family, spatial_merge_size=inputs.pop("merge"), **inputs)
 
 
+@needs_pinned_transformers
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equals_transformers(family):
     @settings(max_examples=600, deadline=None)
@@ -73,6 +75,7 @@ def test_touching_items_holes_and_empty_rows_equal_brute_force(family):
     check()
 
 
+@needs_pinned_transformers
 @pytest.mark.parametrize("family", FAMILIES)
 def test_brute_force_equals_transformers(family):
     @settings(max_examples=50, deadline=None)

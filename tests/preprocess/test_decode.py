@@ -13,6 +13,7 @@ from transformers import Qwen2VLImageProcessor, Qwen2VLImageProcessorPil
 from transformers.image_utils import load_image
 
 from qwenvit.preprocess.decode import EIGHT_BIT_MODES, each_image, open_image
+from support.pinned import needs_pinned_transformers
 
 HF_PROCESSORS = {"pillow": Qwen2VLImageProcessorPil(), "torch": Qwen2VLImageProcessor()}
 BACKENDS = sorted(HF_PROCESSORS)
@@ -48,6 +49,7 @@ def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
     return buffer.getvalue()
 
 
+@needs_pinned_transformers
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("mode", EIGHT_BIT_MODES)
 def test_pil_images_are_as_in_transformers(mode: str, backend: str) -> None:
@@ -57,6 +59,7 @@ def test_pil_images_are_as_in_transformers(mode: str, backend: str) -> None:
     assert torch.equal(opened, hf_open(image, backend))
 
 
+@needs_pinned_transformers
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("transparency", [3, bytes(range(0, 256, 4))])
 def test_palette_transparency_is_composited_over_white(transparency: int | bytes, backend: str) -> None:
@@ -67,6 +70,7 @@ def test_palette_transparency_is_composited_over_white(transparency: int | bytes
     assert (opened[:, torch.from_numpy(np.array(image)) == (3 if transparency == 3 else 0)] == 255).all()
 
 
+@needs_pinned_transformers
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("channels", ["first", "last"])
 @pytest.mark.parametrize("count", [1, 3, 4])
@@ -78,6 +82,7 @@ def test_arrays_are_as_in_transformers(wrap, count: int, channels: str, backend:
     assert torch.equal(open_image(array, backend=backend), expected)  # inferred
 
 
+@needs_pinned_transformers
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_alpha_over_white_is_as_in_transformers(backend: str) -> None:
     value, alpha = np.meshgrid(np.arange(256, dtype=np.uint8), np.arange(256, dtype=np.uint8))
@@ -85,6 +90,7 @@ def test_every_alpha_over_white_is_as_in_transformers(backend: str) -> None:
     assert torch.equal(open_image(array, backend=backend), hf_open(array, backend))
 
 
+@needs_pinned_transformers
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_scaled_floats_with_alpha_are_as_in_transformers(backend: str) -> None:
     array = unit_floats(64, 80, 4)
@@ -116,6 +122,7 @@ def test_files_equal_what_transformers_loads(mode: str, orientation: int | None,
         assert torch.equal(open_image(source), expected)
 
 
+@needs_pinned_transformers
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("mode", "colour"), [("P", 0), ("P", bytes(range(0, 256, 8))), ("L", 40), ("RGB", (9, 8, 7))])
 def test_files_with_a_transparent_colour(mode: str, colour: object, backend: str, tmp_path: Path) -> None:

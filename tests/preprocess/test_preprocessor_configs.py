@@ -9,6 +9,7 @@ from qwenvit.config.families import FAMILIES
 from qwenvit.preprocess.from_checkpoint import read_processors
 from qwenvit.preprocess.image_processor import ImageProcessor
 from qwenvit.preprocess.video_processor import VideoProcessor
+from support.pinned import needs_pinned_transformers
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -74,6 +75,7 @@ IMAGES = {"image_processor_type": "Qwen2VLImageProcessor", "min_pixels": 3136, "
 VIDEOS = {"video_processor_type": "Qwen3VLVideoProcessor", "size": {"shortest_edge": 4096, "longest_edge": 80_000}}
 
 
+@needs_pinned_transformers
 @pytest.mark.parametrize(
     "files",
     [

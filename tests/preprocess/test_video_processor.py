@@ -12,6 +12,7 @@ from transformers.video_utils import VideoMetadata
 from qwenvit.config.families import FAMILIES
 from qwenvit.preprocess.sampling import sample_frames
 from qwenvit.preprocess.video_processor import VideoProcessor
+from support.pinned import needs_pinned_transformers
 
 HF_PROCESSORS = {"qwen2_vl": Qwen2VLVideoProcessor, "qwen3_vl": Qwen3VLVideoProcessor}
 RULES = sorted(HF_PROCESSORS)
@@ -146,6 +147,7 @@ def test_refused_frames(frames: object, kind: type[Exception], message: str) -> 
         VideoProcessor.for_family("qwen2_vl")(frames)
 
 
+@needs_pinned_transformers
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(
     "stated", [{}, {"size": {"shortest_edge": 5000, "longest_edge": 90_000}}, {"max_pixels": 150_000}]

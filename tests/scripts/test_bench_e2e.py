@@ -69,7 +69,9 @@ def test_pixel_values_are_those_of_a_still():
     assert torch.equal(picture[0, :, :16, 32:48], pixels[4].view(3, 2, 16, 16)[:, 0])
 
 
-@pytest.mark.parametrize("family", NARROW)
+@pytest.mark.parametrize(
+    "family", [pytest.param("qwen2_vl", marks=pytest.mark.long), *(family for family in NARROW if family != "qwen2_vl")]
+)
 def test_rivals_do_the_same_work(family):
     config = NARROW[family]
     tower = build_tower(config)

@@ -70,7 +70,8 @@ def test_the_kernel_uses_a_candidate_and_gives_the_same_result():
     workload = Workload(
         "tiny", case.make_inputs, lambda x: ops.rotate_qk_(x["permuted_qkv"], x["cos"], x["sin"], 2, impl="triton")
     )
-    inputs = workload.make_inputs(torch.device("cpu"), torch.float32)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    inputs = workload.make_inputs(device, torch.float32)
     expected = tune.run(workload, inputs)
     assert not torch.equal(expected, inputs["permuted_qkv"].double().flatten())
     with override(passes, {"rows": 1, "pairs": 16}):

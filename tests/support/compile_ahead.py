@@ -1,4 +1,4 @@
-"""Compile every kernel for a GPU architecture without such a GPU: `python compile_ahead.py sm_90`.
+"""Compile every kernel for a GPU architecture without such a GPU: `python compile_ahead.py sm_90 [DTYPE …]`.
 
 Call each operation on CPU tensors, with a Triton driver that reports a GPU of the architecture and with launches
 replaced by compilation. Print a JSON line for each compiled kernel: name, dtype, shared memory and spilled bytes.
@@ -121,7 +121,7 @@ def main() -> None:
         mock.patch.object(JITFunction, "run", compile_only),
         mock.patch.object(tiles, "capability", return_value=divmod(capability, 10)),
     ):
-        for dtype in (torch.bfloat16, torch.float32):
+        for dtype in (getattr(torch, name) for name in sys.argv[2:] or ("bfloat16", "float32")):
             call_everything(dtype)
     for name, dtype_name, compiled in compiled_kernels.values():
         spilled = spilled_bytes(compiled.asm["ptx"], capability)

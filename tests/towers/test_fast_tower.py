@@ -17,6 +17,8 @@ from support.towers import FULL, narrow, random_pixels
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
+FAMILIES = dict.fromkeys(FULL, False) | dict.fromkeys(("qwen2_5_omni", "qwen3_omni", "qwen3_5"), True)
+"""Every family, and whether its kernels are those of another: it differs in the names or the number of its weights."""
 GRIDS = [[1, 6, 10], [2, 4, 4], [1, 2, 2]]  # partial windows, a video, one token
 
 
@@ -31,8 +33,14 @@ def both(family, impl):
     return reference.to(DEVICE), fast.to(DEVICE), config
 
 
-@pytest.mark.parametrize("impl", ["reference", "triton"])
-@pytest.mark.parametrize("family", FULL)
+@pytest.mark.parametrize(
+    ("family", "impl"),
+    [
+        pytest.param(family, impl, id=f"{family}-{impl}", marks=pytest.mark.long if impl == "triton" and twin else ())
+        for family, twin in FAMILIES.items()
+        for impl in ("reference", "triton")
+    ],
+)
 def test_outputs_equal_the_reference_towers(family, impl, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     reference, fast, config = both(family, impl)

@@ -13,6 +13,7 @@ from torch import nn
 from common.hf_towers import build_tower
 from qwenvit.encoder import Encoder
 from qwenvit.parity import Difference, close, exact, no_worse, record, replay
+from support.pinned import needs_pinned_transformers
 from support.towers import SMALL, ours_from
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "compare_hf.py"
@@ -78,7 +79,8 @@ def checkpoint(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@needs_pinned_transformers
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.long), "bfloat16"])
 def test_compare_hf_passes_the_tower(checkpoint, dtype):
     done = compare("--model", checkpoint, "--dtype", dtype, "--device", "cpu", "--max-pixels", 40000, "--rounds", 1)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -87,6 +89,7 @@ def test_compare_hf_passes_the_tower(checkpoint, dtype):
     assert "ratio" in done.stdout
 
 
+@needs_pinned_transformers
 def test_compare_hf_feeds_one_image_and_a_video(checkpoint):
     kinds = ("image", "video")
     done = compare("--model", checkpoint, "--device", "cpu", "--max-pixels", 40000, "--rounds", 0, "--input", *kinds)
@@ -96,6 +99,7 @@ def test_compare_hf_feeds_one_image_and_a_video(checkpoint):
     assert "max_abs: 66 checks, worst 0, bound 0" in done.stdout
 
 
+@needs_pinned_transformers
 def test_compare_hf_fails_weights_that_only_one_side_reads(checkpoint):
     """The script must be able to fail: here a stray file, read by one tower only, changes its weights."""
     weights = load_file(checkpoint / "model.safetensors")

@@ -54,7 +54,17 @@ def test_fetch_once_then_encode_without_the_network(served, tmp_path):
     assert done.returncode == 0, done.stderr
     hub.requests.clear()
     done = qwenvit(
-        hub, tmp_path / "home", "encode", image, "-m", hub.repo_id, "-o", tmp_path / "out", HF_HUB_OFFLINE="1"
+        hub,
+        tmp_path / "home",
+        "encode",
+        image,
+        "-m",
+        hub.repo_id,
+        "-o",
+        tmp_path / "out",
+        "--device",
+        "cpu",
+        HF_HUB_OFFLINE="1",
     )
     assert done.returncode == 0, done.stderr
     assert not hub.requests
