@@ -18,7 +18,11 @@ TMA_KERNELS = {"_embed_patches"}
 SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
 """Bytes of shared memory that a block may use."""
 MAX_SPILLED = {"sm_80": 388 if triton.__version__ < "3.7" else 380, "sm_90": 0, "sm_100": 0}
-"""Most bytes that ptxas may spill in 16 bits. Attention in windows spills on sm_80: its tiles were tuned on sm_90."""
+"""Most bytes that ptxas may spill in bf16. Attention in windows spills on sm_80: its tiles were tuned on sm_90."""
+
+
+MAX_SPILLED_BY_INTEGERS = {"_plan_patches": 40, "_count_tokens": 4}
+"""The same for kernels of 64-bit integers alone, which run once a call: triton 3.7 spills these, 3.6 none."""
 
 
 @pytest.mark.parametrize(
@@ -41,4 +45,6 @@ def test_every_kernel_compiles(arch, dtypes, tmp_path):
     assert {row["kernel"] for row in rows} == KERNELS | (TMA_KERNELS if arch != "sm_80" else set())
     assert all(row["shared"] <= SHARED_MEMORY[arch] for row in rows)
     # Towers run in 16 bits. In fp32, attention needs twice the registers and spills.
-    assert [row for row in rows if row["dtype"] == "torch.bfloat16" and row["spilled"] > MAX_SPILLED[arch]] == []
+    in_bf16 = [row for row in rows if row["dtype"] == "torch.bfloat16"]
+    most = {row["kernel"]: max(MAX_SPILLED[arch], MAX_SPILLED_BY_INTEGERS.get(row["kernel"], 0)) for row in in_bf16}
+    assert [row for row in in_bf16 if row["spilled"] > most[row["kernel"]]] == []

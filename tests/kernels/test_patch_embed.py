@@ -172,7 +172,7 @@ def test_a_patch_is_bitwise_the_same_alone_and_in_every_run(dtype):
 
 
 def test_torch_compile_passes_through():
-    table, taps, tap_weights = make_positions(GRIDS, 9, 24, torch.float32)
+    table, taps, tap_weights = make_positions([[1, 2, 4]], 9, 24, torch.float32)
     pixel_values = torch.randn(len(taps), 30, device=DEVICE)
     weight, bias = outlier_randn(24, 30), outlier_randn(24)
     index = make_restore_index(len(taps))

@@ -9,6 +9,7 @@ import tune
 
 from kernel_bench import tune_cases
 from kernel_bench.attention_cases import attention_case
+from kernel_bench.cases import relative_error
 from kernel_bench.launch_configs import Tunable, Workload, apply_changes, format_config, override, replace_constant
 from qwenvit import ops
 from qwenvit.kernels.attention import window as rope_attention
@@ -75,7 +76,8 @@ def test_the_kernel_uses_a_candidate_and_gives_the_same_result():
     expected = tune.run(workload, inputs)
     assert not torch.equal(expected, inputs["permuted_qkv"].double().flatten())
     with override(passes, {"rows": 1, "pairs": 16}):
-        assert torch.equal(tune.run(workload, inputs), expected)
+        # Another block shape may be compiled to other fused multiply-adds.
+        assert relative_error(tune.run(workload, inputs), expected) <= (1e-7 if device.type == "cuda" else 0)
     with override(passes, {"rows": 3}), pytest.raises(Exception, match="power of 2"):
         tune.run(workload, inputs)
 

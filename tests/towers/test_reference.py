@@ -67,7 +67,7 @@ def test_any_mix_of_grids_equals_transformers(family):
     hf = build_tower(config)
     ours = ours_from(hf, config)
 
-    @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
     @given(grids)
     def check(batch):
         plan = GridPlan.build(batch, config)
