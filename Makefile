@@ -1,5 +1,5 @@
 # make demo   a virtual environment, the package, and the bundled pictures encoded
-# make test   the same, then the tests
+# make test   the environment, then the tests
 # make test-all   also the long ones
 # make lint   ruff and the type checker
 #

@@ -1,6 +1,7 @@
 """What launchers ask of a GPU: its multiprocessors, its compute capability, and the constants tuned for it.
 
-A `Tuning` has every constant that depends on the GPU it was measured on. Add one to `TUNINGS` for a new GPU.
+A `Tuning` has the thresholds that depend on the GPU they were measured on: add one to `TUNINGS` for a new GPU. Tile
+shapes, warps and registers for a generation of GPUs are in the `*_config` function or `*_TILE` beside each kernel.
 """
 
 import functools

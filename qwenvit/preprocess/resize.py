@@ -1,4 +1,4 @@
-"""Choosing the size to resize an image to, and resizing."""
+"""Choosing the size to resize an image to, and resizing it on the CPU, where `decode.open_image` puts every image."""
 
 import math
 from collections.abc import Mapping

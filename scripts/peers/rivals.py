@@ -1,4 +1,7 @@
-"""The rivals of `bench_e2e.py`: their names, and how each one runs."""
+"""The rivals of `bench_e2e.py`: their names, and the text that says how each one runs.
+
+`transformers_towers.transformers_rivals` and `timm_tower` build them; `e2e.model_bench.ModelBench` collects them.
+"""
 
 SDPA, TIMM = "transformers sdpa", "timm"
 RIVAL_NAMES = {"sdpa": SDPA, "fa2": "transformers FA2", "fa3": "transformers FA3", "compiled": "transformers compiled",

@@ -119,7 +119,17 @@ def compiled(tower: Callable[..., Any], config: VisionConfig, in_graph: bool) ->
 def transformers_rivals(
     tower: nn.Module, config: VisionConfig, kinds: Iterable[str], with_fa3: bool
 ) -> dict[str, PrepareCall]:
-    """Return transformers' tower in the ways named by `kinds` (keys of RIVAL_NAMES), by the rival's name."""
+    """Return transformers' tower in the ways named by `kinds`, by the rival's name.
+
+    Args:
+        tower: transformers' tower.
+        config: its config.
+        kinds: keys of `RIVAL_NAMES`; timm is built elsewhere, and FlashAttention 3 is left out without its library.
+        with_fa3: whether that library is loaded.
+
+    Raises:
+        ValueError: a kind that nothing builds.
+    """
     rivals: dict[str, PrepareCall] = {}
     for kind in kinds:
         if kind == "sdpa":
@@ -132,4 +142,6 @@ def transformers_rivals(
             compiled_tower = compile_tower(tower, register_attention("flash_op", fa3_op if with_fa3 else fa2))
             rivals[RIVAL_NAMES[kind]] = compiled(compiled_tower, config, in_graph=False)
             rivals[f"{RIVAL_NAMES[kind]} + graph"] = compiled(compiled_tower, config, in_graph=True)
+        elif kind not in ("fa3", "timm"):
+            raise ValueError(f"kinds: expected some of {', '.join(RIVAL_NAMES)}, got {kind!r}")
     return rivals

@@ -100,6 +100,8 @@ def test_rivals_asked_for():
     ]
     without_fa3 = transformers_towers.transformers_rivals(tower, config, RIVAL_NAMES, with_fa3=False)
     assert "transformers FA3" not in without_fa3
+    with pytest.raises(ValueError, match="kinds: expected some of .* got 'flashy'"):
+        transformers_towers.transformers_rivals(tower, config, ["flashy"], with_fa3=True)
 
 
 def test_timm_without_a_tower_says_so(tmp_path):
