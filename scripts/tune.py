@@ -170,7 +170,7 @@ def main() -> None:
     for tunable, better in changes:
         path = source_path(tunable)
         new, now = format_config(better), format_config(tunable.current)
-        print(f"{path.parent.name}/{path.name}: {tunable.name} = {new}  # now {now}")
+        print(f"{path.relative_to(KERNELS_FOLDER.parent)}: {tunable.name} = {new}  # now {now}")
         if options.write:
             path.write_text(replace_constant(path.read_text(), tunable.name, better))
     print(f"\n{time.monotonic() - start:.0f} s", file=sys.stderr)

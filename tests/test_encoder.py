@@ -193,9 +193,9 @@ def test_bad_pixel_values():
         enc(torch.rand(1, 3, 64, 64), grid)
     with pytest.raises(ValueError, match=r"expected \[patches, 1536\].*got \[16, 1176\]"):
         enc(torch.rand(16, 1176), grid)
-    with pytest.raises(ValueError, match="stands for 16 patches, got 12"):
+    with pytest.raises(ValueError, match="describes 16 patches, got 12"):
         enc(torch.rand(12, 1536), grid)
-    with pytest.raises(ValueError, match=r"\[1, 4, 4\]\] and 1992 more stands for 32000 patches, got 12"):
+    with pytest.raises(ValueError, match=r"\[1, 4, 4\]\] and 1992 more describes 32000 patches, got 12"):
         enc(torch.rand(12, 1536), grid.repeat(2000, 1))
     with pytest.raises(TypeError, match=r"expected a floating tensor.*torch.uint8"):
         enc(torch.zeros(16, 1536, dtype=torch.uint8), grid)

@@ -43,7 +43,7 @@ def sdist(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def wheel(sdist, tmp_path_factory):
-    """Built from the sdist, since a checkout may contain the build folder of another day."""
+    """The wheel, built from the sdist, because a checkout may contain an old build folder."""
     folder = tmp_path_factory.mktemp("wheel")
     run(
         sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", folder, sdist, cwd=folder
@@ -69,10 +69,11 @@ def test_the_wheel_holds_every_module(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {name for name in names if name.endswith(".py")} == modules()
     assert "qwenvit/py.typed" in names
+    assert not any(name.startswith(("kernels/", "weights/", "tests/", "scripts/")) for name in names)
 
 
 def test_the_sdist_holds_what_the_tests_need(sdist):
-    """All that a checkout has, so that `make demo` and `make test` run from it."""
+    """`make demo` and `make test` must run from the sdist, so it has every file that a checkout has."""
     folders = ("kernels", "qwenvit", "scripts", "tests", "weights")
     wanted = {path.relative_to(ROOT).as_posix() for folder in folders for path in (ROOT / folder).rglob("*.*")}
     wanted |= {"Makefile", "README.md", "constraints.txt", "pyproject.toml", "tests/conftest.py", ".ci/run"}

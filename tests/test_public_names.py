@@ -1,4 +1,4 @@
-"""The public paths of the package, each imported in a fresh interpreter, so that no earlier import can help."""
+"""The public paths of the package, each imported before any other module of it, so that no earlier import can help."""
 
 import importlib
 import pkgutil
@@ -41,7 +41,7 @@ def run(code):
 
 
 def test_every_public_path():
-    """Each with no module of qwenvit imported before; torch stays, or this would take a minute."""
+    """Forget qwenvit's modules before each import. torch stays loaded, because loading it each time takes a minute."""
     imports = [f"from qwenvit import {name}; import qwenvit; assert qwenvit.{name} is {name}" for name in TOP_LEVEL]
     imports += [f"import {module}; [getattr({module}, name) for name in {names}]" for module, names in MODULES.items()]
     code = (

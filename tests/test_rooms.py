@@ -1,4 +1,4 @@
-"""Arrows run one way: every import in the repository goes to a room that its own room may import."""
+"""Imports run one way: every module of the package and of scripts/ imports only from rooms that its room may import."""
 
 import ast
 import sys
@@ -45,18 +45,18 @@ FOREIGN = {
     "kernels": {"torch", "triton"},
     "weights": {"torch", "safetensors", "huggingface_hub", "requests", "httpx"},
 }
-"""Packages that a room may import besides the standard library; rooms not named here may import any."""
+"""Packages that a room may import besides the standard library and numpy. Rooms not named here may import any."""
 
 
 def package_files() -> list[tuple[str, str]]:
-    """Every module of the package with its room."""
+    """Return every module of the package, with its room."""
     files = [(file.relative_to(ROOT / "qwenvit").parts[0], file) for file in (ROOT / "qwenvit").rglob("*.py")]
     files += [(folder, file) for folder in ("kernels", "weights") for file in (ROOT / folder).rglob("*.py")]
     return sorted((room.removesuffix(".py"), str(file.relative_to(ROOT))) for room, file in files)
 
 
 def imports_of(tree: ast.AST) -> list[str]:
-    """Dotted names that a piece of code imports; of `from a import b`, `a.b`."""
+    """Return the dotted names that code imports: `a.b` for `from a import b`."""
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -68,7 +68,7 @@ def imports_of(tree: ast.AST) -> list[str]:
 
 
 def imports_at_start(file: str) -> list[str]:
-    """Dotted names imported when the module is: not inside functions, not for type checkers alone."""
+    """Return the dotted names that importing a module imports, without imports in functions and for type checkers."""
     body = ast.parse((ROOT / file).read_text()).body
     return [
         name
@@ -80,7 +80,7 @@ def imports_at_start(file: str) -> list[str]:
 
 
 def forbidden(room: str, names: list[str]) -> list[str]:
-    """Imports from the package that lead out of what a room may import."""
+    """Return the imports from the package that a room may not make."""
     rooms = {name: name.split(".")[1] for name in names if name.startswith("qwenvit.")}
     return [name for name, target in rooms.items() if target != room and target not in ALLOWED[room]]
 
@@ -96,13 +96,13 @@ def test_a_room_imports_only_what_it_may(room, file):
         assert [name for name in imports_at_start(file) if name.startswith("qwenvit.kernels")] == []
 
 
-def test_an_arrow_the_wrong_way_is_found():
+def test_a_forbidden_import_is_found():
     assert forbidden("plan", ["qwenvit.towers.fast.FastTower"]) == ["qwenvit.towers.fast.FastTower"]
     assert forbidden("kernels", imports_of(ast.parse("def f():\n    from qwenvit import ops"))) == ["qwenvit.ops"]
     assert forbidden("towers", ["qwenvit.plan.rope.apply_rope", "torch.nn"]) == []
 
 
-def test_no_module_imports_itself_in_a_circle():
+def test_there_are_no_circular_imports():
     modules = {}
     for _, file in package_files():
         parts = Path(file).with_suffix("").parts
@@ -115,7 +115,7 @@ def test_no_module_imports_itself_in_a_circle():
     done, path = set(), []
 
     def visit(name):
-        assert name not in path, f"a circle: {' -> '.join([*path, name])}"
+        assert name not in path, f"a circular import: {' -> '.join([*path, name])}"
         if name not in done:
             path.append(name)
             for target in edges[name] - {name}:
@@ -127,7 +127,7 @@ def test_no_module_imports_itself_in_a_circle():
 
 
 def script_files() -> list[tuple[str, str]]:
-    """Every script with its folder."""
+    """Return every script, with its folder."""
     folder = ROOT / "scripts"
     files = [(file.relative_to(folder).parts, file) for file in folder.rglob("*.py")]
     return sorted((parts[0] if len(parts) > 1 else "commands", str(file.relative_to(ROOT))) for parts, file in files)

@@ -60,7 +60,7 @@ def check_tensor(
 ) -> None:
     """Raise unless `tensor` is contiguous, on the device of `like`, and of this shape and dtype.
 
-    None in `shape` stands for any size, a `dtype` of None for any dtype.
+    None in `shape` means any size, a `dtype` of None for any dtype.
     """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")

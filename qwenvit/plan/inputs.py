@@ -101,5 +101,5 @@ def check_pixel_values(pixel_values: Tensor, grid: CheckedGrid, config: VisionCo
     if shape[0] != grid.patches:
         more = f" and {len(grid.tensor) - 8} more" if len(grid.tensor) > 8 else ""
         raise ValueError(
-            f"pixel_values: grid_thw {grid.tensor[:8].tolist()}{more} stands for {grid.patches} patches, got {shape[0]}"
+            f"pixel_values: grid_thw {grid.tensor[:8].tolist()}{more} describes {grid.patches} patches, got {shape[0]}"
         )

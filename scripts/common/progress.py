@@ -1,4 +1,4 @@
-"""The line on stderr that says how far a benchmark is."""
+"""Show the progress of a benchmark in one line on stderr."""
 
 import sys
 

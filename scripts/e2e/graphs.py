@@ -36,7 +36,7 @@ def call_with_capacity(
 ) -> Call:
     """Return a call of an encoder whose graph for this grid has the capacity that a function returns.
 
-    The encoder runs once with `capacity_for` in place of `qwenvit.graphs.capacity.capacity_for`, and keeps that graph.
+    The encoder runs once with `capacity_for` in place of `graphed_tower.capacity_for`, and keeps that graph.
 
     Raises:
         RuntimeError: the encoder did not call the function, or did not replay a graph.
@@ -48,7 +48,7 @@ def call_with_capacity(
     ):
         encoder(pixels, grid)
     if not (asked.called and replays.called):
-        raise RuntimeError("the encoder did not call qwenvit.graphs.capacity_for, or replayed no graph of its capacity")
+        raise RuntimeError("the encoder did not call graphed_tower.capacity_for, or replayed no graph of its capacity")
     return partial(encoder, pixels, grid)
 
 

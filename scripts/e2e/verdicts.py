@@ -18,7 +18,7 @@ NO_DEEPSTACK = "qwenvit without DeepStack"
 NOT_RIVALS = (OURS, NO_DEEPSTACK, TIMM)
 """qwenvit itself, and two towers without DeepStack: not rivals for the whole tower's work."""
 OMITTED_BY_OPTION = "(--"
-"""Part of the reason why a contender did not run that is followed by an option, where a missing option omitted it."""
+"""A reason with this text, such as `not given (--fa3)`, names the option that kept a contender from running."""
 KINDS = {
     "ms": ("{:.3f} ms", True),
     "over sdpa": ("{:.2f}× transformers sdpa", False),

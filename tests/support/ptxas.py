@@ -1,4 +1,4 @@
-"""Run ptxas so that a failure names its cause, and a machine that was short of memory for a moment fails no test."""
+"""Run ptxas: report why it failed, and try again where the machine may have been short of memory for a moment."""
 
 import contextlib
 import re
@@ -43,10 +43,13 @@ def ended_without_a_reason(failure: PTXASError) -> bool:
 
 
 def retry_once(call: Callable[[], T]) -> T:
-    """Return `call()`, which runs ptxas; if that fails, raise RuntimeError that adds the free disk and memory.
+    """Return the result of `call`, which runs ptxas.
 
-    ptxas ends with 255 both for errors in the PTX, which it names, and with no message when a busy machine denies it
-    memory or disk. Only the second can pass when it is tried again, and it is, once.
+    ptxas ends with 255 for errors in the PTX, which it names, and also, without a message, when a busy machine denies
+    it memory or disk. Only the latter can succeed on a second try, so it is tried once more.
+
+    Raises:
+        RuntimeError: ptxas failed; the message has its output and the free disk and memory.
     """
     for is_last in (False, True):
         try:

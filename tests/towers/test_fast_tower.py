@@ -18,7 +18,7 @@ from support.towers import FULL, narrow, random_pixels
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 FAMILIES = dict.fromkeys(FULL, False) | dict.fromkeys(("qwen2_5_omni", "qwen3_omni", "qwen3_5"), True)
-"""Every family, and whether its kernels are those of another: it differs in the names or the number of its weights."""
+"""Every family, and whether another one runs the same kernels: the two differ in names or the number of weights."""
 GRIDS = [[1, 6, 10], [2, 4, 4], [1, 2, 2]]  # partial windows, a video, one token
 
 

@@ -12,7 +12,7 @@ from support.towers import FULL, MIXED_GRIDS, SMALL, one_block, ours_from, rando
 
 FAMILIES = list(SMALL)
 REPRESENTATIVE = ("qwen2_5_vl", "qwen3_vl")
-"""The other families differ from these in structure, which the narrow towers of full depth have too."""
+"""Families whose full-size block runs every time. Narrow towers of full depth cover the structure of the others."""
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
