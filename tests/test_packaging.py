@@ -52,7 +52,7 @@ def wheel(sdist, tmp_path_factory):
 
 
 def test_kernels_and_weights_do_not_shadow_packages_of_the_same_name():
-    """Hugging Face's `kernels` is imported by transformers; ours must never answer to that name."""
+    """transformers imports Hugging Face's package `kernels`, and `import kernels` must never find our folder."""
     assert not (ROOT / "kernels" / "__init__.py").exists()
     assert not (ROOT / "weights" / "__init__.py").exists()
     banned = PYPROJECT["tool"]["ruff"]["lint"]["flake8-tidy-imports"]
@@ -100,13 +100,13 @@ def test_every_module_of_the_wheel_is_imported_and_it_encodes_from_another_direc
 
 
 def define_schemas():
-    """What lets transformers be imported beside a CPU build of torch."""
+    """Return code that makes transformers importable beside a CPU build of torch."""
     return f"import sys; sys.path.append({str(ROOT / 'scripts')!r}); from common import torchvision_cpu; " \
         "torchvision_cpu.define_torchvision_schemas(); sys.path.pop()\n"  # fmt: skip
 
 
 def test_importing_it_is_quick():
-    # triton and torch._dynamo take longer to import than all of qwenvit; kernels bring them at their first use.
+    # triton and torch._dynamo take longer to import than all of qwenvit; kernels import them at their first use.
     names = "qwenvit.Encoder, qwenvit.ops"
     code = f"import sys, qwenvit; {names}; print({{'triton', 'torch._dynamo', 'transformers'}} & set(sys.modules))"
     assert run(sys.executable, "-c", code, cwd=ROOT).strip() == "set()"

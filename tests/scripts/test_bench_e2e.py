@@ -100,7 +100,7 @@ def test_rivals_asked_for():
     ]
     without_fa3 = transformers_towers.transformers_rivals(tower, config, RIVAL_NAMES, with_fa3=False)
     assert "transformers FA3" not in without_fa3
-    with pytest.raises(ValueError, match="kinds: expected some of .* got 'flashy'"):
+    with pytest.raises(ValueError, match=r"kinds: expected some of .* got 'flashy'"):
         transformers_towers.transformers_rivals(tower, config, ["flashy"], with_fa3=True)
 
 
