@@ -148,16 +148,17 @@ class GraphedTower:
                 return self.tower(pixel_values.to(self.device), plan)
 
     def _prepare(self, grid: CheckedGrid) -> PreparedGrids:
-        if grid.key not in self._prepared:
+        key = grid.key or grid.tensor.numpy().tobytes()  # no key if torch.compile traced `check_grid`
+        if key not in self._prepared:
             config = self.tower.config
             needed = device_plan.measure_grids(grid.tensor, config)
             capacity = capacity_for(needed, config.merge_unit) if needed.patches <= MAX_GRAPH_PATCHES else None
             items = needed.items if capacity is None else capacity.items
             table = device_plan.grid_table(grid.tensor, config, items).pin_memory()
-            self._prepared[grid.key] = PreparedGrids(needed, capacity, table)
+            self._prepared[key] = PreparedGrids(needed, capacity, table)
             if len(self._prepared) > MAX_PREPARED_GRIDS:
                 self._prepared.popitem(last=False)
-        return self._prepared[grid.key]
+        return self._prepared[key]
 
     @contextmanager
     def _serialized(self) -> Iterator[None]:

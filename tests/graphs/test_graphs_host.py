@@ -85,6 +85,17 @@ def test_moved_weights_are_found_before_a_capture_and_after_a_replay(no_cuda, mo
     no_cuda.synchronize.assert_called_once_with(graphs.device)
 
 
+def test_grids_without_a_key_are_told_apart(no_cuda, monkeypatch):
+    """torch.compile may trace `check_grid`, which then gives no key, and run the graphs outside the trace."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda table: table)
+    tower = cpu_tower()
+    graphs = GraphedTower(tower)
+    for size in ([1, 4, 8], [1, 8, 4]):
+        grid = check_grid([size], 2)
+        assert torch.equal(graphs._prepare(grid._replace(key=b"")).table, graphs._prepare(grid).table)
+        assert graphs._prepare(grid).table[0, 3:].tolist() == size[1:]
+
+
 @pytest.mark.parametrize("captured", [True, False])
 def test_hooks_are_refused_and_not_captured(no_cuda, monkeypatch, captured):
     tower = cpu_tower()
