@@ -115,6 +115,7 @@ class ImageProcessor(PatchProcessor):
             ValueError: an impossible option, or an image that cannot be used.
             OSError: a file that cannot be read.
         """
+        check_image_options(options)  # here too: `each` also takes single_frame
         patches, grids = zip(*self.each(images, **options), strict=True)
         return (patches[0] if len(patches) == 1 else torch.cat(patches)), torch.cat(grids)
 

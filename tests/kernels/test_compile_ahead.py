@@ -17,7 +17,8 @@ KERNELS = {
 TMA_KERNELS = {"_embed_patches"}
 SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
 """Bytes of shared memory that a block may use."""
-MAX_SPILLED = {"sm_80": 388 if triton.__version__ < "3.7" else 380, "sm_90": 0, "sm_100": 0}
+TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
+MAX_SPILLED = {"sm_80": 388 if TRITON < (3, 7) else 380, "sm_90": 0, "sm_100": 0}
 """Most bytes that ptxas may spill in bf16. Attention in windows spills on sm_80: its tiles were tuned on sm_90."""
 MAX_SPILLED_BY_INTEGERS = {"_plan_patches": 40, "_count_tokens": 4}
 """Most bytes that ptxas may spill in kernels of 64-bit integers, which run once a call. Triton 3.6 spills none."""

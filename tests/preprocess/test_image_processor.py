@@ -185,6 +185,12 @@ def test_an_unknown_option_is_refused_before_an_image_is_opened(call: str) -> No
         getattr(ImageProcessor.for_family("qwen2_vl"), call)("no/such/file.png", max_pixel=3, size=None)
 
 
+def test_the_option_of_each_alone_is_refused_elsewhere() -> None:
+    """`each` gives one frame where it is asked to; a batch of such rows would fit no tower's checks."""
+    with pytest.raises(TypeError, match=r"^options: expected only .* got single_frame$"):
+        ImageProcessor.for_family("qwen2_vl")(pixels(30, 30), single_frame=True)
+
+
 def test_a_refused_image_is_named_by_its_index() -> None:
     good, stripe = pixels(30, 30), pixels(2, 402)
     with pytest.raises(ValueError, match=r"images\[1\]: expected an aspect ratio of at most 200, got 201"):
