@@ -14,37 +14,20 @@ import torch
 class Tuning:
     """Thresholds of launch decisions, measured on one kind of GPU (TUNING.md).
 
-    Wave efficiency is the share of a GPU's program slots that a launch fills, averaged over its waves. A fused kernel
-    runs from its threshold on; below it, cuBLAS and a separate pass run.
+    Those that compare numbers of tokens or windows choose tiles, stages and warps alone, never the order of a sum.
     """
 
     multiprocessors: int
     """Multiprocessors of the measured GPU. Launch decisions compare numbers of windows and tiles with it."""
-    qkv_wave_efficiency: float
-    """Threshold of the QKV projection with fused RoPE."""
-    swiglu_wave_efficiency: float
-    """Threshold of the fused SwiGLU projection."""
-    activation_wave_efficiency: float
-    """Threshold of a projection with a fused activation whose tiles take several waves."""
-    activation_single_wave_efficiency: float
-    """Threshold of a projection with a fused activation whose tiles take one wave."""
-    patch_wave_efficiency: float
-    """Threshold of the patch embedding that writes rows in the tower's order."""
-    narrow_width: int
-    """Inputs of K columns have QKV and activation thresholds of at most K / narrow_width: the narrower the input, the
-    larger the separate pass's share of the time."""
+    fused_qkv_width: int
+    """QKV projections of at most this many input columns rotate queries and keys in the product."""
     many_query_tiles: int
     """From this many tiles of 64 queries on, attention of head_dim 80 uses tiles of 128 queries."""
 
 
 H200 = Tuning(
     multiprocessors=132,
-    qkv_wave_efficiency=0.8,
-    swiglu_wave_efficiency=0.8,
-    activation_wave_efficiency=0.77,
-    activation_single_wave_efficiency=0.95,
-    patch_wave_efficiency=0.65,
-    narrow_width=1380,
+    fused_qkv_width=768,
     many_query_tiles=1000,
 )
 TUNINGS = {9: H200}

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import overload
+from typing import cast, overload
 
+import torch
 from torch import Tensor
 
 
@@ -40,6 +41,8 @@ class ItemEmbeddings:
 class Embeddings(Sequence[ItemEmbeddings]):
     """Embeddings of a batch: a sequence with one entry per input, and the packed tensors they are views of.
 
+    The entry of an input that was skipped (`on_error="skip"`) is None; the packed tensors have nothing of it.
+
     Attributes:
         packed: `[tokens, out_hidden_size]`, all items one after another, as transformers returns them.
         grid_thw: `[items, 3]` int64 on the CPU: frame groups, rows and columns of *patches*.
@@ -54,6 +57,7 @@ class Embeddings(Sequence[ItemEmbeddings]):
         spatial_merge_size: int,
         *,
         video: bool = False,
+        skipped: Sequence[int] = (),
     ) -> None:
         self.packed = packed
         self.grid_thw = grid_thw
@@ -66,6 +70,21 @@ class Embeddings(Sequence[ItemEmbeddings]):
             ItemEmbeddings(tokens, [layer[i] for layer in layers], (frames, rows, columns), video)
             for i, (tokens, (frames, rows, columns)) in enumerate(zip(packed.split(sizes), grids.tolist(), strict=True))
         ]
+        for position in skipped:
+            self._items.insert(position, cast(ItemEmbeddings, None))  # only callers who ask for it get None
+
+    @classmethod
+    def concatenate(cls, parts: Sequence["Embeddings"], spatial_merge_size: int) -> "Embeddings":
+        """Return the embeddings of all batches as those of one; batches of which every input was skipped have none."""
+        skipped, start = [], 0
+        for part in parts:
+            skipped += [start + position for position, item in enumerate(part) if item is None]
+            start += len(part)
+        whole = [part for part in parts if len(part.grid_thw)] or parts
+        layers = zip(*([part.packed, *part.deepstack] for part in whole), strict=True)
+        packed, *deepstack = (layer[0] if len(layer) == 1 else torch.cat(layer) for layer in layers)
+        grids = torch.cat([part.grid_thw for part in whole])
+        return cls(packed, grids, deepstack, spatial_merge_size, skipped=skipped)
 
     def __len__(self) -> int:
         return len(self._items)
@@ -81,6 +100,6 @@ class Embeddings(Sequence[ItemEmbeddings]):
         return iter(self._items)
 
     def __repr__(self) -> str:
-        grids = ", ".join("x".join(map(str, item.grid)) for item in self._items[:8])
+        grids = ", ".join("x".join(map(str, item.grid)) if item else "skipped" for item in self._items[:8])
         more = ", …" if len(self) > 8 else ""
         return f"Embeddings({len(self)} items, token grids {grids}{more}; packed {list(self.packed.shape)})"

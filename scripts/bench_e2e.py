@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 
 from common.machine import measure_ceilings
+from common.pages import rewrite
 from e2e.cases import MODELS
 from e2e.chart import draw
 from e2e.model_run import case_names, run_in_new_process, run_model
-from e2e.pages import SPEED_MARKERS, TOWERS_MARKERS, rewrite
-from e2e.report import block, profile_tables, speed_table
+from e2e.report import SPEED_MARKERS, TOWERS_MARKERS, block, profile_tables, speed_table
 from e2e.verdicts import Result
 from peers.attention import load_fa3
 from peers.rivals import RIVAL_NAMES

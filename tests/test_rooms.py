@@ -22,7 +22,8 @@ ALLOWED = {
     "towers": BASE | {"plan", "ops", "outputs", "weights"},
     "graphs": BASE | {"plan", "ops", "outputs", "towers"},
     "mrope": BASE | {"ops"},
-    "encoder": BASE | BELOW_THE_TOP,
+    "pipeline": BASE | {"plan", "preprocess", "outputs"},
+    "encoder": BASE | BELOW_THE_TOP | {"pipeline"},
     "default_encoder": BASE | BELOW_THE_TOP | {"encoder"},
     "packing": {"ops"},
     "registry": {"config"},
@@ -34,9 +35,10 @@ ALLOWED = {
     "weights": set(),
 }
 SCRIPTS = {
-    "commands": {"compare", "e2e", "kernel_bench", "peers", "common"},
+    "commands": {"compare", "e2e", "encode_bench", "kernel_bench", "peers", "common"},
     "e2e": {"compare", "peers", "common"},
     "compare": {"common"},
+    "encode_bench": {"peers", "common"},
     "kernel_bench": {"peers", "common"},
     "peers": {"common"},
     "common": set(),

@@ -7,24 +7,24 @@ SwiGLU's gate and up projections are one product. The rows of its weight alterna
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwenvit.kernels.device import capability, multiprocessors, tuning
+from qwenvit.kernels.device import multiprocessors
+from qwenvit.kernels.gemm.cublas import linear, linear_gelu_tanh
 from qwenvit.kernels.gemm.tiles import (
     POINTER_TILE,
     TMA_TILE,
     Tile,
     accumulate,
     add_bias,
+    can_beat_cublas,
     make_descriptor,
     split_halves,
     store_tile,
     tile_at,
     uses_tma,
-    wave_efficiency,
 )
 from qwenvit.kernels.registration import register
 
@@ -177,23 +177,13 @@ ACTIVATION_PASS = ActivationPass(block=2048, num_warps=4)
 """As fast as a copy of as many bytes, for every activation (TUNING.md)."""
 
 
-def fused_is_faster(x: Tensor, weight: Tensor, act: str) -> bool:
-    """Return whether the fused kernel beats cuBLAS and a pass: a threshold on wave efficiency (TUNING.md).
+def is_fused(weight: Tensor, act: str) -> bool:
+    """Return whether the fused kernel runs, rather than cuBLAS and a pass, which round the product first.
 
-    Activations other than SwiGLU have a higher threshold if their tiles take a single wave, and a lower one in narrow
-    towers, where the pass is a larger share of the time. Exact GELU always uses cuBLAS: only mergers have it, and
-    cuBLAS was as fast or faster at their sizes.
+    The number of rows plays no part, so that a row has the same bits in every batch. The fused kernel is faster at
+    most sizes (TUNING.md), except with exact GELU: only mergers have it, and cuBLAS is as fast at their sizes.
     """
-    if act == "gelu":
-        return False
-    M, K = x.shape
-    n_tiles = triton.cdiv(M, TMA_TILE.block_m) * triton.cdiv(weight.shape[0], TMA_TILE.block_n)
-    tuned = tuning(capability(x.device)[0])
-    if act == "swiglu":
-        return wave_efficiency(n_tiles, x) >= tuned.swiglu_wave_efficiency
-    if n_tiles <= TMA_TILE.programs * multiprocessors(x.device):
-        return wave_efficiency(n_tiles, x) >= tuned.activation_single_wave_efficiency
-    return wave_efficiency(n_tiles, x) >= min(tuned.activation_wave_efficiency, K / tuned.narrow_width)
+    return act != "gelu" and can_beat_cublas(weight)
 
 
 def project_and_activate(
@@ -261,19 +251,19 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> Tens
     """
     aligned = weight.shape[0] % 8 == 0 and weight.shape[1] % 8 == 0  # 16 bytes, which that epilogue needs
     if act == "gelu_tanh" and bias is not None and x.is_cuda and x.dtype != torch.float32 and aligned:
-        return torch._addmm_activation(bias, x, weight.T, use_gelu=True)
-    if fused_is_faster(x, weight, act):
+        return linear_gelu_tanh(x, weight, bias)
+    if is_fused(weight, act):
         return project_and_activate(x, weight, bias, act, False)
-    out = F.linear(x, weight, bias)
+    out = linear(x, weight, bias)
     activation_(out, act)
     return out
 
 
 def swiglu(x: Tensor, gate_up_weight: Tensor, gate_up_bias: Tensor | None) -> Tensor:
     """Return silu(gate) · up of the projection; see `qwenvit.ops.swiglu`."""
-    if fused_is_faster(x, gate_up_weight, "swiglu"):
+    if is_fused(gate_up_weight, "swiglu"):
         return project_and_activate(x, gate_up_weight, gate_up_bias, "silu", True)
-    return swiglu_pass(F.linear(x, gate_up_weight, gate_up_bias))
+    return swiglu_pass(linear(x, gate_up_weight, gate_up_bias))
 
 
 def _empty_output(x: Tensor, columns: int) -> Tensor:

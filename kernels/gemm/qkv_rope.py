@@ -12,24 +12,24 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from qwenvit.kernels.device import capability, multiprocessors, tuning
+from qwenvit.kernels.gemm.cublas import linear
 from qwenvit.kernels.gemm.tiles import (
     POINTER_TILE,
     TMA_TILE,
     Tile,
     accumulate,
     add_bias,
+    can_beat_cublas,
     make_descriptor,
     split_halves,
     store_tile,
     tile_at,
     uses_tma,
-    wave_efficiency,
 )
 from qwenvit.kernels.registration import register
 
@@ -166,15 +166,14 @@ def channel_group(N: int, D: int) -> int:
     return next(group for group in (32, 16, 8, 4) if N % math.lcm(D, group) == 0)
 
 
-def fused_is_faster(hidden_states: Tensor, weight: Tensor) -> bool:
-    """Return whether the fused kernel beats cuBLAS and a pass, for adjacent pairs: a threshold on wave efficiency.
+def is_fused(weight: Tensor) -> bool:
+    """Return whether the fused kernel runs, for adjacent pairs, rather than cuBLAS and a pass, which round first.
 
-    The threshold is lower in narrow towers, where the pass is a larger share of the time (TUNING.md).
+    The number of rows plays no part, so that a row has the same bits in every batch. In narrow towers the pass is a
+    larger share of the time, and the fused kernel is faster; in wide ones its gain for large images is smaller than its
+    loss for small ones (TUNING.md).
     """
-    M, K = hidden_states.shape
-    n_tiles = triton.cdiv(M, TMA_TILE.block_m) * triton.cdiv(weight.shape[0], TMA_TILE.block_n)
-    tuned = tuning(capability(hidden_states.device)[0])
-    return wave_efficiency(n_tiles, hidden_states) >= min(tuned.qkv_wave_efficiency, K / tuned.narrow_width)
+    return can_beat_cublas(weight) and weight.shape[1] <= tuning(capability(weight.device)[0]).fused_qkv_width
 
 
 def project_and_rotate(
@@ -241,9 +240,9 @@ def qkv_rope(
     interleaved: bool,
 ) -> Tensor:
     """Return the projection with Q and K rotated, `[S, C]` -> `[S, 3·H·D]`; see `qwenvit.ops.qkv_rope`."""
-    if interleaved and fused_is_faster(hidden_states, weight):
+    if interleaved and is_fused(weight):
         return project_and_rotate(hidden_states, weight, bias, cos, sin, num_heads)
-    qkv = F.linear(hidden_states, weight, bias)
+    qkv = linear(hidden_states, weight, bias)
     rotate_qk_(qkv, cos, sin, num_heads, interleaved)
     return qkv
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwenvit.kernels.device import capability, multiprocessors
+from qwenvit.kernels.device import capability
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -137,16 +137,12 @@ def uses_tma(*matrices: Tensor) -> bool:
     )
 
 
-def wave_efficiency(n_tiles: int, x: Tensor, programs: int = TMA_TILE.programs) -> float:
-    """Return the share of program slots that `n_tiles` fill, averaged over waves of `programs` a multiprocessor.
+def can_beat_cublas(weight: Tensor) -> bool:
+    """Return whether a fused product may be faster than cuBLAS and a pass.
 
-    Return 0 where cuBLAS is always faster: in fp32, which uses no tensor cores, and on GPUs other than sm_90, which
-    these kernels were tuned for.
+    It never is in fp32, which uses no tensor cores, nor on GPUs other than sm_90, which these kernels were tuned for.
     """
-    if x.dtype == torch.float32 or capability(x.device)[0] != 9 or n_tiles == 0:
-        return 0.0
-    wave = programs * multiprocessors(x.device)
-    return n_tiles / (triton.cdiv(n_tiles, wave) * wave)
+    return weight.dtype != torch.float32 and capability(weight.device)[0] == 9
 
 
 def make_descriptor(tensor: Tensor, shape: list[int], block: list[int]) -> TensorDescriptor:

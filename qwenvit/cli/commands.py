@@ -160,7 +160,7 @@ def _hub_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _pixel_bounds(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {"min_pixels": arguments.min_pixels, "max_pixels": arguments.max_pixels}
+    return {key: getattr(arguments, key) for key in ("min_pixels", "max_pixels", "max_tokens")}
 
 
 def _config_and_processor(arguments: argparse.Namespace) -> tuple[VisionConfig, ImageProcessor]:

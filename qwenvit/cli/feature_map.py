@@ -19,7 +19,7 @@ def patch_features(encoder: Encoder, image: ImageInput, **options: Unpack[ImageO
     Args:
         encoder: a loaded encoder.
         image: a PIL image, a uint8 array or tensor, a path, or encoded bytes.
-        options: min_pixels, max_pixels, size, resize, do_rescale, channels; see `ImageOptions`.
+        options: min_pixels, max_pixels, max_tokens, size, resize, do_rescale, channels; see `ImageOptions`.
 
     Returns:
         `[rows, columns, hidden_size]` fp32 on the CPU, one entry a patch, in reading order.

@@ -42,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     pixels = argparse.ArgumentParser(add_help=False)
     pixels.add_argument("--min-pixels", type=int, help="smaller images are enlarged to this area")
     pixels.add_argument("--max-pixels", type=int, help="larger images are shrunk to this area")
+    pixels.add_argument("--max-tokens", type=int, help="instead of --max-pixels: the most tokens of an image")
 
     command = subcommands.add_parser(
         "encode",

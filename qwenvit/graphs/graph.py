@@ -1,4 +1,4 @@
-"""One forward pass of the fast tower, captured in a CUDA graph whose memory pool other graphs share."""
+"""One forward pass of the fast tower at a capacity, and its capture in a CUDA graph whose pool other graphs share."""
 
 import gc
 from collections.abc import Iterator
@@ -12,6 +12,7 @@ from torch import Tensor
 from qwenvit.graphs import device_plan
 from qwenvit.graphs.capacity import Capacity
 from qwenvit.outputs import TowerOutput
+from qwenvit.plan.inputs import WritePixels
 from qwenvit.towers.fast import FastTower
 
 
@@ -42,6 +43,14 @@ class UnownedTensor:
         return torch.as_tensor(self, device=device).view(self.dtype).view(self.shape)
 
 
+def write_pixels(rows: Tensor, pixel_values: Tensor | WritePixels) -> None:
+    """Write pixel values, which may be on the host, to rows on the GPU."""
+    if isinstance(pixel_values, Tensor):
+        rows.copy_(pixel_values, non_blocking=pixel_values.is_cuda)
+    else:
+        pixel_values(rows)
+
+
 class Graph:
     """One captured forward pass.
 
@@ -51,6 +60,8 @@ class Graph:
         angles: the cosines and sines from `device_plan.angle_tables`.
         stream: the stream to capture on.
         pool: the memory pool, which other graphs may share.
+        run_first: run the pass before it is captured. The first pass of a tower initialises libraries, which a capture
+            may not do; it may compile kernels.
     """
 
     def __init__(
@@ -60,13 +71,15 @@ class Graph:
         angles: tuple[Tensor, Tensor],
         stream: torch.cuda.Stream,
         pool: Any,
+        run_first: bool,
     ) -> None:
         config, weight = tower.config, tower.patch_embed.weight
-        self._expand_frames = tower.patch_embed.expand_frames
         merge = config.spatial_merge_size
+        self.capacity = capacity
         self.merge_unit = config.merge_unit
         smallest = torch.tensor([[1, merge, merge]], device="cpu")
-        self.table = device_plan.grid_table(smallest, config, capacity.items).to(weight.device)
+        table = device_plan.grid_table(smallest, config, capacity.items).pin_memory()
+        self.table = table.to(weight.device, non_blocking=True)  # does not wait for earlier work
         self._host_table: Tensor | None = None  # the table that was last copied to `self.table`
 
         def run() -> list[UnownedTensor]:
@@ -82,43 +95,37 @@ class Graph:
             outputs = [output.last_hidden_state, output.pooler_output, *output.deepstack_features]
             return [unowned_input, *map(UnownedTensor.of, outputs)]
 
-        # Compile kernels and initialize libraries first: a capture may do neither. Run on another stream than the
-        # capture's: the capture then allocates its cuBLAS workspace in the pool, where nobody else frees it.
-        run()
+        # Run on another stream than the capture's: the capture then allocates its cuBLAS workspace in the pool, where
+        # nobody else frees it.
+        if run_first:
+            run()
         self.graph = torch.cuda.CUDAGraph()
-        with (
-            garbage_collection_paused(),
-            torch.cuda.graph(self.graph, pool, stream, capture_error_mode="thread_local"),
-        ):
+        with garbage_collection_paused(), torch.cuda.stream(stream), capturing(self.graph, pool):
             unowned = run()
         self.pixel_values, *self.outputs = (part.tensor(weight.device) for part in unowned)
         self._input_rows = self.pixel_values  # the rows of `pixel_values` that the last batch had
 
-    def replay(self, table: Tensor, pixel_values: Tensor) -> TowerOutput:
+    def replay(self, table: Tensor, pixel_values: Tensor | WritePixels, patches: int) -> TowerOutput:
         """Run the graph on the current stream.
 
         The GPU waits until the graph is launched, so the host does as little as possible before.
 
         Args:
             table: `device_plan.grid_table` of the batch, for the capacity's items, in pinned host memory.
-            pixel_values: `[patches, C·T·P·P]`, or `[patches, C·P·P]` of still images alone, on any device. The call
-                returns only after it has read them from the host.
+            pixel_values: `[patches, C·T·P·P]` on any device (the call returns only after it has read them from the
+                host), or what writes them where the graph reads them.
+            patches: of the batch.
 
         Returns:
             Copies of the graph's outputs, without padding.
         """
-        patches = len(pixel_values)
         if table is not self._host_table:
             self._host_table = None  # in case the copy fails
             self.table.copy_(table, non_blocking=True)
             self._host_table = table
         if len(self._input_rows) != patches:
             self._input_rows = self.pixel_values[:patches]
-        rows = self._input_rows
-        if pixel_values.shape == rows.shape:
-            rows.copy_(pixel_values, non_blocking=pixel_values.is_cuda)
-        else:  # one frame of still images: move it to the GPU, then repeat it there
-            self._expand_frames(rows).copy_(self._expand_frames(pixel_values.to(rows.device, rows.dtype)))
+        write_pixels(self._input_rows, pixel_values)
         self.graph.replay()
         tokens = patches // self.merge_unit
         hidden, *merged = self.outputs
@@ -126,6 +133,20 @@ class Graph:
         copies = [torch.empty_like(x) for x in unpadded]
         torch._foreach_copy_(copies, unpadded)
         return TowerOutput(copies[0], copies[1], copies[2:])
+
+
+@contextmanager
+def capturing(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
+    """Capture the current stream's work in a graph.
+
+    `torch.cuda.graph` also waits for the GPU and empties torch's caches; here the GPU works on, and its next batches
+    find the memory they had. In relaxed mode, kernels that no pass has needed yet may be compiled during the capture.
+    """
+    graph.capture_begin(pool=pool, capture_error_mode="relaxed")
+    try:
+        yield
+    finally:
+        graph.capture_end()
 
 
 @contextmanager

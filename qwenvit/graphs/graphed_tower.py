@@ -1,5 +1,8 @@
 """The fast tower in CUDA graphs: one graph for each capacity, which serves any grids that fit.
 
+A capture takes as long as several passes, and many sizes never come again. So a new capacity is captured in coarse
+steps, or runs in a larger graph that is there; it gets a graph of its own when it comes twice in a row, or often.
+
 A graph contains the whole pass: its inputs are a table of the grids and the pixel values. It computes positions,
 windows and segments itself, so batches of equal size and different grids can share a graph. Capacities grow in fine
 steps of patches; spare windows and frames cost almost nothing. Outputs are copied out, so all graphs can share one
@@ -12,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from operator import le
 from typing import cast
 
 import torch
@@ -24,26 +28,31 @@ from qwenvit.graphs.capacity import (
     Capacity,
     PreparedGrids,
     capacity_for,
+    coarse_capacity,
     next_power_of_two,
     pool_patches_for,
     single_image_capacity,
 )
-from qwenvit.graphs.graph import Graph
+from qwenvit.graphs.graph import Graph, write_pixels
 from qwenvit.graphs.weight_guard import WeightGuard
 from qwenvit.outputs import TowerOutput
-from qwenvit.plan.inputs import CheckedGrid, check_grid
+from qwenvit.plan.inputs import CheckedGrid, WritePixels, check_grid
 from qwenvit.towers.fast import FastTower, refuse_gradients
 
 MAX_GRAPHS = 512
 """Beyond this many graphs, the least recently used one is dropped. Graphs share a pool, so each costs little memory."""
 MAX_PREPARED_GRIDS = 1024
 """Beyond this many different batches, the oldest prepared grids are dropped."""
+MEETINGS_BEFORE_CAPTURE = 16
+"""A capacity that was met this often gets a graph of its own: its padding has then cost as much as a capture."""
+MAX_COUNTED_CAPACITIES = 4096
+"""Beyond this many, it is forgotten how often capacities were met."""
 CAPTURE_LOCK = threading.Lock()
 """torch allows one capture at a time in a process, of whichever tower."""
 
 
 class GraphedTower:
-    """A fast tower on a GPU that captures a graph for each new capacity, and replays it afterwards.
+    """A fast tower on a GPU that captures graphs for the capacities it meets, and replays them.
 
     Any thread and any stream may call it: a lock serializes calls on the host, an event serializes them on the GPU.
     Weights may be loaded or replaced between calls. The tower owns this object, which has only a weak reference back.
@@ -56,6 +65,8 @@ class GraphedTower:
         self._tower = weakref.ref(tower)
         self._lock = threading.Lock()
         self._prepared = OrderedDict[bytes, PreparedGrids]()
+        self._meetings = dict[tuple[Capacity, object], int]()
+        self._last_met: tuple[Capacity, object] | None = None
         self._reset()
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
@@ -75,30 +86,32 @@ class GraphedTower:
         self._angles: dict[int, tuple[Tensor, Tensor]] = {}
         self._graphs: OrderedDict[tuple[Capacity, object], Graph] = OrderedDict()
         self._pool_patches = 0
+        self._has_captured = False
         with torch.cuda.device(self.device):
             # High priority: torch hands out a few streams in rotation, and those of low priority to everyone.
             self._capture_stream = torch.cuda.Stream(self.device, priority=-1)
             self._last_call_done = torch.cuda.Event()
 
-    def __call__(self, pixel_values: Tensor, grid: CheckedGrid) -> TowerOutput:
+    def __call__(self, pixel_values: Tensor | WritePixels, grid: CheckedGrid) -> TowerOutput:
         """Encode packed patches.
 
         Args:
-            pixel_values: `[patches, C·T·P·P]`, or `[patches, C·P·P]` of still images alone, in any floating dtype, on
-                any device.
+            pixel_values: `[patches, C·T·P·P]` in any floating dtype, on any device; or what writes them, in the tower's
+                dtype, where they will be read. It may be called more than once.
             grid: the grids of the same patches.
 
         Raises:
             ValueError: gradients are requested, the tower has forward hooks, or the current stream is being captured.
         """
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and isinstance(pixel_values, Tensor):
             return _encode_untraced()(self, pixel_values, grid.tensor)
         return self._encode(pixel_values, grid)
 
-    def _encode(self, pixel_values: Tensor, grid: CheckedGrid) -> TowerOutput:
+    def _encode(self, pixel_values: Tensor | WritePixels, grid: CheckedGrid) -> TowerOutput:
         if torch.cuda.is_current_stream_capturing():
             raise ValueError("the encoder captures graphs of its own: capture enc.tower(pixel_values, plan) in yours")
-        refuse_gradients([pixel_values])
+        if isinstance(pixel_values, Tensor):
+            refuse_gradients([pixel_values])
         with self._lock:
             prepared = self._prepare(grid)
             captured = prepared.capacity is not None and self._graph_key(prepared.capacity) in self._graphs
@@ -137,15 +150,30 @@ class GraphedTower:
         self._weights.refuse_hooks()
         return moved
 
-    def _run(self, pixel_values: Tensor, grids: PreparedGrids) -> TowerOutput:
+    def _run(self, pixel_values: Tensor | WritePixels, grids: PreparedGrids) -> TowerOutput:
         with self._serialized():
-            if grids.capacity is not None:
-                return self._graph_for(grids.capacity).replay(grids.table, pixel_values)
-            with _default_modes(self.device):
-                angles = self._angles_for(next_power_of_two(grids.needed.side))
-                table = grids.table.to(self.device, non_blocking=True)
-                plan = device_plan.compute_plan(table, angles, self.tower.config, grids.needed, self.tower.impl)
-                return self.tower(pixel_values.to(self.device), plan)
+            if grids.capacity is None:
+                return self._run_unpadded(pixel_values, grids)
+            graph = self._graph_to_run(grids.capacity)
+            return graph.replay(self._table(grids, graph.capacity.items), pixel_values, grids.needed.patches)
+
+    def _table(self, grids: PreparedGrids, items: int) -> Tensor:
+        if items not in grids.tables:
+            grids.tables[items] = device_plan.grid_table(grids.grid, self.tower.config, items).pin_memory()
+        return grids.tables[items]
+
+    def _run_unpadded(self, pixel_values: Tensor | WritePixels, grids: PreparedGrids) -> TowerOutput:
+        """Run a batch that is too large for a graph."""
+        weight = self.tower.patch_embed.weight
+        with _default_modes(self.device):
+            if not isinstance(pixel_values, Tensor):
+                rows = weight.new_empty(grids.needed.patches, self.tower.config.patch_dim)
+                write_pixels(rows, pixel_values)
+                pixel_values = rows
+            angles = self._angles_for(next_power_of_two(grids.needed.side))
+            table = self._table(grids, grids.needed.items).to(self.device, non_blocking=True)
+            plan = device_plan.compute_plan(table, angles, self.tower.config, grids.needed, self.tower.impl)
+            return self.tower(pixel_values.to(self.device), plan)
 
     def _prepare(self, grid: CheckedGrid) -> PreparedGrids:
         key = grid.key or grid.tensor.numpy().tobytes()  # no key if torch.compile traced `check_grid`
@@ -153,9 +181,7 @@ class GraphedTower:
             config = self.tower.config
             needed = device_plan.measure_grids(grid.tensor, config)
             capacity = capacity_for(needed, config.merge_unit) if needed.patches <= MAX_GRAPH_PATCHES else None
-            items = needed.items if capacity is None else capacity.items
-            table = device_plan.grid_table(grid.tensor, config, items).pin_memory()
-            self._prepared[key] = PreparedGrids(needed, capacity, table)
+            self._prepared[key] = PreparedGrids(grid.tensor, needed, capacity, {})
             if len(self._prepared) > MAX_PREPARED_GRIDS:
                 self._prepared.popitem(last=False)
         return self._prepared[key]
@@ -202,6 +228,30 @@ class GraphedTower:
         matmul = torch.backends.cuda.matmul  # a graph keeps the precision of fp32 products that it was captured with
         return capacity, getattr(matmul, "fp32_precision", None) or matmul.allow_tf32
 
+    def _graph_to_run(self, capacity: Capacity) -> Graph:
+        """Return a graph that takes batches of this capacity: its own, a larger one, or a new one."""
+        key = self._graph_key(capacity)
+        comes_again, self._last_met = key == self._last_met, key
+        if key in self._graphs:
+            return self._graph_for(capacity)
+        if len(self._meetings) >= MAX_COUNTED_CAPACITIES:
+            self._meetings.clear()
+        self._meetings[key] = meetings = self._meetings.get(key, 0) + 1
+        if comes_again or meetings >= MEETINGS_BEFORE_CAPTURE or not self._graphs:
+            return self._graph_for(capacity)
+        coarse = coarse_capacity(capacity, self.tower.config.merge_unit)
+        return self._graph_for(self._captured_between(capacity, coarse) or coarse)
+
+    def _captured_between(self, capacity: Capacity, limit: Capacity) -> Capacity | None:
+        """Return the capacity of the smallest graph that takes batches of `capacity` and has at most `limit`."""
+        precision = self._graph_key(capacity)[1]
+        fits = [
+            other
+            for other, its_precision in self._graphs
+            if its_precision == precision and all(map(le, capacity, other)) and all(map(le, other, limit))
+        ]
+        return min(fits, default=None)
+
     def _graph_for(self, capacity: Capacity) -> Graph:
         """Return the graph of this capacity; capture it first if there is none."""
         key = self._graph_key(capacity)
@@ -226,7 +276,7 @@ class GraphedTower:
         """
         torch.cuda.synchronize(self.device)  # the graphs to be dropped may still be running
         self._graphs.clear()
-        self._pool_patches = pool_patches_for(patches)
+        self._pool_patches = pool_patches_for(patches, grows=self._pool_patches > 0)
         capacity = single_image_capacity(self._pool_patches, self.tower.config)
         self._pool = torch.cuda.graph_pool_handle()
         self._capture(capacity)
@@ -236,7 +286,9 @@ class GraphedTower:
             torch.cuda.synchronize(self.device)
             self._graphs.popitem(last=False)
         angles = self._angles_for(capacity.side)
-        graph = Graph(self.tower, capacity, angles, self._capture_stream, self._pool)
+        run_first = not self._has_captured
+        graph = Graph(self.tower, capacity, angles, self._capture_stream, self._pool, run_first)
+        self._has_captured = True
         self._graphs[self._graph_key(capacity)] = graph
 
 

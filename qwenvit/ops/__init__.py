@@ -15,20 +15,24 @@ from qwenvit.ops.mrope import rope_index
 from qwenvit.ops.norms import add_norm, add_norm_, norm
 from qwenvit.ops.patches import add_positions, interpolate_positions, patch_embed
 from qwenvit.ops.plan import grid_plan
-from qwenvit.ops.projections import qkv_rope, rotate_qk_
+from qwenvit.ops.projections import add_linear_, linear, qkv_rope, rotate_qk_
+from qwenvit.ops.resize import resize_patches
 
 __all__ = [
     "activation_",
+    "add_linear_",
     "add_norm",
     "add_norm_",
     "add_positions",
     "grid_plan",
     "interpolate_positions",
+    "linear",
     "linear_act",
     "merge_norm",
     "norm",
     "patch_embed",
     "qkv_rope",
+    "resize_patches",
     "rope_attention",
     "rope_index",
     "rotate_qk_",

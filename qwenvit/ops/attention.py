@@ -47,7 +47,8 @@ def rope_attention(
         cu_seqlens: `[segments + 1]` int32 on the device of `q`, contiguous, non-decreasing from 0 to S; segments may be
             empty. `"triton"` does not check the values, which would synchronise with the GPU.
         max_seqlen: tokens in the longest segment, if the caller knows. At most 64 selects the window kernel. A wrong
-            value costs speed, not correctness.
+            value costs speed, not correctness. The window kernel rounds otherwise than the one for long segments: pass
+            the same value (or None) for all batches where a segment's bits must not depend on the batch.
         scale: factor on the scores, positive; None means 1 / √D.
         interleaved: True if a rotary pair is channels 2i and 2i + 1 of a head (`qwenvit.packing.pack_qkv`), False if it
             is channels i and i + D / 2, as in transformers.

@@ -109,9 +109,8 @@ def patch_embed(
 ) -> Tensor:
     """Embed patches: project pixel values, add learned positions, move tokens to window order. 2·patches·K·C FLOPs.
 
-    I/O: reads `pixel_values`, `weight` and `table`, writes the result. Three cases write and read rows once more:
-    conversion to another dtype, learned positions, and reordering at the shapes where the fused kernel is slower
-    (`qwenvit.kernels.gemm.patch_embed.fused_is_faster`).
+    I/O: reads `pixel_values`, `weight` and `table`, writes the result. Three things write and read rows once more:
+    conversion to another dtype, reordering, and learned positions.
 
     Args:
         pixel_values: `[patches, K]`, contiguous, float32, bfloat16 or float16, tokens in reading order. A separate pass

@@ -1,11 +1,67 @@
-"""QKV projection with rotary embedding."""
+"""Matrix products, and the QKV projection with rotary embedding."""
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from qwenvit.arguments import Impl
 from qwenvit.ops import reference
-from qwenvit.ops.checks import check_matrix, check_projection, check_rotation
+from qwenvit.ops.checks import check_matrix, check_projection, check_rotation, check_tensor
 from qwenvit.ops.dispatch import use_triton
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, impl: Impl = "auto") -> Tensor:
+    """Return `x @ weight.T + bias`. 2·S·C·N FLOPs.
+
+    I/O: reads S·C + N·C elements and writes S·N. `"triton"` means cuBLAS with few rows padded, so that a row's bits do
+    not depend on S (`qwenvit.kernels.gemm.cublas`).
+
+    Args:
+        x: `[S, C]`, contiguous, bfloat16, float16 or float32.
+        weight: `[N, C]` in the dtype of `x`, contiguous.
+        bias: `[N]` in the dtype of `x`, or None.
+        impl: `"triton"`, `"reference"` or `"auto"` (`"triton"` on a CUDA device).
+
+    Returns:
+        `[S, N]` in the dtype of `x`.
+
+    Raises:
+        TypeError: an argument has another type or dtype.
+        ValueError: shapes, devices or strides do not fit together; `"triton"` is asked for gradients.
+    """
+    check_projection("x", x, weight, bias)
+    if not use_triton(impl, x):
+        return F.linear(x, weight, bias)
+    from qwenvit.kernels.gemm import cublas
+
+    return cublas.linear(x, weight, bias)
+
+
+def add_linear_(total: Tensor, x: Tensor, weight: Tensor, impl: Impl = "auto") -> Tensor:
+    """Add `x @ weight.T` to `total` in place. 2·S·C·N FLOPs.
+
+    I/O: reads S·C + N·C + S·N elements and writes S·N. `"triton"` means cuBLAS with few rows padded, so that a row's
+    bits do not depend on S (`qwenvit.kernels.gemm.cublas`).
+
+    Args:
+        total: `[S, N]`, contiguous, bfloat16, float16 or float32. Overwritten.
+        x: `[S, C]` in the dtype of `total`, contiguous.
+        weight: `[N, C]` in the dtype of `total`, contiguous.
+        impl: `"triton"`, `"reference"` or `"auto"` (`"triton"` on a CUDA device).
+
+    Returns:
+        `total`.
+
+    Raises:
+        TypeError: an argument has another type or dtype.
+        ValueError: shapes, devices or strides do not fit together; `"triton"` is asked for gradients.
+    """
+    check_projection("x", x, weight, None)
+    check_tensor("total", total, (x.shape[0], weight.shape[0]), x.dtype, x)
+    if not use_triton(impl, x):
+        return total.addmm_(x, weight.T)
+    from qwenvit.kernels.gemm import cublas
+
+    return cublas.add_linear_(total, x, weight)
 
 
 def qkv_rope(
@@ -20,10 +76,10 @@ def qkv_rope(
 ) -> Tensor:
     """Project to packed Q, K and V, and rotate Q and K in fp32 (2-D RoPE: `qwenvit.plan.rope`). 6·S·C·H·D FLOPs.
 
-    16-bit tensors with `interleaved=True` use one fused kernel at the shapes where it is faster
+    16-bit tensors with `interleaved=True` and few channels use one fused kernel on sm_90
     (`qwenvit.kernels.gemm.qkv_rope`). It reads S·C + 3·H·D·C elements and half of each row of `cos` and `sin`, writes
     3·S·H·D elements, and rotates before it rounds. All other cases use cuBLAS and one in-place pass over Q and K, which
-    moves 4·S·H·D elements more.
+    moves 4·S·H·D elements more. With `"triton"` a row's bits do not depend on S.
 
     Args:
         hidden_states: `[S, C]`, contiguous, bfloat16, float16 or float32.

@@ -7,9 +7,11 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from qwenvit.config.vision_config import VisionConfig
+from qwenvit.ops.resampling import ResizePlan
 from qwenvit.plan.grid_plan import GridPlan
 from qwenvit.plan.rope import apply_rope
 
@@ -208,3 +210,42 @@ def grid_plan(
     if plan.position_taps is not None and plan.position_weights is not None:
         taps, weights = (F.pad(x, (0, 0, 0, spare)) for x in (plan.position_taps, plan.position_weights))
     return cos, sin, pad_segments(plan.frames.cu_seqlens, frames), window_bounds, restore, taps, weights
+
+
+def cut_patches(frames: Tensor, patch_size: int, temporal_patch_size: int, merge_size: int) -> Tensor:
+    """Cut frames `[T, C, H, W]` into `[patches, C, temporal_patch_size · patch_size²]`, in merge-block order.
+
+    einops is a dependency for this one permute, whose pattern shows the order of patches.
+    """
+    return rearrange(
+        frames,
+        "(t tp) c (h mh ph) (w mw pw) -> (t h w mh mw) c (tp ph pw)",
+        tp=temporal_patch_size,
+        mh=merge_size,
+        mw=merge_size,
+        ph=patch_size,
+        pw=patch_size,
+    )
+
+
+def resize_patches(
+    frames: Tensor,
+    plan: ResizePlan,
+    levels: Tensor,
+    patch_size: int,
+    temporal_patch_size: int,
+    merge_size: int,
+) -> Tensor:
+    """Resize frames `[F, 3, H, W]` uint8, normalise them and cut them into patches (`qwenvit.ops.resize_patches`)."""
+    for one, table in zip(plan.passes, plan.tables(plan.table.to(frames.device)), strict=True):
+        first, *weights = table.unbind(1)
+        dim = 2 if one.vertical else 3
+        total = torch.tensor(1 << (one.precision - 1), dtype=torch.int32, device=frames.device)
+        for tap, weight in enumerate(weights):
+            pixels = frames.index_select(dim, first + tap).int()
+            total = total + pixels * (weight[:, None] if one.vertical else weight)
+        frames = (total >> one.precision).clamp(0, 255).to(torch.uint8)
+    if missing := -len(frames) % temporal_patch_size:
+        frames = torch.cat((frames, frames[-1:].expand(missing, -1, -1, -1)))
+    patches = cut_patches(frames, patch_size, temporal_patch_size, merge_size)
+    return torch.stack([levels[c][patches[:, c].int()] for c in range(3)], dim=1).flatten(1)

@@ -1,6 +1,6 @@
 """Checks of what a tower is called with: pixel values and their grids."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -12,6 +12,9 @@ from qwenvit.config.vision_config import VisionConfig
 
 MAX_BATCH_PATCHES = 2**31 - 1
 """`cu_seqlens` are 32-bit integers, here as in every attention kernel that takes them."""
+
+WritePixels = Callable[[Tensor], None]
+"""Writes the pixel values of a batch into the rows it is given, `[patches, C·T·P·P]`, on the current stream."""
 
 
 class CheckedGrid(NamedTuple):

@@ -1,37 +1,45 @@
-"""Concatenating preprocessed images into batches that fit in memory."""
+"""Grouping prepared images into batches that fit in memory."""
 
+import math
 from collections.abc import Iterable, Iterator
 
-import torch
-from torch import Tensor
+from qwenvit.preprocess.prefetch import Prefetched
+from qwenvit.preprocess.prepared import Prepared
 
 PATCHES_PER_BATCH = 32_768
 """Patches of one forward pass: the activations of a 7B model's tower then stay below 2 GB in bf16."""
+IMAGES_PER_BATCH = PATCHES_PER_BATCH // 4
+"""Images of a batch: as many as the smallest images, of one token, and fewer than an endless run of broken ones."""
+BYTES_PER_BATCH = 512 * 2**20
+"""Most memory of a batch's decoded images: photographs may be large and their patches few."""
 
 
-def batches(items: Iterable[tuple[Tensor, Tensor]], max_patches: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Concatenate consecutive items into batches of at most `max_patches` patches, or of one larger item.
+def batches(
+    images: Iterable[Prefetched[Prepared]], max_patches: int, max_bytes: int
+) -> Iterator[list[Prefetched[Prepared]]]:
+    """Group consecutive images into batches of at most `max_patches` patches and `max_bytes`, or of one larger image.
+
+    The groups depend on the images alone, not on when they were ready. An image that failed takes no room,
+    though a batch has at most `IMAGES_PER_BATCH`.
 
     Args:
-        items: pairs `(pixel_values [patches, values], grid_thw [items, 3])`, drawn one at a time.
-        max_patches: most rows of `pixel_values` in a batch of several items.
-
-    Yields:
-        `(pixel_values [patches, values], grid_thw [items, 3])` of each batch.
+        images: drawn one at a time.
+        max_patches: most patches in a batch of several images.
+        max_bytes: most bytes of decoded images in a batch of several.
     """
-    pending: list[tuple[Tensor, Tensor]] = []
-    patches = 0
-    for item in items:
-        if pending and patches + len(item[0]) > max_patches:
-            yield _concatenate(pending)
-            pending, patches = [], 0
-        pending.append(item)
-        patches += len(item[0])
-    if pending:
-        yield _concatenate(pending)
-
-
-def _concatenate(items: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    if len(items) == 1:
-        return items[0]
-    return torch.cat([pixels for pixels, _ in items]), torch.cat([grid for _, grid in items])
+    batch: list[Prefetched[Prepared]] = []
+    patches = num_bytes = 0
+    for image in images:
+        more_patches = more_bytes = 0
+        if image.result is not None:
+            more_patches, more_bytes = math.prod(image.result.grid), image.result.num_bytes
+        if more_patches and patches and (patches + more_patches > max_patches or num_bytes + more_bytes > max_bytes):
+            yield batch
+            batch, patches, num_bytes = [], 0, 0
+        if len(batch) == IMAGES_PER_BATCH:
+            yield batch
+            batch, patches, num_bytes = [], 0, 0
+        batch.append(image)
+        patches, num_bytes = patches + more_patches, num_bytes + more_bytes
+    if batch:
+        yield batch

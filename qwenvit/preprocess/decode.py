@@ -2,6 +2,7 @@
 
 import io
 import os
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -9,18 +10,25 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from torch import Tensor
+
+from qwenvit.ops.resampling import ResizeRule
+from qwenvit.preprocess.jpeg import Decoder, decode_jpeg
 
 EncodedImage = bytes | bytearray | memoryview | io.BytesIO
 ImageInput = Image.Image | NDArray[Any] | Tensor | str | os.PathLike[str] | EncodedImage
 IMAGE_TYPES = (Image.Image, np.ndarray, Tensor, str, os.PathLike, bytes, bytearray, memoryview, io.BytesIO)
 Channels = Literal["first", "last"] | None
-Backend = Literal["pillow", "torch"]
+Backend = ResizeRule
+"""Whose arithmetic resizes and normalises."""
 
 # Modes with 8 bits a channel, which Pillow converts to RGB losing only the alpha.
 EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV")
 CHANNEL_COUNTS = (1, 3, 4)
+
+_LOADING = tuple(threading.Lock() for _ in range(61))
+"""Pillow reads an image's file at first use, and not from two threads at once: a lock by the address of the image."""
 
 
 def each_image(images: ImageInput | Iterable[ImageInput]) -> Iterator[ImageInput]:
@@ -44,12 +52,29 @@ def each_image(images: ImageInput | Iterable[ImageInput]) -> Iterator[ImageInput
         raise ValueError("images: expected at least one image, got none")
 
 
+def snapshot(image: ImageInput) -> ImageInput:
+    """Copy an image that its owner may write to again, as a generator that fills one array over and over does."""
+    if isinstance(image, Tensor):
+        return image.detach().clone()
+    if isinstance(image, np.ndarray):
+        return image.copy()
+    if isinstance(image, bytearray | memoryview):
+        return bytes(image)
+    if isinstance(image, io.BytesIO):
+        return image.getvalue()
+    if isinstance(image, Image.Image) and not isinstance(image, ImageFile.ImageFile):
+        return image.copy()  # an image file's is left alone: copying would decode it here
+    return image
+
+
 def open_image(
     image: ImageInput,
     *,
     channels: Channels = None,
     do_rescale: bool = True,
     backend: Backend = "pillow",
+    device: torch.device | None = None,
+    decode: Decoder = "pillow",
     name: str = "image",
 ) -> Tensor:
     """Open one image as RGB, as transformers 5.23's image processors do.
@@ -67,11 +92,13 @@ def open_image(
             refused.
         do_rescale: False for a float32 array or tensor in [0, 1].
         backend: whose arithmetic composites arrays with alpha.
+        device: where the image will be needed. An image that is on a GPU goes there directly; any other stays on the
+            CPU.
+        decode: `"nvjpeg"` decodes JPEG files on `device`, a GPU.
         name: the image's name in error messages.
 
     Returns:
-        `[3, H, W]` on the CPU, detached: uint8, or float32 in [0, 1] with `do_rescale=False`. May share memory with
-        `image`.
+        `[3, H, W]`, detached: uint8, or float32 in [0, 1] with `do_rescale=False`. May share memory with `image`.
 
     Raises:
         TypeError: not an image, or a dtype other than uint8 (float32 with `do_rescale=False`).
@@ -82,36 +109,48 @@ def open_image(
     if channels not in (None, "first", "last"):
         raise ValueError(f"channels: expected 'first', 'last' or None, got {channels!r}")
     if isinstance(image, np.ndarray | Tensor):
-        return _to_rgb(_channels_first(_to_tensor(image, do_rescale, name), channels, name), backend)
+        return _to_rgb(_channels_first(_to_tensor(image, do_rescale, device, name), channels, name), backend)
     if isinstance(image, io.BytesIO | bytearray | memoryview):
         image = image.getvalue() if isinstance(image, io.BytesIO) else bytes(image)
     if isinstance(image, bytes | str | os.PathLike):
-        image = _decode(image, name)
+        data, name = _read(image, name)
+        if decode == "nvjpeg" and device is not None and (jpeg := decode_jpeg(data, device, name)) is not None:
+            return jpeg
+        image = _decode(data, name)
     if not isinstance(image, Image.Image):
         raise TypeError(
             f"{name}: expected a PIL image, a uint8 array or tensor, a path or bytes, got {type(image).__name__}"
         )
     if not do_rescale:
         raise TypeError(f"{name}: do_rescale=False is for float32 arrays in [0, 1], got an 8-bit image")
-    return _from_pil(image, name)
+    return _from_pil(image, pinned=device is not None and device.type == "cuda", name=name)
 
 
-def _decode(source: bytes | str | os.PathLike[str], name: str) -> Image.Image:
-    """Decode an image file and rotate it by its EXIF orientation."""
+def _read(source: bytes | str | os.PathLike[str], name: str) -> tuple[bytes, str]:
+    """Return the bytes of an image file, and the name with its path."""
+    if isinstance(source, bytes):
+        return source, name
     if isinstance(source, str) and ("://" in source or source.startswith("data:")):
         raise ValueError(f"{name}: expected a path, got the URL {source[:80]!r}; download it and pass its bytes")
-    data = source if isinstance(source, bytes) else Path(source).read_bytes()
-    if not isinstance(source, bytes):
-        name = f"{name} ({os.fspath(source)})"
+    try:
+        return Path(source).read_bytes(), f"{name} ({os.fspath(source)})"
+    except OSError as error:  # say which of the images it is
+        raise type(error)(error.errno, f"{name}: {error.strerror}", os.fspath(source)) from error
+    except ValueError as error:  # a null byte, or characters that no file name has
+        raise ValueError(f"{name}: expected a path, got {os.fspath(source)!a}: {error}") from error
+
+
+def _decode(data: bytes, name: str) -> Image.Image:
+    """Decode an image file and rotate it by its EXIF orientation."""
     limit = Image.MAX_IMAGE_PIXELS
     try:
         image = Image.open(io.BytesIO(data))
         if limit is not None and image.width * image.height > limit:  # Pillow refuses only twice as many
             raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
         image.load()
-        upright = ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)
         # transformers converts files here: this drops an alpha channel but keeps a transparent colour in `info`.
-        return upright.convert("RGB") if upright.mode in EIGHT_BIT_MODES else upright
+        return image.convert("RGB") if image.mode in EIGHT_BIT_MODES and image.mode != "RGB" else image
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(
             f"{name}: expected at most {limit} pixels, got more ({error}); if you trust the file, raise "
@@ -127,7 +166,7 @@ def _decode(source: bytes | str | os.PathLike[str], name: str) -> Image.Image:
         raise ValueError(f"{name}: broken image file ({type(error).__name__}: {error})") from error
 
 
-def _from_pil(image: Image.Image, name: str) -> Tensor:
+def _from_pil(image: Image.Image, pinned: bool, name: str) -> Tensor:
     if image.mode not in EIGHT_BIT_MODES:
         raise ValueError(
             f"{name}: expected an image of 8 bits a channel (mode {', '.join(EIGHT_BIT_MODES)}), "
@@ -136,26 +175,33 @@ def _from_pil(image: Image.Image, name: str) -> Tensor:
     if 0 in image.size:
         raise ValueError(f"{name}: expected at least one pixel, got {image.width} x {image.height}")
     try:
+        with _LOADING[id(image) // 16 % len(_LOADING)]:
+            image.load()
         if "A" in image.getbands() or image.info.get("transparency") is not None:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = image.convert("RGB")
+        if image.mode != "RGB":
+            image = image.convert("RGB")
     except OSError as error:  # Pillow decodes an image that the user opened only now
         raise ValueError(f"{name}: broken image file ({error})") from error
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    pixels = torch.empty(image.height, image.width, 3, dtype=torch.uint8, device="cpu", pin_memory=pinned)
+    np.copyto(pixels.numpy(), np.asarray(image))
+    return pixels.permute(2, 0, 1)
 
 
-def _to_tensor(image: NDArray[Any] | Tensor, do_rescale: bool, name: str) -> Tensor:
+def _to_tensor(image: NDArray[Any] | Tensor, do_rescale: bool, device: torch.device | None, name: str) -> Tensor:
     expected = "uint8" if do_rescale else "float32"
     if (dtype := str(image.dtype).removeprefix("torch.")) != expected:
-        hint = "if its values are in [0, 1], convert it to float32 and pass do_rescale=False"
+        to_uint8 = '.round().astype("uint8")' if isinstance(image, np.ndarray) else ".round().to(torch.uint8)"
+        hint = f"if its values are in [0, 1], convert it: (x * 255){to_uint8}; or, for an image, convert it "
+        hint += "to float32 and pass do_rescale=False"
         if not do_rescale:
             hint = "do_rescale=False is for values in [0, 1]"
         raise TypeError(f"{name}: expected {expected}, got {dtype}; {hint}")
     if isinstance(image, np.ndarray):
         tensor = torch.from_numpy(np.require(image, requirements=["C", "W"]))
     else:
-        tensor = image.detach().cpu()
+        tensor = image.detach().to(device if image.is_cuda and device is not None else "cpu")
     if 0 in tensor.shape:
         raise ValueError(f"{name}: expected at least one pixel, got shape {list(tensor.shape)}")
     if not do_rescale and not (tensor.min() >= 0 and tensor.max() <= 1):  # also true for NaN
@@ -193,7 +239,8 @@ def _composite_over_white(image: Tensor, backend: Backend) -> Tensor:
     if image.is_floating_point():
         return image[:3] * image[3:] + (1 - image[3:])
     if backend == "pillow":
-        alpha = image[3:].double() / 255
+        # A tensor as divisor: on a GPU, dividing by a number multiplies by its inverse, which rounds differently.
+        alpha = image[3:].double() / torch.tensor(255, dtype=torch.float64, device=image.device)
         return (alpha * image[:3] + (1 - alpha) * 255).round().to(torch.uint8)
     scaled = image.float() * (1 / 255)
     return ((scaled[:3] * scaled[3:] + (1 - scaled[3:])) * (256 - 1e-3)).to(torch.uint8)  # as torchvision's to_dtype

@@ -15,7 +15,9 @@ def read_processors(directory: str | os.PathLike[str], family: str) -> tuple[Ima
     The image processor is described by `image_processor` in `processor_config.json`, else by
     `preprocessor_config.json`. The video processor is described by `video_processor` in `processor_config.json`, else
     by `video_preprocessor_config.json`, else by `preprocessor_config.json`: Qwen2 and Qwen2.5 models have no config for
-    videos and use the pixel bounds of images. Without any of these files the processor is `for_family`'s.
+    videos and use the pixel bounds of images. Without any of these files the processor is `for_family`'s. Unlike
+    `AutoImageProcessor`, which needs `backend="pil"` for it, an image processor whose type ends in `Pil` resizes as
+    Pillow does.
 
     Raises:
         ValueError: a file that is not valid JSON or does not describe such a processor.

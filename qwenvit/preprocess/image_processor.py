@@ -1,34 +1,38 @@
 """The image processor: images to `pixel_values` and `image_grid_thw`, equal to transformers'."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Unpack
+from typing import Any, Self, Unpack
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from qwenvit.config.families import FAMILIES
 from qwenvit.preprocess.decode import Backend, Channels, ImageInput, each_image, open_image
 from qwenvit.preprocess.hf_settings import config_section, read_hf_settings, write_hf_settings
+from qwenvit.preprocess.jpeg import Decoder, check_decoder
 from qwenvit.preprocess.options import ImageOptions, check_image_options
 from qwenvit.preprocess.patch_processor import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, PatchProcessor
-from qwenvit.preprocess.resize import resize_frames, smart_resize
+from qwenvit.preprocess.prepared import Prepared, PreparedFrames, compute_on_host, pinned_copy
+from qwenvit.preprocess.resize import bounds_from_size, smart_resize
 
 
 @dataclass(frozen=True)
 class ImageProcessor(PatchProcessor):
     """Resizes images and cuts them into normalised patches, `torch.equal` to transformers 5.23's on the CPU.
 
-    `resize="pillow"` equals `Qwen2VLImageProcessorPil`; `resize="torch"` equals `Qwen2VLImageProcessor`, transformers'
-    default where torchvision is installed. `resize_frames` says how far the two differ. Pillow decodes files for both.
+    `resize="torch"` equals `Qwen2VLImageProcessor`, which `AutoImageProcessor` builds where torchvision is installed;
+    `resize="pillow"` equals `Qwen2VLImageProcessorPil`. `resize_frames` says how far the two differ. Pillow decodes
+    files for both.
 
     Example:
         >>> pixel_values, grid = ImageProcessor.for_family("qwen3_vl")(["a.png", "b.jpg"], max_pixels=1_000_000)
     """
 
-    resize: Backend = "pillow"
-    """Whose bicubic interpolation and rounding, `"pillow"` or `"torch"`."""
+    resize: Backend = "torch"
+    """Whose bicubic interpolation and rounding, `"torch"` or `"pillow"`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,7 +67,8 @@ class ImageProcessor(PatchProcessor):
         """Read a `preprocessor_config.json`, or the `image_processor` in a `processor_config.json`.
 
         A setting that is not stated has the default of transformers' `Qwen2VLImageProcessor`. As in transformers,
-        `min_pixels` and `max_pixels` override `size`.
+        `min_pixels` and `max_pixels` override `size`. `resize` is `"pillow"` where the type ends in `Pil`, else
+        `"torch"`.
 
         Raises:
             TypeError: `config` is not a mapping.
@@ -73,11 +78,54 @@ class ImageProcessor(PatchProcessor):
         hf_type = hf.get("image_processor_type")
         if hf_type is not None and not re.fullmatch(r"Qwen\w*VLImageProcessor\w*", str(hf_type)):
             raise ValueError(f"image_processor_type: expected Qwen…VLImageProcessor…, got {hf_type!r}")
-        return cls(**read_hf_settings(hf))
+        resize: Backend = "pillow" if str(hf_type).endswith("Pil") else "torch"
+        return cls(**read_hf_settings(hf), resize=resize)
 
     def to_hf(self) -> dict[str, Any]:
-        """Return the `preprocessor_config.json` from which transformers builds an equal processor."""
-        return {"image_processor_type": "Qwen2VLImageProcessor"} | write_hf_settings(self)
+        """Return the `preprocessor_config.json` from which transformers builds an equal processor.
+
+        With `resize="pillow"` the type is `Qwen2VLImageProcessorPil`. That class reads it, and so does
+        `AutoImageProcessor` with `backend="pil"`; otherwise transformers 5.23's `AutoImageProcessor` builds the
+        torchvision processor from any type.
+        """
+        hf_type = "Qwen2VLImageProcessorPil" if self.resize == "pillow" else "Qwen2VLImageProcessor"
+        return {"image_processor_type": hf_type} | write_hf_settings(self)
+
+    def with_bounds(
+        self,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        size: Mapping[str, int] | None = None,
+        max_tokens: int | None = None,
+    ) -> Self:
+        """Return a copy of the processor with other bounds; see `PatchProcessor.with_bounds`.
+
+        Args:
+            min_pixels: lower bound of the area after resizing.
+            max_pixels: upper bound of the area after resizing.
+            size: both bounds as Hugging Face writes them.
+            max_tokens: upper bound of an image's merged tokens, instead of `max_pixels`. Without a lower bound of the
+                caller's, no image whose aspect ratio is at most `max_tokens` has more; a longer one may have more in
+                its only row or column.
+
+        Raises:
+            ValueError: as in `PatchProcessor.with_bounds`; `max_tokens` beside another upper bound, or not a positive
+                integer.
+        """
+        if max_tokens is None:
+            return super().with_bounds(min_pixels, max_pixels, size)
+        if not isinstance(max_tokens, int | np.integer) or isinstance(max_tokens, bool) or max_tokens < 1:
+            raise ValueError(f"max_tokens: expected a positive integer, got {max_tokens!r}")
+        in_size = bounds_from_size(size)
+        for other, value in (("max_pixels", max_pixels), ("size's longest_edge", in_size.get("max_pixels"))):
+            if value is not None:
+                raise ValueError(f"max_tokens: got {max_tokens} and {other} {value}; pass only one of them")
+        max_pixels = int(max_tokens) * self.factor**2
+        bounded = super().with_bounds(min_pixels, max_pixels, size)
+        if min_pixels is None and "min_pixels" not in in_size:
+            # Enlarging rounds both sides up to whole tokens, each to at most twice its length: up to 4 times the area.
+            bounded = replace(bounded, min_pixels=max(1, min(bounded.min_pixels, max_pixels // 4)))
+        return bounded
 
     def grid_for(
         self,
@@ -87,80 +135,114 @@ class ImageProcessor(PatchProcessor):
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         size: Mapping[str, int] | None = None,
+        max_tokens: int | None = None,
     ) -> tuple[int, int, int]:
         """Return the grid `(1, rows, columns)` of patches for an image of `height` × `width` pixels.
 
         Raises:
             ValueError: no pixels, an aspect ratio above 200, contradicting bounds.
         """
-        bounded = self.with_bounds(min_pixels, max_pixels, size)
+        bounded = self.with_bounds(min_pixels, max_pixels, size, max_tokens)
         height, width = smart_resize(height, width, self.factor, bounded.min_pixels, bounded.max_pixels)
         return 1, height // self.patch_size, width // self.patch_size
 
     def __call__(
-        self, images: ImageInput | Iterable[ImageInput], **options: Unpack[ImageOptions]
+        self,
+        images: ImageInput | Iterable[ImageInput],
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        **options: Unpack[ImageOptions],
     ) -> tuple[Tensor, Tensor]:
         """Resize images and cut them into patches.
 
         Args:
             images: one image or several; `open_image` says what an image can be.
-            options: min_pixels, max_pixels, size, resize, do_rescale, channels; see `ImageOptions`.
+            device: where to resize and normalise 8-bit images, and where `pixel_values` are; the values are the same.
+            dtype: float32, bfloat16 or float16; the values are those in float32, converted.
+            options: min_pixels, max_pixels, max_tokens, size, resize, do_rescale, channels; see `ImageOptions`.
 
         Returns:
-            `pixel_values` `[patches, C·T·P·P]` float32, in merge-block order, images one after another, and
-            `image_grid_thw` `[images, 3]` int64.
+            `pixel_values` `[patches, C·T·P·P]`, in merge-block order, images one after another, and `image_grid_thw`
+            `[images, 3]` int64 on the CPU.
 
         Raises:
             TypeError: an unknown option, or an image of a type or dtype that is not supported.
             ValueError: an impossible option, or an image that cannot be used.
             OSError: a file that cannot be read.
         """
-        check_image_options(options)  # here too: `each` also takes single_frame
-        patches, grids = zip(*self.each(images, **options), strict=True)
-        return (patches[0] if len(patches) == 1 else torch.cat(patches)), torch.cat(grids)
+        device = torch.device(device)
+        prepare = self.preparer(device, **options)
+        prepared = [prepare(index, image) for index, image in enumerate(each_image(images))]
+        grids = torch.tensor([one.grid for one in prepared], device="cpu")
+        patches = grids.prod(1).tolist()
+        pixel_values = torch.empty(sum(patches), self.patch_dim, device=device, dtype=dtype)
+        for one, rows in zip(prepared, pixel_values.split(patches), strict=True):
+            one.to(device).write(rows)
+        return pixel_values, grids
 
-    def each(
-        self,
-        images: ImageInput | Iterable[ImageInput],
-        *,
-        single_frame: bool = False,
-        **options: Unpack[ImageOptions],
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Cut images into patches one at a time; an image is opened only when the iterator reaches it.
+    def preparer(
+        self, device: torch.device, decode: Decoder = "pillow", **options: Unpack[ImageOptions]
+    ) -> "ImagePreparer":
+        """Return what opens the images of a call, so that they can be written as rows of pixel values.
 
         Args:
-            images: one image or several; `open_image` says what an image can be.
-            single_frame: do not repeat an image to fill `temporal_patch_size`.
-            options: min_pixels, max_pixels, size, resize, do_rescale, channels; see `ImageOptions`.
-
-        Returns:
-            An iterator of `pixel_values` `[patches, C·T·P·P]` float32 (`[patches, C·P·P]` with `single_frame`) and
-            `image_grid_thw` `[1, 3]` int64.
+            device: where pixel values will be. On the CPU everything is computed at once.
+            decode: what decodes JPEG files; see `decode_jpeg`.
+            options: see `ImageOptions`.
 
         Raises:
-            TypeError: an unknown option; while iterating, an image of a type or dtype that is not supported.
-            ValueError: an impossible option; while iterating, an image that cannot be used.
-            OSError: while iterating, a file that cannot be read.
+            TypeError: an unknown option.
+            ValueError: an impossible option.
         """
         check_image_options(options)
-        processor = self.with_bounds(options.get("min_pixels"), options.get("max_pixels"), options.get("size"))
+        processor = self.with_bounds(
+            options.get("min_pixels"), options.get("max_pixels"), options.get("size"), options.get("max_tokens")
+        )
         if (resize := options.get("resize")) is not None:
             processor = replace(processor, resize=resize)
-        if single_frame:
-            processor = replace(processor, temporal_patch_size=1)
-        channels, do_rescale = options.get("channels"), options.get("do_rescale", True)
-        return (
-            processor._process(image, channels, do_rescale, f"images[{index}]")
-            for index, image in enumerate(each_image(images))
-        )
+        check_decoder(decode, device)
+        return ImagePreparer(processor, device, decode, options.get("channels"), options.get("do_rescale", True))
 
-    def _process(self, image: ImageInput, channels: Channels, do_rescale: bool, name: str) -> tuple[Tensor, Tensor]:
-        opened = open_image(image, channels=channels, do_rescale=do_rescale, backend=self.resize, name=name)
+
+@dataclass(frozen=True)
+class ImagePreparer:
+    """Opens images one at a time, from any thread."""
+
+    processor: ImageProcessor
+    device: torch.device
+    decode: Decoder
+    channels: Channels
+    do_rescale: bool
+
+    def __call__(self, index: int, image: ImageInput) -> Prepared:
+        """Open `images[index]`.
+
+        Raises:
+            TypeError: an image of a type or dtype that is not supported.
+            ValueError: an image that cannot be used.
+            OSError: a file that cannot be read.
+        """
+        processor, name = self.processor, f"images[{index}]"
+        opened = open_image(
+            image,
+            channels=self.channels,
+            do_rescale=self.do_rescale,
+            backend=processor.resize,
+            device=self.device,
+            decode=self.decode,
+            name=name,
+        )
         try:
-            grid = self.grid_for(*opened.shape[1:])
+            grid = processor.grid_for(*opened.shape[1:])
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-        _, rows, columns = grid
-        frame = resize_frames(opened[None], rows * self.patch_size, columns * self.patch_size, self.resize)
-        frames = frame.expand(self.temporal_patch_size, -1, -1, -1)
-        return self.pixel_values(frames, self.resize), torch.tensor([grid], device="cpu")
+        frames = PreparedFrames(opened[None], grid, processor, processor.resize)
+        on_gpu = self.device.type == "cuda"
+        if opened.is_cuda:
+            return frames
+        if on_gpu and opened.dtype == torch.uint8:
+            return replace(frames, frames=pinned_copy(frames.frames))
+        # On the CPU, torch and Pillow resize in the thread that decoded. So are floats for a GPU: the kernels there
+        # would round them differently.
+        return compute_on_host(frames, pinned=on_gpu)

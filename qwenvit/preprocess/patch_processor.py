@@ -3,15 +3,22 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Self
 
 import numpy as np
 import torch
-from einops import rearrange
 from torch import Tensor
 
+from qwenvit import ops
+from qwenvit.ops.reference import cut_patches
 from qwenvit.preprocess.decode import Backend
-from qwenvit.preprocess.resize import bounds_from_size
+from qwenvit.preprocess.resize import (
+    bounds_from_size,
+    bytes_from_floats,
+    pillow_resizes_height_first,
+    resize_frames,
+)
 
 OPENAI_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # Qwen2 and Qwen2.5
 OPENAI_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -62,10 +69,17 @@ class PatchProcessor:
         """Side of a merged token in pixels."""
         return self.patch_size * self.merge_size
 
+    @property
+    def patch_dim(self) -> int:
+        """Values of a patch, C·T·P·P."""
+        return 3 * self.temporal_patch_size * self.patch_size**2
+
     def with_bounds(
         self, min_pixels: int | None = None, max_pixels: int | None = None, size: Mapping[str, int] | None = None
     ) -> Self:
         """Return a copy of the processor with other pixel bounds; a bound of None is unchanged.
+
+        An upper bound alone that is below the processor's own lower bound lowers that too.
 
         Args:
             min_pixels: lower bound of the area after resizing.
@@ -83,22 +97,10 @@ class PatchProcessor:
         python_bounds: dict[str, Any] = {
             key: value.item() if isinstance(value, np.integer) else value for key, value in bounds.items()
         }
+        if "max_pixels" in python_bounds and "min_pixels" not in python_bounds:
+            upper = replace(self, min_pixels=1, max_pixels=python_bounds["max_pixels"]).max_pixels  # checks it
+            python_bounds["min_pixels"] = min(self.min_pixels, upper)
         return replace(self, **python_bounds)
-
-    def patchify(self, frames: Tensor) -> Tensor:
-        """Cut frames `[T, C, H, W]` into `[patches, C, temporal_patch_size · patch_size²]`, in merge-block order.
-
-        einops is a dependency for this one permute, whose pattern shows the order of patches.
-        """
-        return rearrange(
-            frames,
-            "(t tp) c (h mh ph) (w mw pw) -> (t h w mh mw) c (tp ph pw)",
-            tp=self.temporal_patch_size,
-            mh=self.merge_size,
-            mw=self.merge_size,
-            ph=self.patch_size,
-            pw=self.patch_size,
-        )
 
     def normalise(self, patches: Tensor, backend: Backend) -> Tensor:
         """Normalise `[patches, C, values]` to `[patches, C · values]` float32, `(x - mean) / std` per channel.
@@ -117,4 +119,50 @@ class PatchProcessor:
 
     def pixel_values(self, frames: Tensor, backend: Backend) -> Tensor:
         """Cut resized frames `[T, 3, H, W]` into normalised patches `[patches, C·T·P·P]` float32."""
-        return self.normalise(self.patchify(frames), backend)  # permute bytes, a quarter of the memory of float32
+        # Permute bytes: they are a quarter of the memory of float32.
+        patches = cut_patches(frames, self.patch_size, self.temporal_patch_size, self.merge_size)
+        return self.normalise(patches, backend)
+
+    def write_patches(self, frames: Tensor, grid: tuple[int, int, int], backend: Backend, out: Tensor) -> None:
+        """Resize frames, normalise them and cut them into patches, on the device of the frames.
+
+        The values of 8-bit frames are equal on every device, to the last bit.
+
+        Args:
+            frames: `[F, 3, H, W]` uint8, or float32 in [0, 1]. The last is repeated to fill its group.
+            grid: groups of frames, rows and columns of patches.
+            backend: whose resizing and normalisation.
+            out: `[patches, C·T·P·P]` in any floating dtype, on the device of the frames.
+        """
+        height, width = grid[1] * self.patch_size, grid[2] * self.patch_size
+        if frames.is_floating_point() and backend == "pillow":
+            frames = bytes_from_floats(frames)
+        if frames.is_cuda and not frames.is_floating_point():
+            ops.resize_patches(
+                frames,
+                height,
+                width,
+                _levels(self, backend, out.dtype, out.device),
+                rule=backend,
+                vertical_first=backend == "pillow" and pillow_resizes_height_first(frames.shape[2:], (height, width)),
+                patch_size=self.patch_size,
+                temporal_patch_size=self.temporal_patch_size,
+                merge_size=self.merge_size,
+                out=out,
+            )
+            return
+        resized = resize_frames(frames, height, width, backend)
+        missing = grid[0] * self.temporal_patch_size - len(resized)
+        resized = torch.cat((resized, resized[-1:].expand(missing, -1, -1, -1))) if missing else resized
+        out.copy_(self.pixel_values(resized, backend))
+
+
+@lru_cache(maxsize=64)
+def _levels(processor: PatchProcessor, backend: Backend, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the normalised value of each byte, `[3, 256]`, on the device."""
+    with torch.inference_mode(False):  # the cached tensor is for every caller
+        every_byte = torch.arange(256, dtype=torch.uint8, device="cpu").expand(1, 3, -1)
+        levels = processor.normalise(every_byte, backend).unflatten(1, (3, 256))[0].to(device, dtype)
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()  # callers may be on any stream
+    return levels

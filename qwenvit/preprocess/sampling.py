@@ -10,6 +10,9 @@ from qwenvit.config.families import FAMILIES
 
 VideoRule = Literal["qwen2_vl", "qwen3_vl"]
 """Whose video processor: `Qwen2VLVideoProcessor` or `Qwen3VLVideoProcessor`."""
+DEFAULT_TARGET_FPS = 2
+"""Frames per second to take: of transformers' `Qwen3VLVideoProcessor`, and for Qwen2 of Qwen's `qwen_vl_utils`."""
+NUMBERS = (int, float, np.integer, np.floating)
 
 
 def video_rule(family: str) -> VideoRule:
@@ -25,7 +28,7 @@ def video_rule(family: str) -> VideoRule:
 
 def sample_frames(
     total_frames: int,
-    fps: float,
+    fps: float | None,
     *,
     family: str,
     target_fps: float | None = None,
@@ -36,8 +39,9 @@ def sample_frames(
     """Return which frames of a clip a family's video processor samples, spread evenly over the clip.
 
     Args:
-        total_frames: frames of the clip.
-        fps: frames per second of the clip.
+        total_frames: frames of the clip. This and the other counts may be whole floats, as OpenCV returns them.
+        fps: frames per second of the clip. None where it is not known: Qwen3's rule then assumes 24, Qwen2's requires
+            `num_frames`.
         family: the family whose rule to use. Qwen2's rule divides the clip into an even number of equal parts and takes
             the first frame of each; Qwen3's takes the first frame, the last and evenly spaced ones between, rounded.
         target_fps: frames per second to take; 2 unless `num_frames` is given.
@@ -49,24 +53,24 @@ def sample_frames(
         Indices from 0, ascending.
 
     Raises:
-        ValueError: an unknown family, a number that is not positive, both `target_fps` and `num_frames`, more frames
-            than the clip has, or too few for one group.
+        ValueError: an unknown family, a number that is not positive, both `target_fps` and `num_frames`, an unknown
+            `fps` that Qwen2's rule needs, more frames than the clip has, or too few for one group.
 
     Source: `sample_frames` of transformers 5.23's `Qwen2VLVideoProcessor` and `Qwen3VLVideoProcessor`.
     """
     if target_fps is not None and num_frames is not None:
         raise ValueError(f"target_fps: expected only one of target_fps={target_fps} and num_frames={num_frames}")
     rule = video_rule(family)
-    target_fps = 2 if target_fps is None else target_fps
-    counts = {"total_frames": total_frames, "min_frames": min_frames, "max_frames": max_frames}
-    if num_frames is not None:
-        counts["num_frames"] = num_frames
-    for name, count in counts.items():
-        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-            raise ValueError(f"{name}: expected a positive integer, got {count!r}")
-    for name, value in (("fps", fps), ("target_fps", target_fps)):
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name}: expected a positive number, got {value!r}")
+    total_frames = _whole("total_frames", total_frames)
+    min_frames = _whole("min_frames", min_frames)
+    max_frames = _whole("max_frames", max_frames)
+    num_frames = None if num_frames is None else _whole("num_frames", num_frames)
+    target_fps = _positive("target_fps", DEFAULT_TARGET_FPS if target_fps is None else target_fps)
+    if fps is None:
+        if rule == "qwen2_vl" and num_frames is None:
+            raise ValueError("fps: expected the clip's frames per second, got None; pass it, or num_frames")
+        fps = 24
+    fps = _positive("fps", fps)
 
     if num_frames is not None:
         count = num_frames if rule == "qwen3_vl" else round(num_frames / 2) * 2
@@ -85,3 +89,17 @@ def sample_frames(
         return [int(index) for index in np.linspace(0, total_frames - 1, count).round()]
     starts = torch.arange(0, total_frames, total_frames / count).int()
     return [int(index) for index in starts[:count]]  # rounding may add an index past the end; transformers fails there
+
+
+def _whole(name: str, count: float) -> int:
+    """Return a count as an int, also one that is a NumPy integer or a whole float."""
+    if not isinstance(count, NUMBERS) or isinstance(count, bool) or not 1 <= count < math.inf or count != int(count):
+        raise ValueError(f"{name}: expected a positive integer, got {count!r}")
+    return int(count)
+
+
+def _positive(name: str, value: float) -> float:
+    """Return a rate as a float, also one that is a NumPy number."""
+    if not isinstance(value, NUMBERS) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise ValueError(f"{name}: expected a positive number, got {value!r}")
+    return float(value)

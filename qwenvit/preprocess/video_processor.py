@@ -5,17 +5,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
-from qwenvit.preprocess.decode import Channels, ImageInput, open_image
+from qwenvit.preprocess.decode import Channels, ImageInput
 from qwenvit.preprocess.hf_settings import config_section, read_hf_settings, write_hf_settings
 from qwenvit.preprocess.patch_processor import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, PatchProcessor
-from qwenvit.preprocess.resize import resize_frames, smart_resize
-from qwenvit.preprocess.sampling import VideoRule, video_rule
+from qwenvit.preprocess.resize import smart_resize
+from qwenvit.preprocess.sampling import DEFAULT_TARGET_FPS, VideoRule, sample_frames, video_rule
+from qwenvit.preprocess.video_frames import VideoPreparer, first_of, open_frame, sized_frames
 
 RULE_OF_HF_TYPE: dict[str, VideoRule] = {"Qwen2VLVideoProcessor": "qwen2_vl", "Qwen3VLVideoProcessor": "qwen3_vl"}
 DEFAULT_MAX_VIDEO_TOKENS: dict[VideoRule, int] = {"qwen2_vl": 128_000, "qwen3_vl": 768}
@@ -25,7 +23,7 @@ DEFAULT_MAX_VIDEO_TOKENS: dict[VideoRule, int] = {"qwen2_vl": 128_000, "qwen3_vl
 class VideoProcessor(PatchProcessor):
     """Resizes frames and cuts them into normalised patches, `torch.equal` to transformers 5.23's on the CPU.
 
-    The caller chooses the frames (`sample_frames`). They are resized by torch's bicubic interpolation, as in
+    The caller chooses the frames (`sample`). They are resized by torch's bicubic interpolation, as in
     transformers, and joined in groups of `temporal_patch_size`; the last frame is repeated to fill its group.
     """
 
@@ -38,21 +36,36 @@ class VideoProcessor(PatchProcessor):
     max_video_tokens: int = 128_000
     """The limit of `cap_pixels_per_frame` in merged tokens: 90 % of it for a video (`"qwen2_vl"`), all of it for a
     frame (`"qwen3_vl"`)."""
+    fps: float | None = None
+    """Frames per second that `sample` takes. None: `num_frames` in all, or 2 a second if that is None too."""
+    num_frames: int | None = None
+    """Frames that `sample` takes in all. None: `fps` a second."""
+    min_frames: int = 4
+    """With `fps`, take at least this many frames, if the clip has them."""
+    max_frames: int = 768
+    """With `fps`, take at most this many frames."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.rule not in DEFAULT_MAX_VIDEO_TOKENS:
             raise ValueError(f"rule: expected one of {sorted(DEFAULT_MAX_VIDEO_TOKENS)}, got {self.rule!r}")
-        tokens = self.max_video_tokens
-        if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
-            raise ValueError(f"max_video_tokens: expected a positive integer, got {tokens!r}")
+        counts = {name: getattr(self, name) for name in ("max_video_tokens", "min_frames", "max_frames")}
+        if self.num_frames is not None:
+            counts["num_frames"] = self.num_frames
+        for name, count in counts.items():
+            if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+                raise ValueError(f"{name}: expected a positive integer, got {count!r}")
+        fps = self.fps
+        if fps is not None and (not isinstance(fps, int | float) or isinstance(fps, bool) or not 0 < fps < math.inf):
+            raise ValueError(f"fps: expected a positive number, got {fps!r}")
 
     @classmethod
     def for_family(cls, family: str) -> "VideoProcessor":
         """Return the processor that transformers builds for a family's published models.
 
         Qwen2, Qwen2.5 and Qwen3-Omni publish no config for videos, so the bounds of images, 3136 to 12845056 pixels,
-        limit each frame. In Qwen3 and 3.5 all frames together have 4096 to 25165824 pixels.
+        limit each frame. In Qwen3 and 3.5 all frames together have 4096 to 25165824 pixels, and 2 frames a second are
+        sampled.
 
         Raises:
             ValueError: unknown family.
@@ -66,6 +79,7 @@ class VideoProcessor(PatchProcessor):
                 image_std=IMAGENET_STANDARD_STD,
                 rule="qwen3_vl",
                 max_video_tokens=DEFAULT_MAX_VIDEO_TOKENS["qwen3_vl"],
+                fps=DEFAULT_TARGET_FPS,
             )
         if family == "qwen3_omni":
             return cls(
@@ -82,7 +96,8 @@ class VideoProcessor(PatchProcessor):
 
         A model without them has its `preprocessor_config.json` for images read instead, as in transformers. A setting
         that is not stated has the default of transformers' processor: of the stated type, or else of the family. As in
-        transformers, Qwen3's processor reads its bounds from `size` alone.
+        transformers, Qwen3's processor reads its bounds from `size` alone. Its 2 frames a second are the default where
+        neither `fps` nor `num_frames` is stated; transformers refuses to sample where only `num_frames` is.
 
         Raises:
             TypeError: `config` is not a mapping.
@@ -98,13 +113,54 @@ class VideoProcessor(PatchProcessor):
             settings |= {"image_mean": IMAGENET_STANDARD_MEAN, "image_std": IMAGENET_STANDARD_STD}
         settings |= {"rule": rule, "max_video_tokens": config.get("max_video_tokens") or DEFAULT_MAX_VIDEO_TOKENS[rule]}
         settings |= {"cap_pixels_per_frame": bool(config.get("cap_pixels_per_frame"))}
+        sampling = ("fps", "num_frames", "min_frames", "max_frames")
+        settings |= {name: config[name] for name in sampling if config.get(name) is not None}
+        if rule == "qwen3_vl" and "num_frames" not in settings:
+            settings.setdefault("fps", DEFAULT_TARGET_FPS)
         return cls(**settings | read_hf_settings(config))
 
     def to_hf(self) -> dict[str, Any]:
         """Return the `video_preprocessor_config.json` from which transformers builds an equal processor."""
         hf_type = next(name for name, rule in RULE_OF_HF_TYPE.items() if rule == self.rule)
         caps = {"cap_pixels_per_frame": self.cap_pixels_per_frame, "max_video_tokens": self.max_video_tokens}
-        return {"video_processor_type": hf_type} | write_hf_settings(self) | caps
+        fps = DEFAULT_TARGET_FPS if self.rule == "qwen3_vl" and self.fps is self.num_frames is None else self.fps
+        sampling = {"fps": fps, "num_frames": self.num_frames}
+        sampling |= {"min_frames": self.min_frames, "max_frames": self.max_frames}
+        return {"video_processor_type": hf_type} | write_hf_settings(self) | caps | sampling
+
+    def sample(
+        self, total_frames: int, video_fps: float | None, *, fps: float | None = None, num_frames: int | None = None
+    ) -> list[int]:
+        """Return which frames of a clip to encode, as transformers' processor with these settings samples them.
+
+        Args:
+            total_frames: frames of the clip.
+            video_fps: frames per second of the clip. None where it is not known: Qwen3's rule then assumes 24, Qwen2's
+                requires a number of frames.
+            fps: frames per second to take, between `min_frames` and `max_frames` in all.
+            num_frames: frames to take in all. Where neither `fps` nor `num_frames` is passed, both are the processor's
+                own; if those are None too, 2 frames a second are taken, as in Qwen's `qwen_vl_utils`.
+
+        Returns:
+            Indices from 0, ascending.
+
+        Raises:
+            ValueError: a number that is not positive, both `fps` and `num_frames`, more frames than the clip has, or
+                too few for one group.
+        """
+        if fps is None and num_frames is None:
+            fps, num_frames = self.fps, self.num_frames
+        if fps is not None and num_frames is not None:
+            raise ValueError(f"num_frames: expected only one of num_frames={num_frames} and fps={fps}")
+        return sample_frames(
+            total_frames,
+            video_fps,
+            family=self.rule,
+            target_fps=fps,
+            num_frames=num_frames,
+            min_frames=self.min_frames,
+            max_frames=self.max_frames,
+        )
 
     def grid_for(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
         """Return the grid `(groups of frames, rows, columns)` of patches for frames of `height` × `width` pixels.
@@ -161,6 +217,8 @@ class VideoProcessor(PatchProcessor):
         size: Mapping[str, int] | None = None,
         channels: Channels = None,
         cap_pixels_per_frame: bool | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> tuple[Tensor, Tensor]:
         """Resize the frames of one video and cut them into patches.
 
@@ -175,10 +233,12 @@ class VideoProcessor(PatchProcessor):
             channels: the axis of an array's channels, `"first"` or `"last"`. None: inferred from its shape; a shape
                 that could be either is refused.
             cap_pixels_per_frame: as the field of this name. None: the processor's own.
+            device: where to resize and normalise, and where `pixel_values_videos` are; the values are the same.
+            dtype: float32, bfloat16 or float16; the values are those in float32, converted.
 
         Returns:
-            `pixel_values_videos` `[patches, C·T·P·P]` float32, in merge-block order, and `video_grid_thw` `[1, 3]`
-            int64.
+            `pixel_values_videos` `[patches, C·T·P·P]`, in merge-block order, and `video_grid_thw` `[1, 3]` int64 on the
+            CPU.
 
         Raises:
             TypeError: frames of a type or dtype that is not supported.
@@ -186,17 +246,49 @@ class VideoProcessor(PatchProcessor):
             OSError: a file that cannot be read.
         """
         processor = self.with_bounds(min_pixels, max_pixels, size)
+        device = torch.device(device)
+        prepare = processor.preparer(frames, device, channels=channels, cap_pixels_per_frame=cap_pixels_per_frame)
+        pixel_values = torch.empty(math.prod(prepare.grid), self.patch_dim, device=device, dtype=dtype)
+        start = 0
+        for index, piece in enumerate(prepare.pieces()):
+            prepared = prepare(index, piece)
+            patches = math.prod(prepared.grid)
+            prepared.to(device).write(pixel_values[start : start + patches])
+            start += patches
+        return pixel_values, torch.tensor([prepare.grid], device="cpu")
+
+    def preparer(
+        self,
+        frames: Iterable[ImageInput],
+        device: torch.device,
+        *,
+        channels: Channels = None,
+        cap_pixels_per_frame: bool | None = None,
+    ) -> VideoPreparer:
+        """Return what opens the frames of a video piece by piece, so that they can be written as pixel values.
+
+        Args:
+            frames: as `__call__` takes them.
+            device: where pixel values will be. On the CPU everything is computed at once.
+            channels: as `__call__` takes it.
+            cap_pixels_per_frame: as `__call__` takes it.
+
+        Raises:
+            TypeError: frames of a type that is not supported.
+            ValueError: no frames, too few or of an impossible size.
+            OSError: the first frame cannot be read.
+        """
+        processor = self
         if cap_pixels_per_frame is not None:
-            processor = replace(processor, cap_pixels_per_frame=cap_pixels_per_frame)
-        video = _open_frames(frames, channels)
+            processor = replace(self, cap_pixels_per_frame=cap_pixels_per_frame)
+        sized = sized_frames(frames)
+        first, every = first_of(sized)
+        height, width = open_frame(first, 0, channels, device).shape[1:]
         try:
-            grid = processor.grid_for(len(video), *video.shape[2:])
+            grid = processor.grid_for(len(sized), height, width)
         except ValueError as error:
             raise ValueError(f"frames: {error}") from error
-        video = resize_frames(video, grid[1] * self.patch_size, grid[2] * self.patch_size, "torch")
-        if missing := -len(video) % self.temporal_patch_size:
-            video = torch.cat([video, video[-1:].expand(missing, -1, -1, -1)])
-        return processor.pixel_values(video, "torch"), torch.tensor([grid], device="cpu")
+        return VideoPreparer(processor, every, (height, width), grid, channels, device)
 
 
 def _rule_from_config(config: Mapping[str, Any], family: str | None) -> VideoRule:
@@ -211,22 +303,3 @@ def _rule_from_config(config: Mapping[str, Any], family: str | None) -> VideoRul
     if family is None:
         raise ValueError(f"family: needed for a config without a video_processor_type ({sorted(RULE_OF_HF_TYPE)})")
     return video_rule(family)
-
-
-def _open_frames(frames: Iterable[ImageInput] | NDArray[Any] | Tensor, channels: Channels) -> Tensor:
-    """Open frames of one size as one tensor `[frames, 3, H, W]` uint8."""
-    if isinstance(frames, np.ndarray | Tensor) and frames.ndim != 4:
-        raise ValueError(f"frames: expected [frames, H, W, C] or [frames, C, H, W], got {list(frames.shape)}")
-    if isinstance(frames, Image.Image | str | bytes) or not isinstance(frames, Iterable):
-        raise TypeError(f"frames: expected a list of images or one array of them, got {type(frames).__name__}")
-    opened = [
-        open_image(frame, channels=channels, backend="torch", name=f"frames[{index}]")
-        for index, frame in enumerate(frames)
-    ]
-    if not opened:
-        raise ValueError("frames: expected at least one frame, got none")
-    for index, frame in enumerate(opened):
-        if frame.shape != opened[0].shape:
-            sizes = [f"{height} x {width}" for _, height, width in (opened[0].shape, frame.shape)]
-            raise ValueError(f"frames[{index}]: expected the first frame's size, {sizes[0]}, got {sizes[1]}")
-    return torch.stack(opened)

@@ -1,7 +1,6 @@
 """The attention layer of a Qwen-VL tower, built of the operations in `qwenvit.ops`."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwenvit import ops
@@ -64,7 +63,8 @@ class VisionAttention(Packed):
             cos: `[S, C / H]` fp32, both halves of each row equal (`GridPlan.cos`).
             sin: `[S, C / H]` fp32, both halves of each row equal (`GridPlan.sin`).
             cu_seqlens: `[segments + 1]` int32, as for `qwenvit.ops.rope_attention` (`GridPlan.frames.cu_seqlens`).
-            max_seqlen: tokens in the longest segment, if known; up to 64 selects the kernel for windows.
+            max_seqlen: tokens in the longest segment, if known; up to 64 selects the kernel for windows, which rounds
+                otherwise than the one for long segments.
 
         Returns:
             `[S, C]` in the dtype of `hidden_states`.
@@ -73,17 +73,17 @@ class VisionAttention(Packed):
             TypeError, ValueError: an argument that the operations refuse.
         """
         y = self.project(hidden_states, cos, sin, max_seqlen)
-        return self.proj(self.attend(y, cos, sin, cu_seqlens, max_seqlen))
+        return self.project_output(self.attend(y, cos, sin, cu_seqlens, max_seqlen))
 
     def project(self, hidden_states: Tensor, cos: Tensor, sin: Tensor, max_seqlen: int | None) -> Tensor:
         """Project `hidden_states` `[S, C]` to Q, K and V, `[S, 3·C]`; rotate Q and K unless segments are windows.
 
-        This is the first step of `forward`; `attend` and `proj` follow. A caller of the three steps can free each
-        step's input before the next.
+        This is the first step of `forward`; `attend` and `project_output` follow. A caller of the three steps can free
+        each step's input before the next.
         """
         weight, bias = self.qkv.weight, self.qkv.bias
         if _are_windows(max_seqlen):
-            return F.linear(hidden_states, weight, bias)
+            return ops.linear(hidden_states, weight, bias, self.impl)
         return ops.qkv_rope(hidden_states, weight, bias, cos, sin, self.num_heads, impl=self.impl)
 
     def attend(self, qkv: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int | None) -> Tensor:
@@ -92,6 +92,10 @@ class VisionAttention(Packed):
         q, k, v = qkv.unflatten(1, (3, self.num_heads, -1)).unbind(1)
         out = ops.rope_attention(q, k, v, *angles, cu_seqlens, max_seqlen, interleaved=True, impl=self.impl)
         return out.flatten(1)
+
+    def project_output(self, y: Tensor) -> Tensor:
+        """Project the heads' outputs, `[S, C]` -> `[S, C]`: the last step of `forward`."""
+        return ops.linear(y, self.proj.weight, self.proj.bias, self.impl)
 
     def pack(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Concatenate Q, K and V, and make rotary pairs adjacent in Q and K."""

@@ -9,10 +9,9 @@ keys of long segments are written twice.
 from collections.abc import Iterable
 from itertools import chain
 from operator import attrgetter
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwenvit import ops
@@ -21,7 +20,7 @@ from qwenvit.config.vision_config import VisionConfig
 from qwenvit.ops.checks import FLOATING
 from qwenvit.ops.packing import WIDTH_MULTIPLE, pack_gate_up, pad_columns
 from qwenvit.outputs import TowerOutput
-from qwenvit.plan.grid_plan import DevicePlan, GridPlan, Segments
+from qwenvit.plan.grid_plan import DevicePlan, GridPlan
 from qwenvit.towers.attention import VisionAttention
 from qwenvit.towers.packed import Packed
 
@@ -46,7 +45,7 @@ class Norm(nn.Module):
 class PatchEmbed(Packed):
     """Weights of the patch embedding; each row starts a 128-byte line.
 
-    Stills pass one frame; the GPU repeats it. Summing weights over frames was rejected: 1.29× error (TUNING.md).
+    A still's frame is there twice. Summing the weights over frames instead was rejected: 1.29× error (TUNING.md).
     """
 
     def __init__(self, config: VisionConfig) -> None:
@@ -65,23 +64,6 @@ class PatchEmbed(Packed):
                 f"proj.weight: expected kernels {self.kernel_shape}, got {tuple(packed['weight'].shape[1:])}"
             )
         return packed | {"weight": pad_columns(packed["weight"].flatten(1))}
-
-    def expand_frames(self, pixel_values: Tensor) -> Tensor:
-        """Return a view of `pixel_values` as `[patches, C, T, P·P]`, in which stills repeat their one frame.
-
-        Args:
-            pixel_values: `[patches, C·T·P·P]`, or `[patches, C·P·P]` of still images alone.
-
-        Raises:
-            ValueError: any other shape.
-        """
-        channels, frames, *_ = self.kernel_shape
-        all_frames, one_frame = self.patch_dim, self.patch_dim // frames
-        if pixel_values.ndim != 2 or pixel_values.shape[1] not in (all_frames, one_frame):
-            expected = f"[patches, {all_frames}], or [patches, {one_frame}] of still images"
-            raise ValueError(f"pixel_values: expected {expected}, got {list(pixel_values.shape)}")
-        given = 1 if pixel_values.shape[1] == one_frame else frames
-        return pixel_values.unflatten(1, (channels, given, -1)).expand(-1, -1, frames, -1)
 
     def unpack(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Undo `pack`."""
@@ -107,7 +89,7 @@ class MLP(nn.Module):
     def forward(self, y: Tensor, residual: Tensor) -> Tensor:
         """Add the MLP of `y`, without its last bias, to `residual` in place; both `[patches, hidden_size]`."""
         hidden = ops.linear_act(y, self.fc1.weight, self.fc1.bias, self.act, self.impl)
-        return residual.addmm_(hidden, self.fc2.weight.T)
+        return ops.add_linear_(residual, hidden, self.fc2.weight, self.impl)
 
 
 class GatedMLP(Packed):
@@ -148,7 +130,7 @@ class GatedMLP(Packed):
     def forward(self, y: Tensor, residual: Tensor) -> Tensor:
         """Add the MLP of `y`, without its last bias, to `residual` in place; both `[patches, hidden_size]`."""
         hidden = ops.swiglu(y, self.gate_up.weight, self.gate_up.bias, self.impl)
-        return residual.addmm_(hidden, self.down.weight.T)
+        return ops.add_linear_(residual, hidden, self.down.weight, self.impl)
 
 
 class Block(nn.Module):
@@ -162,13 +144,22 @@ class Block(nn.Module):
         self.attn = VisionAttention(config.hidden_size, config.num_heads, config.traits.separate_qkv, impl)
         self.mlp = GatedMLP(config, impl) if config.traits.gated_mlp else MLP(config, impl)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
-        """Transform `x` `[patches, hidden_size]` in place; `cos` and `sin` are `[patches, head_dim]` fp32."""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int | None) -> Tensor:
+        """Transform `x` in place.
+
+        Args:
+            x: `[patches, hidden_size]`.
+            cos: `[patches, head_dim]` fp32.
+            sin: `[patches, head_dim]` fp32.
+            cu_seqlens: `[segments + 1]` int32.
+            max_seqlen: patches of a whole window; None for frames, so that the longest frame of a batch does not choose
+                the kernel.
+        """
         norm2 = self.norm2
         y = self.norm1(x)
-        y = self.attn.project(y, cos, sin, segments.max_seqlen)
-        y = self.attn.attend(y, cos, sin, segments.cu_seqlens, segments.max_seqlen)
-        y = self.attn.proj(y)
+        y = self.attn.project(y, cos, sin, max_seqlen)
+        y = self.attn.attend(y, cos, sin, cu_seqlens, max_seqlen)
+        y = self.attn.project_output(y)
         y = ops.add_norm_(y, x, norm2.weight, norm2.bias, norm2.kind, shift=self.mlp.last_bias, impl=self.impl)
         return self.mlp(y, residual=x)
 
@@ -202,7 +193,7 @@ class Merger(nn.Module):
             impl=self.impl,
         )
         y = ops.linear_act(y, self.fc1.weight, self.fc1.bias, "gelu", self.impl)
-        return F.linear(y, self.fc2.weight, self.fc2.bias)
+        return ops.linear(y, self.fc2.weight, self.fc2.bias, self.impl)
 
 
 def refuse_gradients(tensors: Iterable[Tensor]) -> None:
@@ -217,8 +208,9 @@ def refuse_gradients(tensors: Iterable[Tensor]) -> None:
 class FastTower(nn.Module):
     """Vision tower of any family, for inference.
 
-    Blocks work in place, in the memory of their input: a hook must copy what it keeps. `Encoder` runs the tower in CUDA
-    graphs, and refuses hooks.
+    An item's outputs depend on the item alone, to the last bit: no kernel is chosen, and no sum ordered, by the number
+    of rows. Blocks work in place, in the memory of their input: a hook must copy what it keeps. `Encoder` runs the
+    tower in CUDA graphs, and refuses hooks.
 
     Args:
         config: the tower's config. Parameters are not initialised: load a checkpoint or a reference tower's weights.
@@ -227,9 +219,6 @@ class FastTower(nn.Module):
     Raises:
         ValueError: the kernels do not support the head width.
     """
-
-    repeats_single_frames: ClassVar[bool] = True
-    """Whether `pixel_values` of still images may have one frame, `[patches, C·P·P]`, which the tower repeats."""
 
     def __init__(self, config: VisionConfig, impl: Impl = "triton") -> None:
         super().__init__()
@@ -263,8 +252,7 @@ class FastTower(nn.Module):
         """Encode packed patches as the reference tower does, without gradients.
 
         Args:
-            pixel_values: `[patches, C·T·P·P]`, or `[patches, C·P·P]` of still images alone, whose frame is repeated
-                T times.
+            pixel_values: `[patches, C·T·P·P]`.
             plan: the plan of the same patches' grids, on the tower's device.
 
         Raises:
@@ -286,8 +274,7 @@ class FastTower(nn.Module):
         table = None if plan.position_taps is None else self.pos_embed.weight
         positions = (table, plan.position_taps, plan.position_weights)
         order = (plan.restore_index, self.config.merge_unit)
-        pixel_values = embed.expand_frames(pixel_values).flatten(1).contiguous()
-        return ops.patch_embed(pixel_values, weight, embed.bias, *positions, *order, impl=self.impl)
+        return ops.patch_embed(pixel_values.contiguous(), weight, embed.bias, *positions, *order, impl=self.impl)
 
     def transform(self, x: Tensor, plan: GridPlan | DevicePlan) -> TowerOutput:
         """Run the blocks and mergers, the rest of `forward`.
@@ -297,9 +284,12 @@ class FastTower(nn.Module):
             plan: the plan of the same patches' grids, on the tower's device.
         """
         deepstack_features = []
+        window_patches = ((self.config.window_size or 0) // self.config.patch_size) ** 2
         for index, block in enumerate(self.blocks):
-            full = plan.windows is None or self.config.is_full_attention(index)
-            x = block(x, plan.cos, plan.sin, plan.frames if full else plan.windows)
+            if plan.windows is None or self.config.is_full_attention(index):
+                x = block(x, plan.cos, plan.sin, plan.frames.cu_seqlens, None)
+            else:
+                x = block(x, plan.cos, plan.sin, plan.windows.cu_seqlens, window_patches)
             if index in self.config.deepstack_visual_indexes:
                 merger = self.deepstack_mergers[self.config.deepstack_visual_indexes.index(index)]
                 deepstack_features.append(merger(x, None))

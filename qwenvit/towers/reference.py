@@ -5,8 +5,6 @@ It follows Qwen2-VL (arXiv:2409.12191), Qwen2.5-VL (arXiv:2502.13923: windows, R
 `attn_implementation="sdpa"`, so the outputs are bitwise equal on a CPU.
 """
 
-from typing import ClassVar
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -196,9 +194,6 @@ class ReferenceTower(nn.Module):
     Args:
         config: the tower's config. Parameters have torch's initial values: load a checkpoint.
     """
-
-    repeats_single_frames: ClassVar[bool] = False
-    """Whether `pixel_values` of still images may have one frame, `[patches, C·P·P]`, which the tower repeats."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()

@@ -1,6 +1,5 @@
 """Measure what CUDA graphs cost: time and memory of captures, host time of a call, and rounding up to a capacity."""
 
-import copy
 import statistics
 import time
 from collections.abc import Callable
@@ -11,9 +10,11 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from common.encoders import fresh_encoder
+from common.timing import Call, wall_seconds
 from common.tower_inputs import Case, pixel_values
 from e2e.cases import all_cases
-from e2e.timing import Call, allocated_bytes, driver_bytes, free_cached_memory, host_time, wall_seconds
+from e2e.timing import allocated_bytes, driver_bytes, free_cached_memory, host_time
 from qwenvit import Encoder
 from qwenvit.graphs import graphed_tower
 from qwenvit.graphs.capacity import Capacity
@@ -22,13 +23,6 @@ from qwenvit.towers.fast import FastTower
 SMALL, LARGE = "448²", "1344²"
 REPLAYS = 5
 """Calls after a capture. Their median is subtracted from the time of the first call."""
-
-
-def fresh_encoder(tower: FastTower) -> Encoder:
-    """Return an encoder with the tower's weights and no CUDA graphs."""
-    twin = copy.copy(tower)
-    twin.graphs = None
-    return Encoder(twin)
 
 
 def call_with_capacity(

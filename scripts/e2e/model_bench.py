@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.encoders import fresh_encoder
 from common.hf_towers import build_tower, save_tower
+from common.steps import first_line
 from common.tower_inputs import Case, Outputs, PrepareCall, TowerCall, pixel_values
 from compare.checks import fp32_checks, low_precision_checks
 from compare.runs import run_qwenvit, run_transformers
 from e2e.cases import MODELS, parity_case, random_sizes
 from e2e.cold import cold_start
-from e2e.graphs import call_with_capacity, exact_capacity, fresh_encoder, graph_costs
+from e2e.graphs import call_with_capacity, exact_capacity, graph_costs
 from e2e.timing import kernel_times, peak_memory, replay_time, time_interleaved
 from e2e.verdicts import NO_DEEPSTACK, OMITTED_BY_OPTION, OURS, Row
 from peers.rivals import RIVAL_NAMES, SDPA, TIMM
@@ -175,10 +177,6 @@ def wrong_outputs(ours: list[float], theirs: list[float], factor: float = parity
         for i, (a, b) in enumerate(zip(ours, theirs, strict=False))
         if not a <= b * (factor if b <= parity.MEANINGFUL_ERROR else max(factor, RIVAL_ERROR_FACTOR))
     ]
-
-
-def first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:160]}"
 
 
 def quantiles(times: list[float]) -> dict[str, float]:

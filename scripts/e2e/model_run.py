@@ -1,25 +1,19 @@
 """Measure one model for `bench_e2e.py`, step by step: here, or in a process of its own."""
 
 import argparse
-import contextlib
-import gc
 import json
 import subprocess
 import sys
 import tempfile
-import time
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from common.machine import Ceilings, describe_machine
 from common.progress import progress
+from common.steps import Step, steps_of
 from e2e.cases import MODELS, all_cases
-from e2e.model_bench import ModelBench, first_line
+from e2e.model_bench import ModelBench
 from e2e.verdicts import OMITTED_BY_OPTION, Result
 from peers.vllm_figures import VLLM_MODELS, read_vllm
 from qwenvit.config.published import published_config
@@ -27,7 +21,6 @@ from qwenvit.config.published import published_config
 SIZES, PROFILE, GRAPHS, COLD = "random sizes", "profile", "graphs", "cold process"
 EXTRAS = (SIZES, PROFILE, GRAPHS, COLD)
 PROFILED = ("448²", "896²", "1344²")
-Step = Callable[[str], AbstractContextManager[None]]
 TIMEOUT = 900
 """Seconds after which the process of a model is killed."""
 NOT_FORWARDED_OPTIONS = ("models", "json", "read", "chart", "page", "readme")
@@ -51,22 +44,7 @@ def run_model(model: str, options: argparse.Namespace, limits: Ceilings, save: C
     host, _, measured = describe_machine(limits, options.commit).partition("\n\n")
     result = empty_result(model) | {"machine": host, "ceilings": measured, "gemm": limits.gemm_throughput}
 
-    @contextlib.contextmanager
-    def step(name: str) -> Iterator[None]:
-        progress(f"{model}: {name}")
-        start = time.perf_counter()
-        try:
-            yield
-        except Exception as error:  # noqa: BLE001 (the report lists it, and the next steps run)
-            progress("")
-            traceback.print_exc()
-            result["failed"].append((name, first_line(error)))
-        result["seconds"][name] = round(time.perf_counter() - start, 1)
-        save(result)
-        gc.collect()
-        with contextlib.suppress(RuntimeError):  # after a CUDA error, this fails as well
-            torch.cuda.empty_cache()
-
+    step = steps_of(result, save)
     bench: ModelBench | None = None
     vllm = read_vllm(options.vllm) if options.vllm else {}
     with step("weights and parity"):

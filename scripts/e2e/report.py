@@ -4,6 +4,8 @@ import itertools
 import math
 from collections.abc import Iterable
 
+from common.pages import table
+from common.steps import failures
 from e2e.graphs import LARGE, SMALL
 from e2e.verdicts import (
     NO_DEEPSTACK,
@@ -19,6 +21,10 @@ from e2e.verdicts import (
 )
 from peers.rivals import HOW_RIVALS_RUN, SDPA, TIMM
 
+TOWERS_MARKERS = ("<!-- bench_e2e.py: begin -->", "<!-- bench_e2e.py: end -->")
+"""Around all figures of whole towers, in BENCHMARKS.md."""
+SPEED_MARKERS = ("<!-- speed: begin -->", "<!-- speed: end -->")
+"""Around the short table of speedups, in the README."""
 METHOD = (
     "Times are medians of wall time in ms from `encoder(pixel_values, grid)`, with pixel values on the GPU in bf16 and "
     "the grid on the CPU, until the result is ready; p10–p90 in brackets. The contenders of a row run interleaved in "
@@ -53,11 +59,6 @@ def _speedup(kind: str, row: Row) -> str:
     return "–" if math.isnan(ratio) else f"{ratio:.2f}×"
 
 
-def _table(head: list[str], lines: Iterable[list[str]]) -> str:
-    cells = [head, ["---"] * len(head), *lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
-
-
 def short_table(result: Result) -> str:
     """Return a row for each case: qwenvit, the best rival, and transformers with its default attention."""
     head = ["", "patches", "qwenvit, ms", "best rival, ms", "speedup", "transformers sdpa, ms", "speedup"]
@@ -67,7 +68,7 @@ def short_table(result: Result) -> str:
         theirs = f"{_ms(row, best)}{_spread(row, best)}, {best}" if best else "–"
         cells = [row["name"], str(row["patches"]), _ours(row), theirs, _speedup("over best rival", row)]
         lines.append([*cells, _ms(row, SDPA) + _spread(row, SDPA), _speedup("over sdpa", row)])
-    return _table(head, lines)
+    return table(head, lines)
 
 
 def full_table(result: Result, for_readers: bool) -> str:
@@ -84,7 +85,7 @@ def full_table(result: Result, for_readers: bool) -> str:
             bars = ", ".join(map(str, row_verdicts(result["model"], row)))
             cells.append(bars if row["passed"] else f"parity failed: {row['failure']}")
         lines.append(cells)
-    return _table(head if for_readers else [*head, "bars"], lines)
+    return table(head if for_readers else [*head, "bars"], lines)
 
 
 def missing(result: Result) -> list[str]:
@@ -95,14 +96,6 @@ def missing(result: Result) -> list[str]:
         cases = [case for *_, case in group]
         lines.append(f"{name}: {why} ({'all' if len(cases) == len(result['rows']) else ', '.join(cases)})")
     return lines
-
-
-def failures(result: Result) -> list[str]:
-    """Return a line for each reason, with the steps that failed: after a CUDA error, all later steps fail alike."""
-    groups: dict[str, list[str]] = {}
-    for step, why in result["failed"]:
-        groups.setdefault(why, []).append(step)
-    return [f"{', '.join(steps)}: {why}" for why, steps in groups.items()]
 
 
 def parity_failures(result: Result) -> list[str]:
@@ -191,7 +184,7 @@ def profile_tables(result: Result, max_kernels: int = 12) -> str:
         )
         names = ((kernel, kernel["name"][:80].replace("|", "\\|")) for kernel in profile["kernels"][:max_kernels])
         lines = [[f"`{name}`", str(k["calls"]), f"{k['us']:.0f}", f"{k['us'] / busy:.0%}"] for k, name in names]
-        parts.append(_table(["kernel", "calls", "µs", "of all"], lines))
+        parts.append(table(["kernel", "calls", "µs", "of all"], lines))
     return "\n".join(parts)
 
 
@@ -226,4 +219,4 @@ def speed_table(results: Iterable[Result]) -> str:
         best = best_rival(row)
         cells = [f"{model}, {case}", f"**{_ms(row, OURS)}**", f"{_ms(row, best)} ({best})" if best else "–"]
         lines.append([*cells, _speedup("over best rival", row), _ms(row, SDPA), _speedup("over sdpa", row)])
-    return _table(head, lines)
+    return table(head, lines)

@@ -11,25 +11,11 @@ from unittest import mock
 import torch
 from torch.autograd import DeviceType
 
+from common.timing import BUSY_CYCLES, Call, wall_seconds
 from common.tower_inputs import Outputs, TowerCall
-
-Call = Callable[[], Any]
 
 REPEATS = 20
 """Calls of a measurement that is not interleaved with rivals."""
-BUSY_CYCLES = 20_000_000
-"""GPU clock cycles of busy waiting, about 10 ms: longer than the host part of a call."""
-
-
-def wall_seconds(call: Call) -> float:
-    """Return the seconds from the call until its result is ready on the GPU."""
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    out = call()
-    torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
-    del out
-    return seconds
 
 
 def time_interleaved(

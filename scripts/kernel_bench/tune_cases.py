@@ -10,11 +10,11 @@ from kernel_bench.cases import IMAGE_SIDES, Case
 from kernel_bench.launch_configs import Tunable, Workload
 from kernel_bench.length_cases import HEADS, length_case
 from kernel_bench.pass_cases import MERGERS, activation_case, merger_case, norm_case, spatial_merge_case
-from kernel_bench.patch_cases import patch_embed_case, positions_case
+from kernel_bench.patch_cases import positions_case
 from kernel_bench.projection_cases import MLP_SHAPES, QKV_SHAPES, mlp_case, qkv_case
 from peers.attention import split_qkv, triton_rope
 from qwenvit import ops
-from qwenvit.kernels.gemm import mlp, patch_embed, qkv_rope
+from qwenvit.kernels.gemm import mlp, qkv_rope
 from qwenvit.kernels.gemm import tiles as gemm
 
 LARGE_PATCH_COUNTS = (3136, 4096, 9216)
@@ -76,17 +76,6 @@ def fused_product_workloads(tile: str, modules: tuple[str, ...] = ("qkv_rope", "
     return tuple(workloads)
 
 
-def patch_product_workload(side: int) -> Workload:
-    """Return the patch embedding of one image, as a call that takes its tile as an argument."""
-
-    def call(x: Inputs) -> Any:
-        return patch_embed.embed_and_reorder(
-            x["pixel_values"], x["padded_weight"], None, x["restore_index"], 4, patch_embed.PATCH_TILE
-        )
-
-    return dataclasses.replace(workload_of(patch_embed_case("Qwen2.5-VL", side, None)), call=call)
-
-
 def combinations(**fields: tuple[Any, ...]) -> tuple[dict[str, Any], ...]:
     """Return every combination of these values of fields."""
     return tuple(dict(zip(fields, values, strict=True)) for values in itertools.product(*fields.values()))
@@ -116,7 +105,6 @@ def tunables(tma: bool = True) -> list[Tunable]:
     qkv = [qkv_case(model, tokens, *shape) for model, (*shape, counts) in QKV_SHAPES.items() for tokens in counts]
     mlps = [mlp_case(model, act, tokens, *shape)
             for model, (act, *shape, counts) in MLP_SHAPES.items() for tokens in counts]  # fmt: skip
-    patches = [patch_embed_case(model, side, None) for model in ("Qwen2.5-VL", "Qwen3-VL") for side in IMAGE_SIDES]
     norms = [norm_case(kind, channels, residual, tokens) for kind, channels in (("rms", 1280), ("layer", 1152))
              for residual in (True, False) for tokens in (1024, 9216)]  # fmt: skip
     mergers = [merger_case(*merger, tokens) for merger in MERGERS for tokens in (1024, 9216)]
@@ -124,7 +112,7 @@ def tunables(tma: bool = True) -> list[Tunable]:
     activations = [activation_case(act, 4304, tokens) for act in ("gelu_tanh", "gelu") for tokens in (4096, 9216)]
     positions = [positions_case(1152, add, tokens) for add in (True, False) for tokens in (1024, 9216)]
     tile, tiles = ("TMA_TILE", TMA_TILES) if tma else ("POINTER_TILE", POINTER_TILES)
-    found = [
+    return [
         Tunable("attention.window", "window_config", combinations(heads=(1, 2, 4), num_stages=(2, 3)),
                 workloads_of(windows)),
         Tunable("attention.varlen", "varlen_config", VARLEN_CONFIGS,
@@ -135,9 +123,8 @@ def tunables(tma: bool = True) -> list[Tunable]:
                 rope_pass_workloads(in_place=True)),
         Tunable("gemm.tiles", tile, tiles, fused_product_workloads(tile)),
         Tunable("gemm.qkv_rope", "channel_group", (16, 32, 64), fused_product_workloads(tile, ("qkv_rope",))),
-        Tunable("gemm.qkv_rope", "fused_is_faster", (True, False),
-                tuple(workload_of(case, "dispatch") for case in qkv)),
-        Tunable("gemm.mlp", "fused_is_faster", (True, False), tuple(workload_of(case, "dispatch") for case in mlps)),
+        Tunable("gemm.qkv_rope", "is_fused", (True, False), tuple(workload_of(case, "dispatch") for case in qkv)),
+        Tunable("gemm.mlp", "is_fused", (True, False), tuple(workload_of(case, "dispatch") for case in mlps)),
         Tunable("gemm.mlp", "GATE_PASS", combinations(rows=(1, 2, 4), cols=(1024, 2048), num_warps=(4, 8)),
                 workloads_of(gates)),
         Tunable("gemm.mlp", "ACTIVATION_PASS", combinations(block=(1024, 2048, 4096, 8192), num_warps=(4, 8)),
@@ -149,8 +136,3 @@ def tunables(tma: bool = True) -> list[Tunable]:
                 workloads_of([spatial_merge_case("average", 1280, 9216)])),
         Tunable("gemm.patch_embed", "PASS_WARPS", (1, 2, 4), workloads_of(positions)),
     ]  # fmt: skip
-    if tma:
-        found.append(
-            Tunable("gemm.patch_embed", "PATCH_TILE", TMA_TILES, tuple(map(patch_product_workload, IMAGE_SIDES)))
-        )
-    return [*found, Tunable("gemm.patch_embed", "fused_is_faster", (True, False), workloads_of(patches))]

@@ -55,6 +55,18 @@ def test_encode_into_a_folder_writes_one_file_an_image(capsys, photos, tmp_path)
     assert len(load_file(tmp_path / "out" / "a.png.safetensors")["tokens"]) <= 64
 
 
+@pytest.mark.parametrize(("bound", "most"), [(("--max-tokens", 20), 20), (("--max-pixels", 50_000), 48)])
+def test_an_upper_bound_alone_may_be_below_the_lower_one(capsys, photos, tmp_path, bound, most):
+    target = tmp_path / "out.safetensors"
+    code, _, _ = run(capsys, "encode", photos, "-m", "demo", *bound, "-o", target)
+    assert code == 0
+    assert most / 2 < len(load_file(target)["a.png/tokens"]) <= most
+    code, out, _ = run(capsys, "picture", photos / "a.png", "-m", "demo", *bound, "-o", tmp_path / "p.png")
+    assert code == 0
+    rows, columns = map(int, out.split()[0].split("x"))
+    assert most / 2 < rows * columns / 4 <= most
+
+
 def test_broken_files_are_named_and_the_rest_is_encoded(capsys, photos, tmp_path):
     (photos / "._a.png").write_bytes(b"metadata that macOS writes beside a.png")
     (photos / "broken.png").write_bytes((photos / "a.png").read_bytes()[:300])

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import gc
+import random
 import subprocess
 import sys
 import weakref
@@ -14,10 +15,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwenvit.graphs.capacity import Capacity, capacity_for, pool_patches_for
+from qwenvit.graphs import graphed_tower
+from qwenvit.graphs.capacity import (
+    MIN_GRAPH_PATCHES,
+    Capacity,
+    capacity_for,
+    coarse_capacity,
+    pool_patches_for,
+)
+from qwenvit.graphs.graph import write_pixels
 from qwenvit.graphs.graphed_tower import CAPTURE_LOCK, GraphedTower, graphs_of
+from qwenvit.kernels.gemm.cublas import MIN_ROWS
+from qwenvit.plan.grid_plan import GridPlan
 from qwenvit.plan.inputs import check_grid
 from qwenvit.towers.fast import FastTower
+from qwenvit.towers.reference import ReferenceTower
 from support.towers import narrow
 
 
@@ -28,7 +40,8 @@ def test_a_capacity_covers_what_is_needed_and_little_more(tokens, frames, window
     for name in ("patches", "frames", "windows", "items", "side"):
         assert getattr(capacity, name) >= getattr(need, name)
     assert capacity.patches % 4 == 0
-    assert capacity.patches - need.patches < max(16, need.patches / 32)
+    assert capacity.patches == MIN_GRAPH_PATCHES or capacity.patches - need.patches < max(16, need.patches / 32)
+    assert capacity.patches >= MIN_ROWS  # or every product in the graph would copy its input to pad it
     rounded = need._replace(patches=capacity.patches, frames=capacity.frames, items=capacity.items)
     assert capacity_for(rounded, 4) == capacity
     assert capacity.windows <= max(2 * windows, capacity.patches // 48 + 16)
@@ -44,13 +57,144 @@ def no_cuda(monkeypatch):
     return stub
 
 
-def cpu_tower():
-    return FastTower(narrow("qwen2_vl", depth=1, intermediate_size=320, out_hidden_size=8))
+def cpu_tower(impl="triton"):
+    return FastTower(narrow("qwen2_vl", depth=1, intermediate_size=320, out_hidden_size=8), impl)
 
 
 def pretend_captured(graphs, grid):
     """Put a stub in place of the graph that runs a batch."""
     graphs._graphs[graphs._graph_key(graphs._prepare(grid).capacity)] = Mock()
+
+
+@pytest.fixture
+def calls(no_cuda, monkeypatch):
+    """Return a list of the captures and replays, which are stubs."""
+    made = []
+
+    class StubGraph:
+        def __init__(self, *arguments):
+            self.capacity = arguments[1]
+            made.append(("captured", self.capacity.patches))
+
+        def replay(self, table, pixel_values, patches):
+            assert len(table) == self.capacity.items + 1
+            assert patches <= self.capacity.patches
+            made.append(("replayed", self.capacity.patches, pixel_values))
+
+    for name in ("current_stream", "graph_pool_handle"):
+        setattr(no_cuda, name, Mock())
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda table: table)
+    monkeypatch.setattr(graphed_tower, "Graph", StubGraph)
+    return made
+
+
+def images(graphs, *sides):
+    """Run one square image after another, and return the patches of the graphs that ran them."""
+    for side in sides:
+        graphs(torch.zeros(side * side, 1), check_grid([[1, side, side]], 2))
+
+
+def replayed(calls):
+    return [call[1] for call in calls if call[0] == "replayed"]
+
+
+def captured(calls):
+    return [call[1] for call in calls if call[0] == "captured"]
+
+
+def test_a_new_capacity_shares_a_coarse_graph_until_it_comes_twice_in_a_row(calls):
+    tower = cpu_tower()
+    graphs, need = GraphedTower(tower), lambda side: Capacity(side * side, 1, 0, 1, side)
+    fine = {side: capacity_for(need(side), 4) for side in (40, 42, 64)}
+    coarse = coarse_capacity(fine[40], 4)
+    assert coarse == coarse_capacity(fine[42], 4)
+    assert len({coarse, *fine.values()}) == 4
+    images(graphs, 64)  # the first of all gets a graph of its own, and the pool's
+    assert captured(calls) == [pool_patches_for(1)]
+    images(graphs, 40, 42, 40, 64, 42)
+    assert captured(calls)[1:] == [coarse.patches]
+    images(graphs, 40, 40, 40)
+    assert captured(calls)[2:] == [fine[40].patches]
+    own, pool = fine[40].patches, fine[64].patches
+    shared = coarse.patches
+    assert replayed(calls) == [pool, shared, shared, shared, pool, shared, shared, own, own]
+
+
+def test_a_capacity_that_comes_often_gets_a_graph_of_its_own(calls):
+    tower = cpu_tower()
+    graphs, own = GraphedTower(tower), capacity_for(Capacity(1600, 1, 0, 1, 40), 4).patches
+    images(graphs, 64, *(40, 42) * (graphed_tower.MEETINGS_BEFORE_CAPTURE - 1))
+    assert own not in captured(calls)
+    images(graphs, 40)
+    assert captured(calls)[-1] == own
+    assert replayed(calls)[-1] == own
+
+
+def test_many_sizes_that_come_once_share_few_graphs(calls, monkeypatch):
+    """The stub checks that each batch fits in its graph; the GPU tests, that the results are right."""
+    monkeypatch.setattr(graphed_tower, "MAX_COUNTED_CAPACITIES", 50)
+    tower, rng = cpu_tower(), random.Random(0)
+    graphs = GraphedTower(tower)
+    for _ in range(250):
+        items = [[rng.choice((1, 1, 1, 3)), 2 * rng.randint(1, 36), 2 * rng.randint(1, 36)]]
+        items *= rng.choice((1, 1, 2))
+        grid = check_grid(items, 2)
+        graphs(torch.zeros(grid.patches, 1), grid)
+        assert len(graphs._meetings) <= 50
+    assert len(replayed(calls)) == 250
+    assert len(captured(calls)) < 100
+
+
+@pytest.mark.parametrize("sides", [(40,), (64, 40)])
+def test_weights_that_moved_between_two_meetings(calls, sides):
+    tower = cpu_tower()
+    graphs = GraphedTower(tower)
+    images(graphs, *sides)
+    old = set(graphs._graphs.values())
+    tower.merger.fc1.weight.data = tower.merger.fc1.weight.data.clone()
+    images(graphs, 40)
+    assert not old & set(graphs._graphs.values())
+    assert graphs._graphs
+    assert graphs._weights.weights_unmoved()
+
+
+def test_warming_up_captures_what_images_then_use(calls):
+    tower = cpu_tower()
+    graphs = GraphedTower(tower)
+    count = graphs.warm_up(1000)
+    assert len(captured(calls)) == count + 1  # and the one that sizes the pool
+    images(graphs, 2, 8, 18, 30)
+    assert len(captured(calls)) == count + 1
+    assert replayed(calls) == [capacity_for(Capacity(side**2, 1, 0, 1, side), 4).patches for side in (2, 8, 18, 30)]
+
+
+def test_pixel_values_reach_the_graph_as_they_are(calls):
+    tower = cpu_tower()
+    for pixel_values in (torch.zeros(16, 1), torch.Tensor.zero_):
+        GraphedTower(tower)(pixel_values, check_grid([[1, 4, 4]], 2))
+        assert calls[-1][2] is pixel_values
+
+
+def test_a_batch_too_large_for_a_graph_takes_pixel_values_or_a_callable(no_cuda, monkeypatch):
+    no_cuda.current_stream = Mock()
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda table: table)
+    monkeypatch.setattr(graphed_tower, "MAX_GRAPH_PATCHES", 8)
+    tower = cpu_tower(impl="reference")
+    tower.load_state_dict(ReferenceTower(tower.config).state_dict())
+    grid, pixels = [[1, 4, 4], [1, 2, 6]], torch.randn(28, tower.config.patch_dim)
+    expected = tower(pixels, GridPlan.build(grid, tower.config, "cpu"))
+    for pixel_values in (pixels, lambda rows: rows.copy_(pixels)):
+        output = GraphedTower(tower)(pixel_values, check_grid(grid, 2))
+        torch.testing.assert_close(output.pooler_output, expected.pooler_output)
+        torch.testing.assert_close(output.last_hidden_state, expected.last_hidden_state)
+
+
+def test_pixel_values_are_copied_or_written_to_the_rows():
+    rows, pixels = torch.full((4, 6), torch.nan), torch.randn(4, 6)
+    for pixel_values in (pixels, pixels.double(), lambda out: out.copy_(pixels)):
+        rows.fill_(torch.nan)
+        write_pixels(rows, pixel_values)
+        assert torch.equal(rows, pixels)
 
 
 def test_graphs_hold_no_reference_to_themselves(no_cuda):
@@ -92,8 +236,9 @@ def test_grids_without_a_key_are_told_apart(no_cuda, monkeypatch):
     graphs = GraphedTower(tower)
     for size in ([1, 4, 8], [1, 8, 4]):
         grid = check_grid([size], 2)
-        assert torch.equal(graphs._prepare(grid._replace(key=b"")).table, graphs._prepare(grid).table)
-        assert graphs._prepare(grid).table[0, 3:].tolist() == size[1:]
+        table = graphs._table(graphs._prepare(grid), 1)
+        assert torch.equal(graphs._table(graphs._prepare(grid._replace(key=b"")), 1), table)
+        assert table[0, 3:].tolist() == size[1:]
 
 
 @pytest.mark.parametrize("captured", [True, False])

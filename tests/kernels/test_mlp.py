@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from qwenvit import ops
 from qwenvit.kernels.gemm import mlp as kernel
+from qwenvit.kernels.gemm.cublas import MIN_ROWS
 from qwenvit.kernels.gemm.tiles import Tile
 from qwenvit.ops.packing import pack_gate_up, pad_columns
 
@@ -45,6 +46,11 @@ def run(act, x, weight, bias, impl):
     )
 
 
+def torch_among_many_rows(act, x, weight, bias):
+    """Return the reference with `x` padded to MIN_ROWS, as cuBLAS gets it: sums of few rows may have another order."""
+    return run(act, F.pad(x, (0, 0, 0, max(MIN_ROWS - len(x), 0))), weight, bias, "reference")[: len(x)]
+
+
 def error(got, expected):
     return ((got.double() - expected).norm() / expected.norm()).item()
 
@@ -64,7 +70,7 @@ def test_op_agrees_with_fp64(dtype, impl, act):
         free_nan_memory(M, N, dtype=dtype)
         got = run(act, x, weight, bias, impl)
         assert got.dtype == dtype
-        assert error(got, expected) <= 1.05 * error(run(act, x, weight, bias, "reference"), expected)
+        assert error(got, expected) <= 1.05 * error(torch_among_many_rows(act, x, weight, bias), expected)
 
 
 @settings(max_examples=8 if ON_GPU else 12, deadline=None)
@@ -173,7 +179,7 @@ def test_published_shapes(act, N, K, dtype):
     for M in (1, 784, 1024, 4099):
         x, weight, bias = make_inputs(M, N, K, dtype)
         expected = truth(x, weight, bias, act)
-        bound = 1.05 * error(run(act, x, weight, bias, "reference"), expected)
+        bound = 1.05 * error(torch_among_many_rows(act, x, weight, bias), expected)
         got = [run(act, x, weight, bias, "triton")]
         if dtype != torch.float32:
             fused = ("silu" if act == "swiglu" else act, act == "swiglu")

@@ -89,22 +89,6 @@ def test_error_is_at_most_torchs(reorder, learned, dtype, pixel_dtype):
     check_patch_embed(pixel_values, weight, bias, positions, make_restore_index(patches) if reorder else None)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, *([torch.bfloat16] if GPU else [torch.float32])], ids=str)
-def test_the_product_that_reorders_where_it_is_not_the_fastest(dtype, monkeypatch):
-    from qwenvit.kernels.gemm import patch_embed
-
-    if GPU and torch.cuda.get_device_capability() < (9, 0):
-        pytest.skip("needs a GPU with TMA")
-    monkeypatch.setattr(patch_embed, "fused_is_faster", lambda *_: True)
-    for patches, width, patch_dim in ((40, 56, 72), (300, 264, 136)):
-        pixel_values = outlier_randn(patches, patch_dim, dtype=dtype)
-        weight = outlier_randn(width, patch_dim, dtype=dtype) / 8
-        padded = torch.nn.functional.pad(weight, (0, 8))[:, :patch_dim]
-        index = make_restore_index(patches)
-        check_patch_embed(pixel_values, padded, outlier_randn(width, dtype=dtype), (None, None, None), index)
-        check_patch_embed(pixel_values, weight, None, (None, None, None), index)
-
-
 @pytest.mark.parametrize("impl", ["triton", "reference"])
 @pytest.mark.parametrize("name", TOWERS)
 def test_it_matches_the_reference_towers_first_hidden_states(name, impl):

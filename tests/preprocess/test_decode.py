@@ -1,6 +1,12 @@
 """Opening images against transformers' processors and loader, and what is refused."""
 
+import contextlib
+import errno
 import io
+import sys
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +18,8 @@ from PIL import Image, ImageOps
 from transformers import Qwen2VLImageProcessor, Qwen2VLImageProcessorPil
 from transformers.image_utils import load_image
 
-from qwenvit.preprocess.decode import EIGHT_BIT_MODES, each_image, open_image
+from qwenvit.preprocess.decode import EIGHT_BIT_MODES, each_image, open_image, snapshot
+from qwenvit.preprocess.jpeg import check_decoder, decode_jpeg
 from support.pinned import needs_pinned_transformers
 
 HF_PROCESSORS = {"pillow": Qwen2VLImageProcessorPil(), "torch": Qwen2VLImageProcessor()}
@@ -302,3 +309,165 @@ def test_a_generator_is_drawn_one_image_at_a_time() -> None:
 def test_encoded_images_in_any_buffer(wrap: type) -> None:
     data = encoded(picture("RGB"))
     assert torch.equal(open_image(wrap(data)), open_image(picture("RGB")))
+
+
+def test_system_errors_name_the_image_and_keep_their_kind(tmp_path: Path) -> None:
+    for path, kind, number in (
+        (tmp_path / "missing.png", FileNotFoundError, errno.ENOENT),
+        (str(tmp_path), IsADirectoryError, errno.EISDIR),
+    ):
+        with pytest.raises(kind, match=r"images\[7\]: ") as raised:
+            open_image(path, name="images[7]")
+        assert (raised.value.errno, raised.value.filename) == (number, str(path))
+        assert type(raised.value.__cause__) is kind
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_threads_may_share_an_unread_pil_image(kind: str) -> None:
+    data = encoded(Image.fromarray(noise(300, 400, 3)), kind)
+    expected = torch.from_numpy(np.array(Image.open(io.BytesIO(data)))).permute(2, 0, 1)
+    with ThreadPoolExecutor(8) as threads:
+        for _ in range(20):
+            image, start = Image.open(io.BytesIO(data)), threading.Barrier(8)  # Pillow reads the pixels at first use
+
+            def open_with_others(image: Image.Image = image, start: threading.Barrier = start) -> torch.Tensor:
+                start.wait()
+                return open_image(image)
+
+            opened = [thread.result() for thread in [threads.submit(open_with_others) for _ in range(8)]]
+            assert all(torch.equal(one, expected) for one in opened)
+
+
+def test_a_snapshot_does_not_change_with_its_original() -> None:
+    data = encoded(picture("RGB"))
+    array, tensor = noise(8, 8, 3), torch.from_numpy(noise(9, 8, 3))
+    buffer, window, stream = bytearray(data), bytearray(data), io.BytesIO(data)
+    originals = [array, array[::2, :, :1], tensor, tensor.requires_grad_(False)[2:], buffer, memoryview(window), stream]
+    before = [open_image(one, channels="last") for one in originals]
+    before = [one.clone() for one in before]
+    copies = [snapshot(one) for one in originals]
+    array[:], buffer[:], window[:] = 0, bytes(len(data)), bytes(len(data))
+    tensor.zero_()
+    stream.getbuffer()[:] = bytes(len(data))
+    for copy, expected in zip(copies, before, strict=True):
+        assert torch.equal(open_image(copy, channels="last"), expected)
+
+
+def test_a_snapshot_does_not_open_what_is_still_encoded(tmp_path: Path) -> None:
+    unread = Image.open(io.BytesIO(JPEG))
+    for image in (JPEG, "no/such/file.png", tmp_path / "missing.png", unread):
+        assert snapshot(image) is image
+
+
+CUDA = torch.device("cuda", 0)
+
+
+class FakeGPU:
+    """Stands in for nvJPEG and for the CUDA calls around it; decodes by Pillow into tensors on the CPU."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[str] = []
+        monkeypatch.setattr("torchvision.io.decode_jpeg", self.decode)
+        monkeypatch.setattr(torch.cuda, "device", self.device)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: self)
+        empty = torch.empty
+        monkeypatch.setattr(torch, "empty", lambda *shape, **options: empty(*shape, **options | {"pin_memory": False}))
+
+    @contextlib.contextmanager
+    def device(self, device: torch.device):
+        self.calls.append(f"enter {device}")
+        yield
+        self.calls.append("exit")
+
+    def synchronize(self) -> None:
+        self.calls.append("synchronize")
+
+    def decode(self, data: torch.Tensor, *, mode: object, device: torch.device) -> torch.Tensor:
+        self.calls.append(f"decode {mode.name} on {device}")
+        assert (data.dtype, data.ndim) == (torch.uint8, 1)
+        image = Image.open(io.BytesIO(data.numpy().tobytes())).convert("RGB")
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def turned(orientation: int | None, mode: str = "RGB") -> bytes:
+    exif = Image.Exif()
+    if orientation is not None:
+        exif[0x0112] = orientation
+    return encoded(picture(mode), "JPEG", exif=exif.tobytes())
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("orientation", [None, 0, *range(1, 10)])
+def test_nvjpeg_images_are_turned_as_pillow_turns_them(
+    orientation: int | None, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu, data = FakeGPU(monkeypatch), turned(orientation, mode)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    expected = torch.from_numpy(np.array(upright)).permute(2, 0, 1)
+    assert expected.shape == ((3, 30, 20) if orientation in (5, 6, 7, 8) else (3, 20, 30))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(decode_jpeg(data, CUDA, "images[3]"), expected)
+        assert torch.equal(open_image(data, device=CUDA, decode="nvjpeg"), expected)
+    # The pixels are complete before the reader of the image, on whichever stream, can see them.
+    assert gpu.calls == ["enter cuda:0", "decode RGB on cuda:0", "synchronize", "exit"] * 2
+
+
+@pytest.mark.parametrize(
+    "data", [encoded(picture("RGB")), encoded(picture("CMYK"), "JPEG"), encoded(picture("P"), "GIF")]
+)
+def test_what_nvjpeg_does_not_decode_is_left_to_pillow(data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = FakeGPU(monkeypatch)
+    with pytest.warns(UserWarning, match=r"^images\[3\]: not a JPEG file that nvJPEG decodes; Pillow decodes it$"):
+        assert decode_jpeg(data, CUDA, "images[3]") is None
+    with pytest.warns(UserWarning, match="^photo: not a JPEG file"):
+        opened = open_image(data, device=CUDA, decode="nvjpeg", name="photo")
+    assert torch.equal(opened, open_image(data))
+    assert gpu.calls == []
+
+
+@pytest.mark.parametrize("data", [truncated(JPEG), b"", b"hello", JPEG[:30]])
+def test_pillow_names_a_file_that_nvjpeg_refuses(data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeGPU(monkeypatch)
+    with pytest.warns(UserWarning, match="^photo: not a JPEG file"), pytest.raises(ValueError, match=r"^photo: "):
+        open_image(data, device=CUDA, decode="nvjpeg", name="photo")
+
+
+def test_nvjpeg_refuses_images_that_pillow_would_refuse(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    gpu, path = FakeGPU(monkeypatch), tmp_path / "bomb.jpg"
+    path.write_bytes(JPEG)
+    for limit in (599, 150):  # of 600 pixels: where Pillow only warns, and where it raises
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        named = r"^photo \(.*bomb\.jpg\): "
+        with (
+            pytest.warns(UserWarning, match=named + "not a JPEG file"),
+            pytest.raises(ValueError, match=named + f"expected at most {limit} pixels"),
+        ):
+            open_image(path, device=CUDA, decode="nvjpeg", name="photo")
+    assert gpu.calls == []
+    for limit in (600, None):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        assert open_image(path, device=CUDA, decode="nvjpeg").shape == (3, 20, 30)
+
+
+def test_nvjpeg_runs_only_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = FakeGPU(monkeypatch)
+    open_image(JPEG, device=CUDA)
+    open_image(JPEG, decode="nvjpeg")
+    open_image(Image.open(io.BytesIO(JPEG)), device=CUDA, decode="nvjpeg")  # its owner has opened it by Pillow
+    assert gpu.calls == []
+
+
+def test_decoders_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_decoder("pillow", torch.device("cpu"))
+    check_decoder("pillow", CUDA)
+    check_decoder("nvjpeg", CUDA)
+    with pytest.raises(ValueError, match=r"^decode: expected 'pillow' or 'nvjpeg', got 'turbo'$"):
+        check_decoder("turbo", CUDA)
+    with pytest.raises(ValueError, match=r"^decode: 'nvjpeg' needs a tower on a GPU, got one on cpu$"):
+        check_decoder("nvjpeg", torch.device("cpu"))
+    for module in ("torchvision", "torchvision.io"):
+        monkeypatch.setitem(sys.modules, module, None)
+    check_decoder("pillow", CUDA)
+    with pytest.raises(ValueError, match=r"^decode: 'nvjpeg' needs torchvision, which cannot be imported: "):
+        check_decoder("nvjpeg", CUDA)

@@ -10,8 +10,9 @@ from transformers import Qwen2VLImageProcessor, Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize as hf_smart_resize
 
 from qwenvit.config.families import FAMILIES
+from qwenvit.ops.reference import cut_patches
 from qwenvit.preprocess.image_processor import ImageProcessor
-from qwenvit.preprocess.resize import smart_resize
+from qwenvit.preprocess.resize import pillow_resizes_height_first, smart_resize
 
 HF_PROCESSORS = {"pillow": Qwen2VLImageProcessorPil, "torch": Qwen2VLImageProcessor}
 BACKENDS = sorted(HF_PROCESSORS)
@@ -105,11 +106,11 @@ def brute_force_patches(frames: torch.Tensor, p: ImageProcessor) -> list[torch.T
 
 
 @pytest.mark.parametrize(("patch", "merge", "group"), [(14, 2, 2), (3, 3, 1), (4, 1, 3)])
-def test_patchify_equals_its_definition(patch: int, merge: int, group: int) -> None:
+def test_cut_patches_equals_its_definition(patch: int, merge: int, group: int) -> None:
     processor = ImageProcessor(patch_size=patch, merge_size=merge, temporal_patch_size=group)
     frames = torch.rand(2 * group, 3, 2 * patch * merge, 3 * patch * merge)
     expected = [row for part in frames.split(group) for row in brute_force_patches(part, processor)]
-    assert torch.equal(processor.patchify(frames), torch.stack(expected))
+    assert torch.equal(cut_patches(frames, patch, group, merge), torch.stack(expected))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -154,16 +155,72 @@ def test_one_bound_leaves_the_other_unchanged() -> None:
     processor = ImageProcessor.for_family("qwen2_vl")
     image = Image.fromarray(pixels(90, 130))
     for options in ({"max_pixels": 5000}, {"size": {"longest_edge": 5000}}, {"size": {"max_pixels": 5000}}):
-        expected = hf_process(processor, [image], "pillow", size={"shortest_edge": 3136, "longest_edge": 5000})
+        expected = hf_process(processor, [image], "torch", size={"shortest_edge": 3136, "longest_edge": 5000})
         assert_equal(processor(image, **options), expected)
-    expected = hf_process(processor, [image], "pillow", size={"shortest_edge": 40_000, "longest_edge": 12_845_056})
+    expected = hf_process(processor, [image], "torch", size={"shortest_edge": 40_000, "longest_edge": 12_845_056})
     assert_equal(processor(image, min_pixels=40_000), expected)
+
+
+@pytest.mark.parametrize("options", [{"max_pixels": 50_000}, {"size": {"longest_edge": 50_000}}])
+def test_an_upper_bound_below_the_lower_one_lowers_it(options: dict) -> None:
+    processor = ImageProcessor.for_family("qwen3_vl")
+    image = Image.fromarray(pixels(300, 400))
+    expected = hf_process(processor, [image], "torch", size={"shortest_edge": 50_000, "longest_edge": 50_000})
+    assert_equal(processor(image, **options), expected)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+@settings(max_examples=500)
+@given(st.integers(1, 4000), st.integers(1, 4000), st.one_of(st.integers(1, 40), st.integers(1, 3000)))
+@example(1000, 1500, 64)  # Qwen3's least area is 64 tokens: enlarging to it would give 70
+@example(1, 9, 9)
+def test_an_image_has_at_most_max_tokens(family: str, height: int, width: int, max_tokens: int) -> None:
+    if (ratio := max(height, width) / min(height, width)) > 200:
+        return
+    processor = ImageProcessor.for_family(family)
+    bounded = processor.with_bounds(max_tokens=max_tokens)
+    assert bounded.max_pixels == max_tokens * processor.factor**2
+    sides = hf_smart_resize(height, width, processor.factor, bounded.min_pixels, bounded.max_pixels)
+    rows, columns = (side // processor.factor for side in sides)
+    assert processor.grid_for(height, width, max_tokens=max_tokens) == (1, 2 * rows, 2 * columns)
+    if ratio <= max_tokens:
+        assert rows * columns <= max_tokens
+    elif rows * columns > max_tokens:
+        assert min(rows, columns) == 1
+
+
+def test_max_tokens_changes_no_lower_bound_that_it_need_not() -> None:
+    processor = ImageProcessor.for_family("qwen3_vl")
+    assert processor.with_bounds(max_tokens=256) == processor.with_bounds(max_pixels=256 * 32 * 32)
+    both = processor.with_bounds(min_pixels=90_000, max_tokens=np.int64(100))
+    assert (both.min_pixels, both.max_pixels) == (90_000, 102_400)
+    assert processor.with_bounds(size={"shortest_edge": 90_000}, max_tokens=100) == both
+    assert type(both.max_pixels) is int
+
+
+def test_max_tokens_bounds_the_images_of_a_call() -> None:
+    image = pixels(300, 400)
+    processor = ImageProcessor.for_family("qwen3_vl")
+    expected = hf_process(processor, [image], "torch", size={"shortest_edge": 10_240, "longest_edge": 40_960})
+    assert len(expected[0]) <= 4 * 40
+    assert_equal(processor(image, max_tokens=40), expected)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_pixels": 100}, "min_pixels=3136 is above max_pixels=100; pass both"),
+        ({"min_pixels": 20_000_000}, "min_pixels=20000000 is above max_pixels=12845056; pass both"),
+        ({"min_pixels": 3136, "max_pixels": 100}, "min_pixels=3136 is above max_pixels=100"),
+        ({"min_pixels": 10_000, "max_tokens": 2}, "min_pixels=10000 is above max_pixels=1568"),
+        ({"max_tokens": 9, "max_pixels": 5000}, "max_tokens: got 9 and max_pixels 5000; pass only one"),
+        (
+            {"max_tokens": 9, "size": {"longest_edge": 5000}},
+            "max_tokens: got 9 and size's longest_edge 5000; pass only",
+        ),
+        ({"max_tokens": 0}, "max_tokens: expected a positive integer, got 0"),
+        ({"max_tokens": 9.0}, "max_tokens: expected a positive integer, got 9.0"),
+        ({"max_tokens": True}, "max_tokens: expected a positive integer, got True"),
+        ({"max_pixels": 0}, "max_pixels: expected a positive integer, got 0"),
         ({"max_pixels": 5000, "size": {"longest_edge": 6000}}, "max_pixels: expected what size says, 6000, got 5000"),
         ({"size": {"height": 28}}, "size: expected keys among .* got 'height'"),
         ({"size": {"longest_edge": 9000, "max_pixels": 8000}}, "two names"),
@@ -178,17 +235,63 @@ def test_contradicting_options_are_refused(options: dict, message: str) -> None:
         ImageProcessor.for_family("qwen2_vl")(pixels(30, 30), **options)
 
 
-@pytest.mark.parametrize("call", ["__call__", "each"])
-def test_an_unknown_option_is_refused_before_an_image_is_opened(call: str) -> None:
-    known = "min_pixels, max_pixels, size, resize, do_rescale, channels"
-    with pytest.raises(TypeError, match=f"^options: expected only {known}, got max_pixel$"):
-        getattr(ImageProcessor.for_family("qwen2_vl"), call)("no/such/file.png", max_pixel=3, size=None)
+def test_an_unknown_option_is_refused_before_an_image_is_opened() -> None:
+    known = "min_pixels, max_pixels, max_tokens, size, resize, do_rescale, channels"
+    processor = ImageProcessor.for_family("qwen2_vl")
+    for call in (
+        lambda **options: processor("no/such/file.png", **options),
+        lambda **options: processor.preparer(torch.device("cpu"), **options),
+    ):
+        with pytest.raises(TypeError, match=f"^options: expected only {known}, got max_pixel$"):
+            call(max_pixel=3, size=None)
 
 
-def test_the_option_of_each_alone_is_refused_elsewhere() -> None:
-    """`each` gives one frame where it is asked to; a batch of such rows would fit no tower's checks."""
-    with pytest.raises(TypeError, match=r"^options: expected only .* got single_frame$"):
-        ImageProcessor.for_family("qwen2_vl")(pixels(30, 30), single_frame=True)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@settings(max_examples=15, deadline=None)
+@given(height=SIDES, width=SIDES, seed=st.integers(0, 99))
+def test_other_dtypes_are_float32_converted(
+    backend: str, dtype: torch.dtype, height: int, width: int, seed: int
+) -> None:
+    processor = ImageProcessor.for_family("qwen2_5_vl")
+    images = [pixels(height, width, seed=seed), np.random.default_rng(seed).integers(0, 256, (70, 90, 4), np.uint8)]
+    expected, expected_grids = hf_process(processor, [Image.fromarray(image) for image in images], backend)
+    ours = processor([Image.fromarray(image) for image in images], device="cpu", dtype=dtype, resize=backend)
+    assert_equal(ours, (expected.to(dtype), expected_grids))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_floats_in_another_dtype_are_float32_converted(backend: str) -> None:
+    image = np.random.default_rng(0).random((70, 90, 3), np.float32)
+    processor = ImageProcessor.for_family("qwen3_vl")
+    expected, _ = hf_process(processor, [image], backend, do_rescale=False)
+    ours, _ = processor(image, do_rescale=False, resize=backend, device=torch.device("cpu"), dtype=torch.bfloat16)
+    assert_equal((ours,), (expected.bfloat16(),))
+
+
+@settings(max_examples=500, deadline=None)
+@given(*[st.one_of(st.integers(1, 16), st.integers(1, 90)) for _ in range(4)], st.integers(0, 99))
+@example(48, 64, 47, 64, 0)  # the width does not shrink
+@example(50, 50, 46, 48, 0)  # the height shrinks by twice as many pixels
+@example(50, 50, 45, 48, 0)  # and by one more
+@example(50, 50, 50, 70, 0)  # the height does not shrink
+@example(201, 2, 190, 40, 0)  # very tall: older versions of Pillow have another rule
+@example(200, 2, 190, 40, 0)
+def test_the_order_of_pillows_passes(height: int, width: int, new_height: int, new_width: int, seed: int) -> None:
+    noise = Image.fromarray(np.random.default_rng(seed).integers(0, 2, (height, width, 3), np.uint8) * np.uint8(255))
+
+    def resize(*sizes: tuple[int, int]) -> bytes:
+        resized = noise
+        for size in sizes:
+            resized = resized.resize(size, Image.Resampling.BICUBIC)
+        return resized.tobytes()
+
+    by_height_first = {
+        True: resize((width, new_height), (new_width, new_height)),
+        False: resize((new_width, height), (new_width, new_height)),
+    }
+    predicted = pillow_resizes_height_first((height, width), (new_height, new_width))
+    assert resize((new_width, new_height)) == by_height_first[predicted]
 
 
 def test_a_refused_image_is_named_by_its_index() -> None:

@@ -1,8 +1,11 @@
 """Preprocessor configs: reading and writing them, against transformers."""
 
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
+import torch
 from transformers import AutoImageProcessor, AutoVideoProcessor, Qwen2VLImageProcessorPil
 
 from qwenvit.config.families import FAMILIES
@@ -21,6 +24,44 @@ def test_configs_survive_transformers(family: str, tmp_path) -> None:
     AutoImageProcessor.from_pretrained(tmp_path).save_pretrained(tmp_path)
     AutoVideoProcessor.from_pretrained(tmp_path).save_pretrained(tmp_path)
     assert read_processors(tmp_path, family) == (images, videos)
+
+
+def noise(height: int, width: int) -> np.ndarray:
+    return np.random.default_rng(height).integers(0, 256, (height, width, 3), np.uint8)
+
+
+@needs_pinned_transformers
+@pytest.mark.parametrize(
+    "stated",
+    [{}, {"image_processor_type": "Qwen2VLImageProcessor"}, {"image_processor_type": "Qwen2VLImageProcessorFast"}],
+)
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_pixels_equal_those_of_the_processor_that_transformers_builds(family: str, stated: dict, tmp_path) -> None:
+    config = ImageProcessor.for_family(family).to_hf()
+    del config["image_processor_type"]
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(config | stated))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2_vl"}))  # asked where no type is stated
+    ours = read_processors(tmp_path, family)[0]
+    hf = AutoImageProcessor.from_pretrained(tmp_path)
+    for image in (noise(480, 640), noise(40, 90), noise(301, 150)):  # the sizes of all are changed
+        expected = hf([image], return_tensors="pt")["pixel_values"]
+        assert not torch.equal(ours([image], resize="pillow")[0], expected)
+        for processor in (ours, ImageProcessor.for_family(family)):
+            assert torch.equal(processor([image])[0], expected)
+
+
+@needs_pinned_transformers
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_a_config_can_choose_pillow(family: str, tmp_path) -> None:
+    ours = replace(ImageProcessor.for_family(family), resize="pillow")
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(ours.to_hf()))
+    assert read_processors(tmp_path, family)[0] == ours
+    image = noise(301, 150)
+    for hf in (
+        AutoImageProcessor.from_pretrained(tmp_path, backend="pil"),
+        Qwen2VLImageProcessorPil.from_pretrained(tmp_path),
+    ):
+        assert torch.equal(ours([image])[0], hf([image], return_tensors="pt")["pixel_values"])
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """The video processor and frame sampling against transformers' two."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -134,7 +136,7 @@ def test_transparent_frames_are_within_a_level_of_transformers() -> None:
         ([], ValueError, "at least one frame"),
         ([clip(1, 60, 90)[0], clip(1, 90, 60)[0]], ValueError, r"frames\[1\]: expected .* 60 x 90, got 90 x 60"),
         ([clip(1, 60, 90)[0], b"junk"], ValueError, r"frames\[1\]: expected an image file"),
-        (clip(2, 60, 90).astype(np.float32), TypeError, r"frames\[0\]: expected uint8, got float32"),
+        (clip(2, 60, 90).astype(np.float32), TypeError, r"frames\[0\]: expected uint8, got float32; .*"),
         (clip(2, 3, 90), ValueError, r"frames\[0\]: shape \[3, 90, 3\] could have its channels first or last"),
         (clip(2, 2, 410), ValueError, "frames: expected an aspect ratio"),
         (Image.new("RGB", (60, 90)), TypeError, "expected a list of images .* got Image"),
@@ -145,6 +147,17 @@ def test_transparent_frames_are_within_a_level_of_transformers() -> None:
 def test_refused_frames(frames: object, kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message):
         VideoProcessor.for_family("qwen2_vl")(frames)
+
+
+@pytest.mark.parametrize("convert", [lambda array: array, torch.from_numpy])
+def test_the_advice_for_float_frames_works(convert) -> None:
+    processor = VideoProcessor.for_family("qwen2_vl")
+    video = clip(2, 60, 90)
+    with pytest.raises(TypeError, match=r"frames\[0\]: expected uint8, got float32; .* convert it: (.*);") as caught:
+        processor(convert(video.astype(np.float32) / 255))
+    advice = re.search("convert it: (.*);", str(caught.value))[1]
+    converted = eval(advice, {"x": convert(video.astype(np.float32) / 255), "torch": torch})
+    assert_equal(processor(converted), processor(video))
 
 
 @needs_pinned_transformers
@@ -159,6 +172,8 @@ def test_from_hf_reads_what_transformers_reads(rule: str, stated: dict) -> None:
     assert (ours.image_mean, ours.image_std) == (tuple(hf.image_mean), tuple(hf.image_std))
     for name in ("patch_size", "temporal_patch_size", "merge_size", "max_video_tokens"):
         assert getattr(ours, name) == getattr(hf, name)
+    for name in ("fps", "num_frames", "min_frames", "max_frames"):
+        assert getattr(ours, name) == getattr(hf, name)
     assert ours.cap_pixels_per_frame is bool(hf.cap_pixels_per_frame)
     assert VideoProcessor.from_hf(stated, rule) == ours
     assert VideoProcessor.from_hf(ours.to_hf()) == ours
@@ -171,6 +186,11 @@ def test_from_hf_reads_what_transformers_reads(rule: str, stated: dict) -> None:
         ({"video_processor_type": "LlavaVideoProcessor"}, "video_processor_type: expected one of .* 'LlavaVideo"),
         ({"video_processor_type": "Qwen2VLVideoProcessor", "resample": 1}, "resample: "),
         ({"video_processor_type": "Qwen2VLVideoProcessor", "max_video_tokens": "9"}, "max_video_tokens: "),
+        ({"video_processor_type": "Qwen2VLVideoProcessor", "max_frames": 0}, "max_frames: expected .* got 0"),
+        ({"video_processor_type": "Qwen2VLVideoProcessor", "min_frames": 4.5}, "min_frames: expected .* got 4.5"),
+        ({"video_processor_type": "Qwen3VLVideoProcessor", "num_frames": True}, "num_frames: expected .* got True"),
+        ({"video_processor_type": "Qwen3VLVideoProcessor", "fps": -1}, "fps: expected .* got -1"),
+        ({"video_processor_type": "Qwen3VLVideoProcessor", "fps": "2"}, "fps: expected .* got '2'"),
     ],
 )
 def test_unsupported_settings_are_refused_by_name(config: dict, message: str) -> None:
@@ -214,6 +234,90 @@ def test_sampling_is_as_in_transformers(family: str, total: int, fps: float, how
     assert 0 <= indices[0] <= indices[-1] < total
 
 
+@pytest.mark.parametrize("total", [1, 2, 7, 100, 1000])
+def test_a_clip_of_unknown_rate_is_sampled_as_in_transformers(total: int) -> None:
+    unknown = VideoMetadata(total_num_frames=total, fps=None)
+    expected = Qwen3VLVideoProcessor().sample_frames(unknown, fps=2)
+    assert unknown.fps == 24
+    assert sample_frames(total, None, family="qwen3_vl") == expected.tolist()
+    with pytest.raises(ValueError, match="no video metadata was provided"):
+        Qwen2VLVideoProcessor().sample_frames(VideoMetadata(total_num_frames=total, fps=None), fps=2)
+    with pytest.raises(ValueError, match=r"^fps: expected the clip's frames per second, got None"):
+        sample_frames(total, None, family="qwen2_vl")
+    for rule in RULES if total >= 4 else ():
+        expected = HF_PROCESSORS[rule]().sample_frames(VideoMetadata(total_num_frames=total, fps=None), num_frames=4)
+        assert sample_frames(total, None, family=rule, num_frames=4) == expected.tolist()
+
+
+@pytest.mark.parametrize("number", [np.int32, np.int64, np.uint16, float, np.float32, np.float64])
+@pytest.mark.parametrize("rule", RULES)
+def test_counts_may_be_numpy_integers_and_whole_floats(rule: str, number: type) -> None:
+    """`cv2.VideoCapture.get` returns every property as a float."""
+    hf = HF_PROCESSORS[rule](min_frames=6, max_frames=20)
+    for total in (7, 300):
+        metadata = VideoMetadata(total_num_frames=total, fps=30)
+        bounds = {"min_frames": number(6), "max_frames": number(20)}
+        indices = sample_frames(number(total), number(30), family=rule, target_fps=number(2), **bounds)
+        assert indices == hf.sample_frames(metadata, fps=2).tolist()
+        indices = sample_frames(number(total), number(30), family=rule, num_frames=number(4))
+        assert indices == hf.sample_frames(metadata, num_frames=4).tolist()
+        assert all(type(index) is int for index in indices)
+
+
+@pytest.mark.parametrize(
+    ("rule", "stated", "count"),
+    [
+        ("qwen2_vl", {"fps": 0.25}, 14),
+        ("qwen2_vl", {"fps": 2, "max_frames": 16}, 16),
+        ("qwen2_vl", {"fps": 0.01, "min_frames": 10}, 10),
+        ("qwen2_vl", {"num_frames": 16}, 16),
+        ("qwen2_vl", {"num_frames": 16, "fps": None, "max_frames": 8}, 16),
+        ("qwen3_vl", {}, 120),
+        ("qwen3_vl", {"fps": 0.25}, 15),
+        ("qwen3_vl", {"max_frames": 16}, 16),
+        ("qwen3_vl", {"fps": 0.01, "min_frames": 10}, 10),
+        ("qwen3_vl", {"num_frames": 16, "fps": None}, 16),
+    ],
+)
+def test_a_minute_is_sampled_by_the_checkpoints_settings(rule: str, stated: dict, count: int) -> None:
+    """Compare with a whole call of transformers' processor, through the config that `to_hf` writes too."""
+    ours = VideoProcessor.from_hf({"video_processor_type": HF_PROCESSORS[rule].__name__} | stated)
+    assert VideoProcessor.from_hf(stated, rule) == VideoProcessor.from_hf(ours.to_hf()) == ours
+    video = np.arange(1800, dtype=np.uint16).view(np.uint8).reshape(-1, 1, 1, 2).repeat(2, -1)[..., :3]
+    for config in (stated, ours.to_hf()):
+        hf = HF_PROCESSORS[rule].from_dict(config | {"size": {"shortest_edge": 1, "longest_edge": 10**7}})
+        out = hf(
+            videos=[video],
+            video_metadata=[{"total_num_frames": 1800, "fps": 30.0, "duration": 60.0}],
+            do_sample_frames=True,
+            return_metadata=True,
+            input_data_format="channels_last",
+        )
+        expected = out["video_metadata"][0].frames_indices
+        assert len(expected) == count
+        assert ours.sample(1800, 30.0) == expected.tolist()
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_an_explicit_rate_or_number_replaces_the_processors_own(rule: str) -> None:
+    hf = HF_PROCESSORS[rule](max_frames=100)
+    metadata = VideoMetadata(total_num_frames=1800, fps=30)
+    for own in ({"fps": 0.5}, {"num_frames": 16}):
+        ours = VideoProcessor.from_hf(own | {"max_frames": 100}, rule)
+        for options in ({"fps": 1}, {"fps": 5.0}, {"num_frames": 8}):
+            assert ours.sample(1800, 30, **options) == hf.sample_frames(metadata, **options).tolist()
+        with pytest.raises(ValueError, match="num_frames: expected only one of num_frames=8 and fps=1"):
+            ours.sample(1800, 30, fps=1, num_frames=8)
+    both = VideoProcessor.from_hf({"fps": 1, "num_frames": 16}, rule)  # transformers too refuses only to sample
+    with pytest.raises(ValueError, match="num_frames: expected only one of num_frames=16 and fps=1"):
+        both.sample(1800, 30)
+
+
+def test_qwen2s_processor_takes_two_frames_a_second_where_nothing_is_stated() -> None:
+    expected = Qwen2VLVideoProcessor(fps=2).sample_frames(VideoMetadata(total_num_frames=1800, fps=30))
+    assert VideoProcessor.for_family("qwen2_5_vl").sample(1800, 30) == expected.tolist()
+
+
 @pytest.mark.parametrize("family", RULES)
 def test_sampling_two_frames_a_second_is_the_default(family: str) -> None:
     expected = HF_PROCESSORS[family]().sample_frames(VideoMetadata(total_num_frames=301, fps=29.97), fps=2)
@@ -226,8 +330,17 @@ def test_sampling_two_frames_a_second_is_the_default(family: str) -> None:
         ({"target_fps": 2, "num_frames": 8}, "target_fps"),
         ({"num_frames": 0}, "num_frames"),
         ({"total_frames": 0}, "total_frames"),
+        ({"total_frames": 300.5}, "total_frames"),
+        ({"total_frames": np.float64("nan")}, "total_frames"),
+        ({"total_frames": np.float64("inf")}, "total_frames"),
+        ({"total_frames": np.int64(-3)}, "total_frames"),
+        ({"total_frames": np.True_}, "total_frames"),
+        ({"total_frames": "300"}, "total_frames"),
+        ({"total_frames": None}, "total_frames"),
         ({"fps": 0}, "fps"),
         ({"fps": float("nan")}, "fps"),
+        ({"fps": "30"}, "fps"),
+        ({"fps": True}, "fps"),
         ({"target_fps": float("inf")}, "target_fps"),
         ({"max_frames": 1.5}, "max_frames"),
         ({"family": "qwen1"}, "family"),

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from common.machine import Ceilings
+from common.pages import rewrite
 from common.tower_inputs import Case
 from e2e import chart as e2e_chart
 from e2e import model_run
 from e2e import report as e2e_report
 from e2e import verdicts as e2e_verdicts
-from e2e.pages import SPEED_MARKERS, TOWERS_MARKERS, rewrite
+from e2e.report import SPEED_MARKERS, TOWERS_MARKERS
 from qwenvit import parity
 from qwenvit.config.published import published_config
 

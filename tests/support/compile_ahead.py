@@ -91,10 +91,11 @@ def call_everything(dtype: torch.dtype) -> None:
     for pixel_dtype in (dtype, torch.float32):  # cuBLAS, after passes over positions and pixels
         pixels, weight = zeros(256, 1536, dtype=pixel_dtype), zeros(1152, 1536)
         ops.patch_embed(pixels, weight, zeros(1152), *positions, torch.arange(64), impl="triton")
-    if dtype != torch.float32 and tiles.uses_tma(zeros(1, 8)):
-        from qwenvit.kernels.gemm.patch_embed import embed_and_reorder
-
-        embed_and_reorder(zeros(256, 1176), zeros(1280, 1216)[:, :1176], None, torch.arange(64), 4)
+    for count, patch_size, vertical_first in ((1, 14, False), (1, 16, True), (2, 14, True), (2, 16, False)):
+        frames, levels = zeros(count, 120, 160, 3, dtype=torch.uint8), zeros(3, 256)
+        sizes = {"patch_size": patch_size, "temporal_patch_size": 2, "merge_size": 2, "vertical_first": vertical_first}
+        for layout in (frames.permute(0, 3, 1, 2), zeros(count, 3, 120, 160, dtype=torch.uint8)):
+            ops.resize_patches(layout, 4 * patch_size, 6 * patch_size, levels, rule="torch", **sizes, impl="triton")
     angles = torch.zeros(64, 18)
     for name in ("qwen2_5_vl-7b", "qwen3_vl-8b"):
         config = PUBLISHED[name].config

@@ -6,8 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from qwenvit import Encoder
+from qwenvit.kernels.gemm.cublas import MIN_ROWS
 from qwenvit.parity import close
 from qwenvit.plan.grid_plan import GridPlan
 from qwenvit.towers.choose import tower_class
@@ -54,6 +56,20 @@ def test_outputs_equal_the_reference_towers(family, impl, monkeypatch):
     for name, pair in outputs.items():
         check = close(name, *pair)
         assert check.passed, check
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_no_product_of_cublas_has_few_rows(family, monkeypatch):
+    """With few rows it would add in another order than with many."""
+    _, fast, config = both(family, "triton")
+    products, linear, addmm_ = [], F.linear, torch.Tensor.addmm_
+    monkeypatch.setattr(F, "linear", lambda x, *rest: products.append(x.shape) or linear(x, *rest))
+    monkeypatch.setattr(torch.Tensor, "addmm_", lambda y, x, w: products.append(x.shape) or addmm_(y, x, w))
+    grid = [[1, 2, 2]]
+    fast(random_pixels(4, config).to(DEVICE), GridPlan.build(grid, config, DEVICE))
+    mergers = 1 + len(config.deepstack_visual_indexes)
+    assert len(products) == 1 + 4 * config.depth + 2 * mergers
+    assert {rows for rows, _ in products} == {MIN_ROWS}
 
 
 @pytest.mark.parametrize("family", FULL)
@@ -103,7 +119,7 @@ def test_blocks_work_in_place_and_the_tower_does_not(family):
     _, fast, config = both(family, "reference")
     plan = GridPlan.build(GRIDS, config, DEVICE)
     x = torch.randn(plan.num_patches, config.hidden_size, device=DEVICE)
-    assert fast.blocks[0](x, plan.cos, plan.sin, plan.frames) is x
+    assert fast.blocks[0](x, plan.cos, plan.sin, plan.frames.cu_seqlens, None) is x
     pixels = random_pixels(plan.num_patches, config).to(DEVICE)
     before = pixels.clone()
     first, again = fast(pixels, plan), fast(pixels, plan)

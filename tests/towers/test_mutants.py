@@ -24,7 +24,7 @@ GRIDS = [[1, 16, 26], [2, 8, 14]]
 def drop_rope_in_one_block(tower, plan):
     block = tower.blocks[len(tower.blocks) // 2]
     forward = block.forward
-    block.forward = lambda x, cos, sin, segments: forward(x, torch.ones_like(cos), torch.zeros_like(sin), segments)
+    block.forward = lambda x, cos, sin, *segments: forward(x, torch.ones_like(cos), torch.zeros_like(sin), *segments)
     return plan
 
 

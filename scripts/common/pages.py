@@ -1,11 +1,12 @@
-"""Rewrite the block of a markdown page between its two markers."""
+"""Markdown that benchmarks write: tables, and the block of a page between its two markers."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
-TOWERS_MARKERS = ("<!-- bench_e2e.py: begin -->", "<!-- bench_e2e.py: end -->")
-"""Around all figures of whole towers, in BENCHMARKS.md."""
-SPEED_MARKERS = ("<!-- speed: begin -->", "<!-- speed: end -->")
-"""Around the short table of speedups, in the README."""
+
+def table(head: list[str], lines: Iterable[list[str]]) -> str:
+    cells = [head, ["---"] * len(head), *lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
 def rewrite(page: Path, markers: tuple[str, str], text: str) -> None:

@@ -1,0 +1,1 @@
+"""Pixels of pictures: from decoded bytes to the tower's input."""

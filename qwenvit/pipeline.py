@@ -1,0 +1,147 @@
+"""Prepared images through the tower, batch by batch, while later images are still being prepared.
+
+On a GPU, images are copied on one stream and embedded on another, so that copies, the tower and whatever the caller
+does with the results overlap. The next batch is queued before the caller gets the results of a batch.
+"""
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from qwenvit.outputs import Embeddings, TowerOutput
+from qwenvit.plan.inputs import CheckedGrid, WritePixels, check_grid
+from qwenvit.preprocess.batching import BYTES_PER_BATCH, PATCHES_PER_BATCH, batches
+from qwenvit.preprocess.prefetch import Prefetched
+from qwenvit.preprocess.prepared import Prepared
+
+BATCHES_IN_FLIGHT = 2
+"""Batches that the GPU has not finished: one that runs, and one that it finds queued when it is done."""
+
+RunTower = Callable[[WritePixels, CheckedGrid], TowerOutput]
+
+
+def embed_batches(
+    images: Iterable[Prefetched[Prepared]],
+    run: RunTower,
+    device: torch.device,
+    spatial_merge_size: int,
+    empty: Tensor,
+) -> Iterator[Embeddings]:
+    """Yield the embeddings of images, a batch at a time, in order.
+
+    Images that failed have no embeddings in their places. If `images` raises an exception, the embeddings of all images
+    before it are yielded first.
+
+    Args:
+        images: drawn one at a time.
+        run: runs the tower on a batch.
+        device: the tower's device.
+        spatial_merge_size: side of a merged token in patches.
+        empty: `[0, out_hidden_size]` in the tower's dtype, the tokens of no image.
+
+    Raises:
+        ValueError: the current stream is being captured in a CUDA graph.
+        OverflowError: the features exceed the range of float16.
+    """
+    streams = None
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            raise ValueError("encode has streams and graphs of its own: capture enc.tower(pixel_values, plan) in yours")
+        streams = _streams(device)
+    error: Exception | None = None
+
+    def uploaded() -> Iterator[Prefetched[Prepared]]:
+        nonlocal error
+        try:
+            for image in images:
+                yield _upload(image, device, streams)
+        except Exception as raised:  # noqa: BLE001 raised below, after the images before it
+            error = raised
+
+    launched: deque[tuple[Embeddings, torch.cuda.Event | None]] = deque()
+    unfinished: deque[torch.cuda.Event] = deque()
+    for batch in batches(uploaded(), PATCHES_PER_BATCH, BYTES_PER_BATCH):
+        if len(unfinished) == BATCHES_IN_FLIGHT:
+            unfinished.popleft().synchronize()
+        launched.append(_launch(batch, run, spatial_merge_size, empty, streams))
+        if (done := launched[-1][1]) is not None:
+            unfinished.append(done)
+        while launched and (streams is None or len(launched) == BATCHES_IN_FLIGHT):
+            yield _hand_over(*launched.popleft())
+    while launched:
+        yield _hand_over(*launched.popleft())
+    if error is not None:
+        raise error
+
+
+@cache
+def _streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+    """Return the streams on which images are copied to a GPU and embedded: torch keeps memory for each stream."""
+    return torch.cuda.Stream(device), torch.cuda.Stream(device)
+
+
+Streams = tuple[torch.cuda.Stream, torch.cuda.Stream] | None
+
+
+def _upload(image: Prefetched[Prepared], device: torch.device, streams: Streams) -> Prefetched[Prepared]:
+    if image.result is None or streams is None:
+        return image
+    with torch.cuda.stream(streams[0]):
+        return image._replace(result=image.result.to(device))
+
+
+def _launch(
+    batch: list[Prefetched[Prepared]], run: RunTower, spatial_merge_size: int, empty: Tensor, streams: Streams
+) -> tuple[Embeddings, torch.cuda.Event | None]:
+    """Queue a batch, and return its embeddings and the event after which they are there."""
+    prepared = [image.result for image in batch if image.result is not None]
+    skipped = [position for position, image in enumerate(batch) if image.result is None]
+    if not prepared:
+        no_grids = torch.empty(0, 3, dtype=torch.int64, device="cpu")
+        return Embeddings(empty, no_grids, [], spatial_merge_size, skipped=skipped), None
+    grid = check_grid([one.grid for one in prepared], spatial_merge_size)
+    patches = [math.prod(one.grid) for one in prepared]
+
+    def write(pixel_values: Tensor) -> None:
+        for one, rows in zip(prepared, pixel_values.split(patches), strict=True):
+            one.write(rows)
+
+    done = None
+    with torch.no_grad():
+        if streams is None:
+            output = run(write, grid)
+        else:
+            copies, compute = streams
+            compute.wait_stream(copies)
+            compute.wait_stream(torch.cuda.current_stream(compute.device))  # the caller's tensors and weights
+            with torch.cuda.stream(compute):
+                output = run(write, grid)
+            for one in prepared:
+                one.record_stream(compute)
+            done = compute.record_event(torch.cuda.Event(blocking=True))
+        embeddings = Embeddings(
+            output.pooler_output, grid.tensor, output.deepstack_features, spatial_merge_size, skipped=skipped
+        )
+    return embeddings, done
+
+
+def _hand_over(embeddings: Embeddings, done: torch.cuda.Event | None) -> Embeddings:
+    """Let the caller's stream wait for the embeddings."""
+    layers = (embeddings.packed, *embeddings.deepstack)
+    if done is not None:
+        stream = torch.cuda.current_stream(embeddings.packed.device)
+        stream.wait_event(done)
+        for layer in layers:
+            layer.record_stream(stream)
+    _refuse_overflow(layers)
+    return embeddings
+
+
+def _refuse_overflow(layers: Iterable[Tensor]) -> None:
+    """Raise OverflowError if features in float16 are infinite or NaN."""
+    if not all(layer.dtype != torch.float16 or layer.isfinite().all() for layer in layers):
+        raise OverflowError("the features exceed the range of float16 (65504): use bfloat16 or float32")

@@ -1,0 +1,121 @@
+"""Preparing the items of a stream in threads ahead of their consumer: in order, and bounded in memory."""
+
+import os
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import Generic, NamedTuple, TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+MAX_READY_BYTES = 256 * 2**20
+"""No further item is started while results of this size wait for the consumer."""
+MAX_AHEAD = 1024
+"""No further item is started while so many wait: results may be tiny, and errors have no size."""
+DEFAULT_WORKERS = 4
+"""More threads that decode made whole pipelines slower: they compete for Python's interpreter lock (TUNING.md)."""
+
+
+class Prefetched(NamedTuple, Generic[Result]):
+    """What became of an item: a result or an error, and the other is None."""
+
+    position: int
+    result: Result | None
+    error: Exception | None
+
+
+def check_num_workers(num_workers: int | None) -> int:
+    """Return the number of threads; None means 4, or one for each core of a smaller machine.
+
+    Raises:
+        ValueError: not an integer of at least 0.
+    """
+    if num_workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return min(DEFAULT_WORKERS, cores)
+    if isinstance(num_workers, bool) or not isinstance(num_workers, int) or num_workers < 0:
+        raise ValueError(f"num_workers: expected None or an integer of at least 0, got {num_workers!r}")
+    return num_workers
+
+
+def prefetch(
+    items: Iterable[Item],
+    prepare: Callable[[int, Item], Result],
+    num_workers: int,
+    num_bytes: Callable[[Result], int],
+) -> Generator[Prefetched[Result]]:
+    """Yield `prepare(index, item)` of every item in order, computed in threads ahead of the consumer.
+
+    Items are drawn in the consumer's thread. One slow item delays its own turn and nothing else: later items are
+    prepared meanwhile, until their results reach `MAX_READY_BYTES`. An exception of `prepare` is the outcome of its
+    item; an exception of `items` is raised after the outcomes of all items before it. Closing the iterator abandons the
+    items ahead: threads end with the item they are at.
+
+    Args:
+        items: drawn one at a time, a few ahead of the consumer.
+        prepare: called in any thread.
+        num_workers: threads; 0 prepares each item when the consumer asks for it, in its own thread.
+        num_bytes: the memory of a result.
+    """
+
+    def outcome(index: int, item: Item) -> Prefetched[Result]:
+        try:
+            return Prefetched(index, prepare(index, item), None)
+        except Exception as error:  # noqa: BLE001 the consumer decides
+            return Prefetched(index, None, error)
+
+    if num_workers == 0:
+        for index, item in enumerate(items):
+            yield outcome(index, item)
+        return
+
+    source = enumerate(items)
+    source_error: Exception | None = None
+    waiting: deque[Future[Prefetched[Result]]] = deque()  # in order
+    unfinished: set[Future[Prefetched[Result]]] = set()
+    ready_bytes = 0
+    exhausted = False
+
+    def size(future: Future[Prefetched[Result]]) -> int:
+        result = future.result().result
+        return 0 if result is None else num_bytes(result)
+
+    executor = ThreadPoolExecutor(num_workers, thread_name_prefix="qwenvit-prefetch")
+    try:
+        while True:
+            # Draw at least one item for each that is yielded, more only while the next one is not ready: a consumer of
+            # a slow stream gets each result without waiting for items far ahead.
+            while (
+                not exhausted
+                and len(unfinished) < 2 * num_workers
+                and len(waiting) < MAX_AHEAD
+                and ready_bytes < MAX_READY_BYTES
+            ):
+                try:
+                    index, item = next(source)
+                except StopIteration:
+                    exhausted = True
+                except Exception as error:  # noqa: BLE001 raised below, in its turn
+                    source_error, exhausted = error, True
+                else:
+                    waiting.append(executor.submit(outcome, index, item))
+                    unfinished.add(waiting[-1])
+                    if waiting[0].done():
+                        break
+            if not waiting:
+                break
+            if not waiting[0].done():
+                wait(unfinished, return_when=FIRST_COMPLETED)
+            finished = {future for future in unfinished if future.done()}
+            unfinished -= finished
+            ready_bytes += sum(map(size, finished))
+            if waiting[0].done() and waiting[0] not in unfinished:
+                head = waiting.popleft()
+                ready_bytes -= size(head)
+                yield head.result()
+                del head
+    finally:
+        executor.shutdown(wait=False, cancel_futures=True)
+    if source_error is not None:
+        raise source_error
