@@ -48,7 +48,8 @@ def encode(
         on_error: what an image that cannot be used does: `"raise"` its error, or `"skip"` it with a warning.
         progress: show a progress bar.
         decode: what decodes JPEG files: `"pillow"`, or `"nvjpeg"` on a GPU through torchvision, which is faster and
-            differs by up to 25 of 255 levels. Pillow decodes what nvJPEG does not, with a warning.
+            differs by tens of levels where colours change sharply. Pillow decodes what nvJPEG does not, with a
+            warning.
         options: min_pixels, max_pixels, max_tokens, size, resize, do_rescale, channels; see `ImageOptions`.
 
     Returns:

@@ -17,11 +17,12 @@ from qwenvit.outputs import Embeddings, ItemEmbeddings, TowerOutput
 from qwenvit.pipeline import embed_batches
 from qwenvit.plan.grid_plan import GridPlan
 from qwenvit.plan.inputs import CheckedGrid, WritePixels, check_grid, check_pixel_values
+from qwenvit.preprocess.batching import PATCHES_PER_BATCH, PATCHES_PER_VIDEO_BATCH
 from qwenvit.preprocess.decode import IMAGE_TYPES, Channels, ImageInput, each_image, snapshot
 from qwenvit.preprocess.from_checkpoint import read_processors
 from qwenvit.preprocess.image_processor import ImageProcessor
 from qwenvit.preprocess.jpeg import Decoder
-from qwenvit.preprocess.options import ImageOptions
+from qwenvit.preprocess.options import ImageOptions, check_image_options
 from qwenvit.preprocess.prefetch import Prefetched, check_num_workers, prefetch
 from qwenvit.preprocess.prepared import Prepared
 from qwenvit.preprocess.video_file import Clip, VideoFile
@@ -29,6 +30,7 @@ from qwenvit.preprocess.video_processor import VideoProcessor
 from qwenvit.towers import demo
 from qwenvit.towers.checkpoint import directory_of, load_tower, locate, save_tower
 from qwenvit.towers.choose import Tower
+from qwenvit.towers.fast import FastTower
 
 Item = TypeVar("Item")
 OnError = Literal["raise", "skip"]
@@ -148,9 +150,10 @@ class Encoder:
             num_workers: threads that decode; 0 decodes in this thread. None: 4, or fewer on a smaller machine. The
                 result is the same.
             on_error: what an image that cannot be used does: `"raise"` its error, or `"skip"` it with a warning.
-            progress: show a progress bar.
+            progress: show a progress bar; it moves when a batch is done.
             decode: what decodes JPEG files: `"pillow"`, or `"nvjpeg"` on a GPU through torchvision, which is faster and
-                differs by up to 25 of 255 levels. Pillow decodes what nvJPEG does not, with a warning.
+                differs by tens of levels where colours change sharply. Pillow decodes what nvJPEG does not, with a
+                warning.
             options: min_pixels, max_pixels, max_tokens, size, resize, do_rescale, channels; see `ImageOptions`.
 
         Returns:
@@ -178,7 +181,8 @@ class Encoder:
     ) -> Iterator[ItemEmbeddings]:
         """Embed more images than memory holds: yield the embeddings of each in order, as they come.
 
-        `images` may be a generator of any length; it is drawn in the caller's thread, some images ahead. Arrays,
+        `images` may be a generator of any length; it is drawn in the caller's thread, some images ahead. The fast tower
+        in 16 bits does not make the images of a slow generator, such as a camera, wait for a full batch. Arrays,
         tensors and byte arrays of a generator are copied, so that it may reuse them. The iterator may be left at any
         time.
 
@@ -201,6 +205,7 @@ class Encoder:
         options: ImageOptions,
     ) -> Generator[Embeddings]:
         """Check the arguments of `encode`, and return an iterator of the embeddings of each batch."""
+        check_image_options(options)
         check_on_error(on_error)
         workers = check_num_workers(num_workers)
         prepare = self.image_processor.preparer(self.device, decode, **options)
@@ -212,7 +217,7 @@ class Encoder:
             drawn = map(snapshot, drawn)
         prefetched = self._prefetch(drawn, prepare, workers)
         bar = tqdm(total=total, unit="image") if progress else None
-        return self._run_batches(prefetched, on_error, bar)
+        return self._run_batches(prefetched, on_error, bar, PATCHES_PER_BATCH)
 
     def _prefetch(
         self, items: Iterable[Item], prepare: Callable[[int, Item], Prepared], num_workers: int
@@ -227,12 +232,14 @@ class Encoder:
         return prefetch(items, prepare_on_stream, num_workers, lambda one: one.num_bytes)
 
     def _run_batches(
-        self, prefetched: Generator[Prefetched[Prepared]], on_error: OnError, bar: tqdm | None
+        self, prefetched: Generator[Prefetched[Prepared]], on_error: OnError, bar: tqdm | None, max_patches: int
     ) -> Generator[Embeddings]:
         empty = torch.empty(0, self.config.out_hidden_size, device=self.device, dtype=self.dtype)
         with closing(prefetched), nullcontext() if bar is None else bar:
             usable = _handle_errors(prefetched, on_error)
-            for batch in embed_batches(usable, self._run, self.device, self.config.spatial_merge_size, empty):
+            merge_size = self.config.spatial_merge_size
+            may_split = self._is_batch_invariant()
+            for batch in embed_batches(usable, self._run, self.device, merge_size, empty, max_patches, may_split):
                 if bar is not None:
                     bar.update(len(batch))
                 yield batch
@@ -255,7 +262,7 @@ class Encoder:
         Args:
             frames: a list of frames (anything `encode` takes as an image), or one uint8 array or tensor
                 `[frames, H, W, C]`, of which all are encoded; or a video file, whose frames are sampled. Video files
-                need PyAV: `pip install "qwenvit[video]"`.
+                need PyAV: `pip install "av>=15"`.
             fps: frames per second to take of a video file.
             num_frames: frames to take of a video file in all. Where neither is passed, the checkpoint's own settings
                 sample the frames; `sample_frames` does the same for frames that you decode.
@@ -290,8 +297,9 @@ class Encoder:
             raise ValueError("fps, num_frames: expected None with frames, which are all encoded; see sample_frames")
         prepare = processor.preparer(frames, self.device, channels=channels, cap_pixels_per_frame=cap_pixels_per_frame)
         pieces = self._prefetch(prepare.pieces(), prepare, workers)
+        max_patches = PATCHES_PER_VIDEO_BATCH if self.device.type == "cuda" else PATCHES_PER_BATCH
         merge_size = self.config.spatial_merge_size
-        parts = Embeddings.concatenate(list(self._run_batches(pieces, "raise", None)), merge_size)
+        parts = Embeddings.concatenate(list(self._run_batches(pieces, "raise", None, max_patches)), merge_size)
         grid_thw = torch.tensor([prepare.grid], device="cpu")
         return Embeddings(parts.packed, grid_thw, parts.deepstack, merge_size, video=True)
 
@@ -314,6 +322,10 @@ class Encoder:
         grid = check_grid(grid_thw, self.config.spatial_merge_size)
         check_pixel_values(pixel_values, grid, self.config)
         return self._run(pixel_values, grid)
+
+    def _is_batch_invariant(self) -> bool:
+        """Whether an item's bits are the same in every batch; cuBLAS does not keep them in fp32 (TUNING.md)."""
+        return isinstance(self.tower, FastTower) and self.device.type == "cuda" and self.dtype != torch.float32
 
     def _run(self, pixel_values: Tensor | WritePixels, grid: CheckedGrid) -> TowerOutput:
         if graphs := graphs_of(self.tower):
@@ -367,7 +379,8 @@ def _handle_errors(images: Iterable[Prefetched[Prepared]], on_error: OnError) ->
         if image.error is not None:
             if on_error == "raise":
                 raise image.error
-            warnings.warn(f"skipped {image.error}", stacklevel=2)
+            # Without a registry, Python shows the same warning again in a later call.
+            warnings.warn_explicit(f"skipped {image.error}", UserWarning, __file__, 1, registry={})
             image = image._replace(error=None)  # its traceback refers to the image
         yield image
 

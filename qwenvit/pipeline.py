@@ -14,8 +14,8 @@ from torch import Tensor
 
 from qwenvit.outputs import Embeddings, TowerOutput
 from qwenvit.plan.inputs import CheckedGrid, WritePixels, check_grid
-from qwenvit.preprocess.batching import BYTES_PER_BATCH, PATCHES_PER_BATCH, batches
-from qwenvit.preprocess.prefetch import Prefetched
+from qwenvit.preprocess.batching import BYTES_PER_BATCH, batches
+from qwenvit.preprocess.prefetch import WAITING, Prefetched
 from qwenvit.preprocess.prepared import Prepared
 
 BATCHES_IN_FLIGHT = 2
@@ -30,6 +30,8 @@ def embed_batches(
     device: torch.device,
     spatial_merge_size: int,
     empty: Tensor,
+    max_patches: int,
+    may_split: bool,
 ) -> Iterator[Embeddings]:
     """Yield the embeddings of images, a batch at a time, in order.
 
@@ -42,6 +44,9 @@ def embed_batches(
         device: the tower's device.
         spatial_merge_size: side of a merged token in patches.
         empty: `[0, out_hidden_size]` in the tower's dtype, the tokens of no image.
+        max_patches: most patches of a batch.
+        may_split: whether an item's bits are the same in every batch. Then images do not wait in a batch, or their
+            embeddings on the GPU, for an image from a slow source.
 
     Raises:
         ValueError: the current stream is being captured in a CUDA graph.
@@ -58,19 +63,24 @@ def embed_batches(
         nonlocal error
         try:
             for image in images:
-                yield _upload(image, device, streams)
+                if image is WAITING:
+                    if may_split:
+                        yield image
+                else:
+                    yield _upload(image, device, streams)
         except Exception as raised:  # noqa: BLE001 raised below, after the images before it
             error = raised
 
     launched: deque[tuple[Embeddings, torch.cuda.Event | None]] = deque()
     unfinished: deque[torch.cuda.Event] = deque()
-    for batch in batches(uploaded(), PATCHES_PER_BATCH, BYTES_PER_BATCH):
-        if len(unfinished) == BATCHES_IN_FLIGHT:
-            unfinished.popleft().synchronize()
-        launched.append(_launch(batch, run, spatial_merge_size, empty, streams))
-        if (done := launched[-1][1]) is not None:
-            unfinished.append(done)
-        while launched and (streams is None or len(launched) == BATCHES_IN_FLIGHT):
+    for batch in batches(uploaded(), max_patches, BYTES_PER_BATCH):
+        if batch:
+            if len(unfinished) == BATCHES_IN_FLIGHT:
+                unfinished.popleft().synchronize()
+            launched.append(_launch(batch, run, spatial_merge_size, empty, streams))
+            if (done := launched[-1][1]) is not None:
+                unfinished.append(done)
+        while launched and (not batch or streams is None or len(launched) == BATCHES_IN_FLIGHT):
             yield _hand_over(*launched.popleft())
     while launched:
         yield _hand_over(*launched.popleft())

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 
 import qwenvit
 from common.hf_towers import build_tower, forward, tower_class
-from qwenvit import default_encoder, pipeline
+from qwenvit import default_encoder
+from qwenvit import encoder as encoder_module
 from qwenvit.encoder import Encoder
 from support.towers import SMALL
 
@@ -113,7 +114,7 @@ def test_dtypes(tmp_path):
 def test_order_and_values_whatever_the_batching(monkeypatch):
     images = [picture(64 + 32 * i, 200, i) for i in range(5)]
     whole = qwenvit.encode(images, model="demo", device="cpu")
-    monkeypatch.setattr(pipeline, "PATCHES_PER_BATCH", 300)
+    monkeypatch.setattr(encoder_module, "PATCHES_PER_BATCH", 300)
     pieces = qwenvit.encode(images, model="demo", device="cpu")
     assert torch.equal(pieces.grid_thw, whole.grid_thw)
     torch.testing.assert_close(pieces.packed, whole.packed, rtol=1e-4, atol=1e-4)

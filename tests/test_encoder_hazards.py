@@ -11,7 +11,8 @@ from PIL import Image
 
 import qwenvit
 from common.hf_towers import build_tower, save_tower
-from qwenvit import default_encoder, pipeline
+from qwenvit import default_encoder
+from qwenvit import encoder as encoder_module
 from qwenvit.cli.parser import main
 from qwenvit.encoder import Encoder
 from qwenvit.outputs import TowerOutput
@@ -92,7 +93,7 @@ def test_hidden_states_of_earlier_batches_are_released(monkeypatch):
         return TowerOutput(output.last_hidden_state, output.pooler_output, output.deepstack_features)
 
     monkeypatch.setattr(Encoder, "_run", watched)
-    monkeypatch.setattr(pipeline, "PATCHES_PER_BATCH", 1)
+    monkeypatch.setattr(encoder_module, "PATCHES_PER_BATCH", 1)
     enc.encode([GREY] * 5)
     assert len(most) == 5
     assert max(most) <= 1

@@ -229,10 +229,13 @@ class GraphedTower:
         return capacity, getattr(matmul, "fp32_precision", None) or matmul.allow_tf32
 
     def _graph_to_run(self, capacity: Capacity) -> Graph:
-        """Return a graph that takes batches of this capacity: its own, a larger one, or a new one."""
+        """Return a graph that takes batches of this capacity: its own, a larger one, or a new one.
+
+        In fp32 it is always its own, since cuBLAS gives other bits for other capacities there.
+        """
         key = self._graph_key(capacity)
         comes_again, self._last_met = key == self._last_met, key
-        if key in self._graphs:
+        if key in self._graphs or self._is_fp32:
             return self._graph_for(capacity)
         if len(self._meetings) >= MAX_COUNTED_CAPACITIES:
             self._meetings.clear()

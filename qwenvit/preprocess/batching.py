@@ -3,11 +3,13 @@
 import math
 from collections.abc import Iterable, Iterator
 
-from qwenvit.preprocess.prefetch import Prefetched
+from qwenvit.preprocess.prefetch import WAITING, Prefetched
 from qwenvit.preprocess.prepared import Prepared
 
 PATCHES_PER_BATCH = 32_768
 """Patches of one forward pass: the activations of a 7B model's tower then stay below 2 GB in bf16."""
+PATCHES_PER_VIDEO_BATCH = PATCHES_PER_BATCH // 4
+"""Patches of a forward pass of a video on a GPU, which waits until its first frames are copied from the host."""
 IMAGES_PER_BATCH = PATCHES_PER_BATCH // 4
 """Images of a batch: as many as the smallest images, of one token, and fewer than an endless run of broken ones."""
 BYTES_PER_BATCH = 512 * 2**20
@@ -19,7 +21,8 @@ def batches(
 ) -> Iterator[list[Prefetched[Prepared]]]:
     """Group consecutive images into batches of at most `max_patches` patches and `max_bytes`, or of one larger image.
 
-    The groups depend on the images alone, not on when they were ready. An image that failed takes no room,
+    The groups depend on the images alone, not on when they were ready, unless `images` has `WAITING` in it: there a
+    group ends, and an empty one follows. An image that failed takes no room,
     though a batch has at most `IMAGES_PER_BATCH`.
 
     Args:
@@ -30,6 +33,12 @@ def batches(
     batch: list[Prefetched[Prepared]] = []
     patches = num_bytes = 0
     for image in images:
+        if image is WAITING:
+            if batch:
+                yield batch
+            yield []
+            batch, patches, num_bytes = [], 0, 0
+            continue
         more_patches = more_bytes = 0
         if image.result is not None:
             more_patches, more_bytes = math.prod(image.result.grid), image.result.num_bytes

@@ -44,11 +44,13 @@ def each_image(images: ImageInput | Iterable[ImageInput]) -> Iterator[ImageInput
         yield images
         return
     if not isinstance(images, Iterable) or isinstance(images, Mapping | io.IOBase):
-        raise TypeError(f"images: expected an image or several, got {type(images).__name__}")
-    image = None
+        hint = "pass a file's path or its bytes"
+        raise TypeError(f"images: expected an image or several, got {type(images).__name__}; {hint}")
+    empty = True
     for image in images:
+        empty = False
         yield image
-    if image is None:
+    if empty:
         raise ValueError("images: expected at least one image, got none")
 
 
@@ -224,7 +226,7 @@ def _channels_first(image: Tensor, channels: Channels, name: str) -> Tensor:
             raise ValueError(f"{name}: shape {shape} could have its channels first or last; pass channels=")
         channels = "first" if fits["first"] else "last"
     if not fits[channels]:
-        raise ValueError(f"{name}: expected {CHANNEL_COUNTS} channels, got shape {shape} with channels {channels}")
+        raise ValueError(f"{name}: expected 1, 3 or 4 channels, got shape {shape} with channels {channels}")
     return image if channels == "first" else image.permute(2, 0, 1)
 
 

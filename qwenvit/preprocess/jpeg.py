@@ -9,7 +9,8 @@ from PIL import Image
 from torch import Tensor
 
 Decoder = Literal["pillow", "nvjpeg"]
-"""What decodes JPEG files. nvJPEG is fast and differs from Pillow by up to 25 of 255 levels: it is never a default."""
+"""What decodes JPEG files. nvJPEG is fast, and differs from Pillow by tens of levels where colours change sharply: it
+is never a default."""
 
 EXIF_ORIENTATION = 0x0112
 UPRIGHT = {

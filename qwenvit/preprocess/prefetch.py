@@ -1,10 +1,11 @@
 """Preparing the items of a stream in threads ahead of their consumer: in order, and bounded in memory."""
 
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -13,8 +14,10 @@ MAX_READY_BYTES = 256 * 2**20
 """No further item is started while results of this size wait for the consumer."""
 MAX_AHEAD = 1024
 """No further item is started while so many wait: results may be tiny, and errors have no size."""
+SLOW_SOURCE_SECONDS = 0.05
+"""A source that takes longer to give an item is slow, as a camera is: see `WAITING`."""
 DEFAULT_WORKERS = 4
-"""More threads that decode made whole pipelines slower: they compete for Python's interpreter lock (TUNING.md)."""
+"""More threads gain nothing: they compete for Python's interpreter lock (TUNING.md)."""
 
 
 class Prefetched(NamedTuple, Generic[Result]):
@@ -23,6 +26,10 @@ class Prefetched(NamedTuple, Generic[Result]):
     position: int
     result: Result | None
     error: Exception | None
+
+
+WAITING = Prefetched[Any](-1, None, None)
+"""Stands between two outcomes where a slow source is about to be asked for an item: use this time."""
 
 
 def check_num_workers(num_workers: int | None) -> int:
@@ -49,8 +56,8 @@ def prefetch(
 
     Items are drawn in the consumer's thread. One slow item delays its own turn and nothing else: later items are
     prepared meanwhile, until their results reach `MAX_READY_BYTES`. An exception of `prepare` is the outcome of its
-    item; an exception of `items` is raised after the outcomes of all items before it. Closing the iterator abandons the
-    items ahead: threads end with the item they are at.
+    item; an exception of `items` is raised after the outcomes of all items before it. Where `items` is slow, `WAITING`
+    is yielded before it is asked. Closing the iterator abandons the items ahead: threads end with the item they are at.
 
     Args:
         items: drawn one at a time, a few ahead of the consumer.
@@ -65,12 +72,26 @@ def prefetch(
         except Exception as error:  # noqa: BLE001 the consumer decides
             return Prefetched(index, None, error)
 
-    if num_workers == 0:
-        for index, item in enumerate(items):
-            yield outcome(index, item)
-        return
-
     source = enumerate(items)
+    seconds_to_draw = 0.0
+
+    def draw() -> tuple[int, Item]:
+        nonlocal seconds_to_draw
+        start = time.perf_counter()
+        drawn = next(source)
+        seconds_to_draw = time.perf_counter() - start
+        return drawn
+
+    if num_workers == 0:
+        while True:
+            if seconds_to_draw > SLOW_SOURCE_SECONDS:
+                yield WAITING
+            try:
+                index, item = draw()
+            except StopIteration:
+                return
+            yield outcome(index, item)
+
     source_error: Exception | None = None
     waiting: deque[Future[Prefetched[Result]]] = deque()  # in order
     unfinished: set[Future[Prefetched[Result]]] = set()
@@ -92,8 +113,10 @@ def prefetch(
                 and len(waiting) < MAX_AHEAD
                 and ready_bytes < MAX_READY_BYTES
             ):
+                if seconds_to_draw > SLOW_SOURCE_SECONDS:
+                    yield WAITING
                 try:
-                    index, item = next(source)
+                    index, item = draw()
                 except StopIteration:
                     exhausted = True
                 except Exception as error:  # noqa: BLE001 raised below, in its turn

@@ -145,7 +145,7 @@ def _import_av() -> Any:
     try:
         import av
     except ImportError as error:
-        raise ImportError('video files need PyAV: pip install "qwenvit[video]"') from error
+        raise ImportError('video files need PyAV: pip install "av>=15"') from error
     return av
 
 

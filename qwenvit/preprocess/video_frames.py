@@ -15,7 +15,7 @@ from qwenvit.preprocess.decode import Channels, ImageInput, open_image, snapshot
 from qwenvit.preprocess.patch_processor import PatchProcessor
 from qwenvit.preprocess.prepared import Grid, Prepared, PreparedFrames, compute_on_host
 
-BYTES_PER_PIECE = 32 * 2**20
+BYTES_PER_PIECE = 16 * 2**20
 PATCHES_PER_PIECE = 8192
 """Most memory of the frames of a piece, and most patches, where a single group of frames has not more."""
 
@@ -30,7 +30,8 @@ def sized_frames(frames: Iterable[ImageInput] | NDArray[Any] | Tensor) -> Any:
     if isinstance(frames, np.ndarray | Tensor) and frames.ndim != 4:
         raise ValueError(f"frames: expected [frames, H, W, C] or [frames, C, H, W], got {list(frames.shape)}")
     if isinstance(frames, Image.Image | str | bytes) or not isinstance(frames, Iterable):
-        raise TypeError(f"frames: expected a list of images or one array of them, got {type(frames).__name__}")
+        expected = "the path of a video file, a list of images or one array of them"
+        raise TypeError(f"frames: expected {expected}, got {type(frames).__name__}")
     sized = frames if isinstance(frames, Sized) else list(map(snapshot, frames))
     if not len(sized):
         raise ValueError("frames: expected at least one frame, got none")

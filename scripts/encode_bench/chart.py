@@ -5,33 +5,30 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from encode_bench.report import stages_ms
-from encode_bench.verdicts import CPU_RIVAL, ENCODE, GPU_RIVAL, HF_RIVAL, TOWER, Result, Row
+from encode_bench.verdicts import CPU_RIVAL, ENCODE, GPU_RIVAL, HF_RIVAL, Result, Row
 
-DECODE, COPY, PREPROCESSING, TOWER_PART, WAITING, PROCESSOR, THEIR_TOWER = (
+DECODE, COPY, PREPROCESSING, TOWER_PART, WAITING, WHOLE = (
     "decode", "copy", "GPU preprocessing", "qwenvit's tower", "waiting for the stages before it",
-    "transformers' processor, copies, waiting", "transformers' processor, copies, its tower",
+    "everything, with transformers' processor",
 )  # fmt: skip
 COLOURS = {DECODE: "#e0a030", COPY: "#7a5aa8", PREPROCESSING: "#2a9d8f", TOWER_PART: "#1f5fbf", WAITING: "#c0392b",
-           PROCESSOR: "#9a9a9a", THEIR_TOWER: "#c9c9c9"}  # fmt: skip
+           WHOLE: "#b0b0b0"}  # fmt: skip
 LABELS = {ENCODE: "qwenvit's encode", GPU_RIVAL: "transformers' processor on the GPU\n+ qwenvit's tower",
           CPU_RIVAL: "transformers' processor on the CPU\n+ qwenvit's tower",
           HF_RIVAL: "transformers' processor on the GPU\n+ its tower (sdpa)"}  # fmt: skip
 
 
 def parts_by_bar(row: Row, threads: int) -> dict[str, Mapping[str, float]]:
-    """Return the ms an image of the parts of each bar, from its left."""
-    stages, rest = stages_ms(row, threads), {}
-    for name in (GPU_RIVAL, CPU_RIVAL):
-        rest[name] = max(0.0, (row["times"][name] - row["stages"]["decode"] - row["times"][TOWER]) * 1e3)
-    decode, tower = row["stages"]["decode"] * 1e3, stages["tower"]
+    """Return the ms an image of the parts of each bar, from its left.
+
+    Rivals have one part: their decoder works while the GPU still runs the tower, so that parts would overlap.
+    """
+    stages = stages_ms(row, threads)
     before_tower = f"its stages before the tower, which\noverlap with it (decode: {threads} threads)"
     return {
-        LABELS[ENCODE]: {TOWER_PART: tower, WAITING: stages["waiting"]},
+        LABELS[ENCODE]: {TOWER_PART: stages["tower"], WAITING: stages["waiting"]},
         before_tower: {DECODE: stages["decode"], COPY: stages["copy"], PREPROCESSING: stages["preprocessing"]},
-        LABELS[GPU_RIVAL]: {DECODE: decode, PROCESSOR: rest[GPU_RIVAL], TOWER_PART: tower},
-        LABELS[CPU_RIVAL]: {DECODE: decode, PROCESSOR: rest[CPU_RIVAL], TOWER_PART: tower},
-        LABELS[HF_RIVAL]: {DECODE: decode, THEIR_TOWER: max(0.0, row["times"][HF_RIVAL] * 1e3 - decode)},
-    }
+    } | {LABELS[name]: {WHOLE: row["times"][name] * 1e3} for name in (GPU_RIVAL, CPU_RIVAL, HF_RIVAL)}
 
 
 def draw(results: list[Result], path: Path) -> None:
@@ -71,7 +68,7 @@ def draw(results: list[Result], path: Path) -> None:
     machines = ", ".join(dict.fromkeys(result["machine"].partition(",")[0] for result in chosen))
     figure.suptitle(f"From JPEG files to embeddings, ms an image (less is better); {machines}, bf16", fontsize=11)
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in COLOURS.values()]
-    figure.legend(handles, list(COLOURS), loc="lower center", ncols=4, fontsize=8, frameon=False)
+    figure.legend(handles, list(COLOURS), loc="lower center", ncols=6, fontsize=8, frameon=False)
     figure.tight_layout(rect=(0, 0.4 / size[1], 1, 1))
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -37,8 +37,7 @@ STAGES_METHOD = (
     "Stages are timed on their own, over a sample of each folder: decoding with Pillow in one thread, divided by the "
     "number of decoding threads; the copy from pinned memory and the preprocessing by CUDA events. They overlap with "
     "the tower, and do not add up to the time of `encode`: that is the tower's and what the tower waits. The chart's "
-    "bars of transformers are its whole time: decoding in one thread and qwenvit's tower as timed on their own, and "
-    "the rest."
+    "bars of transformers are its whole time, in which one image's decoding overlaps with the tower of the one before."
 )
 
 

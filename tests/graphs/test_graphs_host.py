@@ -57,8 +57,8 @@ def no_cuda(monkeypatch):
     return stub
 
 
-def cpu_tower(impl="triton"):
-    return FastTower(narrow("qwen2_vl", depth=1, intermediate_size=320, out_hidden_size=8), impl)
+def cpu_tower(impl="triton", dtype=torch.bfloat16):
+    return FastTower(narrow("qwen2_vl", depth=1, intermediate_size=320, out_hidden_size=8), impl).to(dtype)
 
 
 def pretend_captured(graphs, grid):
@@ -128,6 +128,14 @@ def test_a_capacity_that_comes_often_gets_a_graph_of_its_own(calls):
     images(graphs, 40)
     assert captured(calls)[-1] == own
     assert replayed(calls)[-1] == own
+
+
+def test_in_fp32_every_capacity_has_a_graph_of_its_own(calls):
+    """There an image's bits depend on the capacity, and must not depend on what came before."""
+    tower = cpu_tower(dtype=torch.float32)
+    images(GraphedTower(tower), 64, 40, 42)
+    own = [capacity_for(Capacity(side**2, 1, 0, 1, side), 4).patches for side in (64, 40, 42)]
+    assert replayed(calls) == own
 
 
 def test_many_sizes_that_come_once_share_few_graphs(calls, monkeypatch):

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from qwenvit import Encoder, pipeline
+from qwenvit import Encoder
+from qwenvit import encoder as encoder_module
 from qwenvit.parity import close
 from qwenvit.towers.fast import FastTower
 from qwenvit.towers.reference import ReferenceTower
@@ -96,7 +97,7 @@ def test_images_in_several_batches(monkeypatch, impl):
     fast, reference = encoders("qwen2_5_vl", impl)
     expected = reference.encode(PICTURES, **BOUNDS)
     for patches in (1, 200):
-        monkeypatch.setattr(pipeline, "PATCHES_PER_BATCH", patches)
+        monkeypatch.setattr(encoder_module, "PATCHES_PER_BATCH", patches)
         assert_close(fast.encode(iter(PICTURES), **BOUNDS), expected)
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwenvit.preprocess.batching import batches
-from qwenvit.preprocess.prefetch import Prefetched
+from qwenvit.preprocess.prefetch import WAITING, Prefetched
 
 FAILED = None
 IMAGES = st.lists(st.one_of(st.just(FAILED), st.tuples(st.integers(1, 6), st.integers(1, 60))), max_size=9)
@@ -75,3 +75,9 @@ def test_a_batch_is_yielded_when_the_next_image_does_not_fit():
     images = iter(prefetched([(4, 1)] * 10))
     assert len(next(batches(images, 32, 100))) == 2
     assert next(images).position == 3
+
+
+def test_a_batch_ends_where_a_slow_source_is_waited_for():
+    one = Prefetched(0, SimpleNamespace(grid=(1, 2, 2), num_bytes=1), None)
+    found = list(batches([one, one, WAITING, WAITING, one], 100, 100))
+    assert found == [[one, one], [], [], [one]]

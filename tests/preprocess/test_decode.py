@@ -174,7 +174,7 @@ REFUSED = {
         r"shape \[3, 3, 3\] could have its channels first or last; pass channels",
     ),
     "ambiguous-wide": (noise(3, 50, 3), ValueError, "pass channels="),
-    "channels": (noise(5, 6, 2), ValueError, r"expected \(1, 3, 4\) channels, got shape \[5, 6, 2\]"),
+    "channels": (noise(5, 6, 2), ValueError, r"expected 1, 3 or 4 channels, got shape \[5, 6, 2\]"),
     "batch": (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), ValueError, "pass a list"),
     "ndim": (noise(7), ValueError, r"expected \[H, W\].* got \[7\]"),
     "empty": (noise(0, 8, 3), ValueError, "expected at least one pixel"),

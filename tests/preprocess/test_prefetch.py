@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwenvit.preprocess import prefetch as prefetch_module
-from qwenvit.preprocess.prefetch import DEFAULT_WORKERS, Prefetched, check_num_workers, prefetch
+from qwenvit.preprocess.prefetch import DEFAULT_WORKERS, WAITING, Prefetched, check_num_workers, prefetch
 from support.prefetch_threads import assert_no_prefetch_threads, prefetch_threads
 
 ROOT = Path(__file__).parents[2]
@@ -376,3 +376,28 @@ def test_the_default_number_of_workers(monkeypatch):
 def test_numbers_of_workers_that_are_refused(num_workers):
     with pytest.raises(ValueError, match=r"^num_workers: expected None or an integer of at least 0, got "):
         check_num_workers(num_workers)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 4])
+def test_waiting_for_a_slow_source_is_announced(monkeypatch, num_workers):
+    monkeypatch.setattr(prefetch_module, "SLOW_SOURCE_SECONDS", -1.0)  # every source is slow
+    drawn, events = itertools.count(), []
+
+    def source():
+        for index in range(6):
+            next(drawn)
+            events.append(("drawn", index))
+            yield index
+
+    for one in prefetch(source(), lambda _, item: item, num_workers, lambda _: 1):
+        if one is WAITING:
+            events.append("waiting")
+        else:
+            events.append(("got", one.result))
+    assert [event for event in events if event[0] == "got"] == [("got", index) for index in range(6)]
+    for index in range(6):
+        assert events[events.index(("drawn", index)) - 1] == "waiting"  # nothing comes between
+
+
+def test_a_fast_source_is_not_announced():
+    assert WAITING not in list(prefetch(range(100), lambda _, item: item, 2, lambda _: 1))

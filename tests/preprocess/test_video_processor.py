@@ -139,7 +139,7 @@ def test_transparent_frames_are_within_a_level_of_transformers() -> None:
         (clip(2, 60, 90).astype(np.float32), TypeError, r"frames\[0\]: expected uint8, got float32; .*"),
         (clip(2, 3, 90), ValueError, r"frames\[0\]: shape \[3, 90, 3\] could have its channels first or last"),
         (clip(2, 2, 410), ValueError, "frames: expected an aspect ratio"),
-        (Image.new("RGB", (60, 90)), TypeError, "expected a list of images .* got Image"),
+        (Image.new("RGB", (60, 90)), TypeError, "expected the path of a video file, a list of images .* got Image"),
         ("video.mp4", TypeError, "got str"),
         (None, TypeError, "got NoneType"),
     ],

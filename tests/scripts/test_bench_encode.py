@@ -400,9 +400,7 @@ def test_measured_results_are_written(monkeypatch, tmp_path):
 def test_chart(tmp_path):
     bars = chart.parts_by_bar(row_of(), threads=4)
     assert [sum(parts.values()) for parts in bars.values()] == pytest.approx([31.5, 3.2, 60, 100, 90])
-    assert list(bars.values())[2] == pytest.approx(
-        {"decode": 12, "transformers' processor, copies, waiting": 18, "qwenvit's tower": 30}
-    )
+    assert [len(parts) for parts in bars.values()] == [2, 3, 1, 1, 1]
     pytest.importorskip("matplotlib")
     for results in ([result_of(row_of(), row_of(MIX)), result_of(row_of())], [result_of()]):
         chart.draw(results, tmp_path / "chart.png")
