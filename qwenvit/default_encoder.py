@@ -10,8 +10,9 @@ import torch
 
 from qwenvit.arguments import Impl, check_device, check_dtype
 from qwenvit.config.published import DEFAULT_MODEL
-from qwenvit.encoder import Encoder, OnError, check_on_error
+from qwenvit.encoder import Encoder
 from qwenvit.outputs import Embeddings
+from qwenvit.pipeline import OnError, check_on_error
 from qwenvit.preprocess.decode import ImageInput
 from qwenvit.preprocess.jpeg import Decoder, check_decoder
 from qwenvit.preprocess.options import ImageOptions, check_image_options

@@ -1,20 +1,20 @@
 """The encoder: turns images, videos or pixel values into embeddings."""
 
 import os
-import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import closing, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Literal, TypeVar, Unpack
+from typing import TypeVar, Unpack
 
 import torch
-from huggingface_hub.utils import tqdm
 from torch import Tensor
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from qwenvit.arguments import Impl, check_device, check_dtype
 from qwenvit.graphs.graphed_tower import graphs_of
 from qwenvit.outputs import Embeddings, ItemEmbeddings, TowerOutput
-from qwenvit.pipeline import embed_batches
+from qwenvit.pipeline import OnError, check_on_error, embed_batches, handle_errors
 from qwenvit.plan.grid_plan import GridPlan
 from qwenvit.plan.inputs import CheckedGrid, WritePixels, check_grid, check_pixel_values
 from qwenvit.preprocess.batching import PATCHES_PER_BATCH, PATCHES_PER_VIDEO_BATCH
@@ -33,13 +33,6 @@ from qwenvit.towers.choose import Tower
 from qwenvit.towers.fast import FastTower
 
 Item = TypeVar("Item")
-OnError = Literal["raise", "skip"]
-
-
-def check_on_error(on_error: OnError) -> None:
-    """Raise ValueError unless `on_error` is a known choice."""
-    if on_error not in ("raise", "skip"):
-        raise ValueError(f"on_error: expected 'raise' or 'skip', got {on_error!r}")
 
 
 class Encoder:
@@ -181,10 +174,13 @@ class Encoder:
     ) -> Iterator[ItemEmbeddings]:
         """Embed more images than memory holds: yield the embeddings of each in order, as they come.
 
-        `images` may be a generator of any length; it is drawn in the caller's thread, some images ahead. The fast tower
-        in 16 bits does not make the images of a slow generator, such as a camera, wait for a full batch. Arrays,
-        tensors and byte arrays of a generator are copied, so that it may reuse them. The iterator may be left at any
-        time.
+        `images` may be a generator of any length; it is drawn in the caller's thread, some images ahead. Arrays,
+        tensors, byte arrays and PIL images of a generator are copied, so that it may reuse or close them. The iterator
+        may be left at any time.
+
+        The fast tower in 16 bits on Hopper does not make the images of a slow generator, such as a camera, wait for a
+        full batch of 32,768 patches. Elsewhere an image's last bits may depend on its batch, and batches must not
+        depend on time.
 
         The arguments are those of `encode`. What it raises is raised in its turn, after the embeddings of all images
         before.
@@ -216,30 +212,36 @@ class Encoder:
         if not isinstance(images, (Sequence, *IMAGE_TYPES)):
             drawn = map(snapshot, drawn)
         prefetched = self._prefetch(drawn, prepare, workers)
-        bar = tqdm(total=total, unit="image") if progress else None
-        return self._run_batches(prefetched, on_error, bar, PATCHES_PER_BATCH)
+        bar = partial(tqdm, total=total, unit="image") if progress else None
+        return self._run_batches(prefetched, on_error, PATCHES_PER_BATCH, bar)
 
     def _prefetch(
         self, items: Iterable[Item], prepare: Callable[[int, Item], Prepared], num_workers: int
     ) -> Generator[Prefetched[Prepared]]:
         """Prepare items in threads; what that does to tensors on the GPU follows the caller's own work on them."""
-        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
+        if self.device.type != "cuda":
+            return prefetch(items, prepare, num_workers, lambda one: one.num_bytes)
 
-        def prepare_on_stream(index: int, item: Item) -> Prepared:
-            with nullcontext() if stream is None else torch.cuda.stream(stream):
-                return prepare(index, item)
+        def prepare_on_stream(index: int, item: tuple[torch.cuda.Stream, Item]) -> Prepared:
+            with torch.cuda.stream(item[0]):
+                return prepare(index, item[1])
 
-        return prefetch(items, prepare_on_stream, num_workers, lambda one: one.num_bytes)
+        with_streams = ((torch.cuda.current_stream(self.device), item) for item in items)
+        return prefetch(with_streams, prepare_on_stream, num_workers, lambda one: one.num_bytes)
 
     def _run_batches(
-        self, prefetched: Generator[Prefetched[Prepared]], on_error: OnError, bar: tqdm | None, max_patches: int
+        self,
+        prefetched: Generator[Prefetched[Prepared]],
+        on_error: OnError,
+        max_patches: int,
+        progress_bar: Callable[[], tqdm] | None = None,
     ) -> Generator[Embeddings]:
         empty = torch.empty(0, self.config.out_hidden_size, device=self.device, dtype=self.dtype)
-        with closing(prefetched), nullcontext() if bar is None else bar:
-            usable = _handle_errors(prefetched, on_error)
-            merge_size = self.config.spatial_merge_size
-            may_split = self._is_batch_invariant()
-            for batch in embed_batches(usable, self._run, self.device, merge_size, empty, max_patches, may_split):
+        layers = [empty] * (1 + len(self.config.deepstack_visual_indexes))
+        merge_size, may_split = self.config.spatial_merge_size, self._is_batch_invariant()
+        with closing(prefetched), progress_bar() if progress_bar else nullcontext() as bar:
+            usable = handle_errors(prefetched, on_error)
+            for batch in embed_batches(usable, self._run, self.device, merge_size, layers, max_patches, may_split):
                 if bar is not None:
                     bar.update(len(batch))
                 yield batch
@@ -299,7 +301,7 @@ class Encoder:
         pieces = self._prefetch(prepare.pieces(), prepare, workers)
         max_patches = PATCHES_PER_VIDEO_BATCH if self.device.type == "cuda" else PATCHES_PER_BATCH
         merge_size = self.config.spatial_merge_size
-        parts = Embeddings.concatenate(list(self._run_batches(pieces, "raise", None, max_patches)), merge_size)
+        parts = Embeddings.concatenate(list(self._run_batches(pieces, "raise", max_patches)), merge_size)
         grid_thw = torch.tensor([prepare.grid], device="cpu")
         return Embeddings(parts.packed, grid_thw, parts.deepstack, merge_size, video=True)
 
@@ -324,8 +326,9 @@ class Encoder:
         return self._run(pixel_values, grid)
 
     def _is_batch_invariant(self) -> bool:
-        """Whether an item's bits are the same in every batch; cuBLAS does not keep them in fp32 (TUNING.md)."""
-        return isinstance(self.tower, FastTower) and self.device.type == "cuda" and self.dtype != torch.float32
+        """Whether an item's bits are known to be the same in every batch: in 16 bits, on Hopper (TUNING.md)."""
+        fast = isinstance(self.tower, FastTower) and self.tower.impl != "reference" and self.dtype != torch.float32
+        return fast and self.device.type == "cuda" and torch.cuda.get_device_capability(self.device)[0] == 9
 
     def _run(self, pixel_values: Tensor | WritePixels, grid: CheckedGrid) -> TowerOutput:
         if graphs := graphs_of(self.tower):
@@ -371,18 +374,6 @@ class Encoder:
 
     def __repr__(self) -> str:
         return f"Encoder({self.config.family}, {self.config.depth} blocks, {self.dtype}, {self.device})"
-
-
-def _handle_errors(images: Iterable[Prefetched[Prepared]], on_error: OnError) -> Iterator[Prefetched[Prepared]]:
-    """Raise the error of the first image that failed, or warn of each."""
-    for image in images:
-        if image.error is not None:
-            if on_error == "raise":
-                raise image.error
-            # Without a registry, Python shows the same warning again in a later call.
-            warnings.warn_explicit(f"skipped {image.error}", UserWarning, __file__, 1, registry={})
-            image = image._replace(error=None)  # its traceback refers to the image
-        yield image
 
 
 def _items(batches: Generator[Embeddings]) -> Iterator[ItemEmbeddings]:

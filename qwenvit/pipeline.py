@@ -5,9 +5,11 @@ does with the results overlap. The next batch is queued before the caller gets t
 """
 
 import math
+import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +24,24 @@ BATCHES_IN_FLIGHT = 2
 """Batches that the GPU has not finished: one that runs, and one that it finds queued when it is done."""
 
 RunTower = Callable[[WritePixels, CheckedGrid], TowerOutput]
+OnError = Literal["raise", "skip"]
+
+
+def check_on_error(on_error: OnError) -> None:
+    """Raise ValueError unless `on_error` is a known choice."""
+    if on_error not in ("raise", "skip"):
+        raise ValueError(f"on_error: expected 'raise' or 'skip', got {on_error!r}")
+
+
+def handle_errors(images: Iterable[Prefetched[Prepared]], on_error: OnError) -> Iterator[Prefetched[Prepared]]:
+    """Raise the error of the first image that failed, or warn of each; raise what is no fault of an image."""
+    for image in images:
+        if image.error is not None:
+            if on_error == "raise" or not isinstance(image.error, OSError | TypeError | ValueError):
+                raise image.error
+            # Without a registry, Python shows the same warning again in a later call.
+            warnings.warn_explicit(f"skipped {image.error}", UserWarning, __file__, 1, registry={})
+        yield image if image.error is None else image._replace(error=None)
 
 
 def embed_batches(
@@ -29,7 +49,7 @@ def embed_batches(
     run: RunTower,
     device: torch.device,
     spatial_merge_size: int,
-    empty: Tensor,
+    empty: Sequence[Tensor],
     max_patches: int,
     may_split: bool,
 ) -> Iterator[Embeddings]:
@@ -43,7 +63,7 @@ def embed_batches(
         run: runs the tower on a batch.
         device: the tower's device.
         spatial_merge_size: side of a merged token in patches.
-        empty: `[0, out_hidden_size]` in the tower's dtype, the tokens of no image.
+        empty: the tokens and the DeepStack features of no image, each `[0, out_hidden_size]`.
         max_patches: most patches of a batch.
         may_split: whether an item's bits are the same in every batch. Then images do not wait in a batch, or their
             embeddings on the GPU, for an image from a slow source.
@@ -74,18 +94,22 @@ def embed_batches(
     launched: deque[tuple[Embeddings, torch.cuda.Event | None]] = deque()
     unfinished: deque[torch.cuda.Event] = deque()
     for batch in batches(uploaded(), max_patches, BYTES_PER_BATCH):
-        if batch:
+        if has_images := bool(batch):
             if len(unfinished) == BATCHES_IN_FLIGHT:
                 unfinished.popleft().synchronize()
             launched.append(_launch(batch, run, spatial_merge_size, empty, streams))
             if (done := launched[-1][1]) is not None:
                 unfinished.append(done)
-        while launched and (not batch or streams is None or len(launched) == BATCHES_IN_FLIGHT):
+        del batch  # its frames would stay in memory while the next are collected
+        while launched and (not has_images or streams is None or len(launched) == BATCHES_IN_FLIGHT):
             yield _hand_over(*launched.popleft())
     while launched:
         yield _hand_over(*launched.popleft())
     if error is not None:
-        raise error
+        try:
+            raise error
+        finally:
+            error = None  # its traceback refers to this frame
 
 
 @cache
@@ -105,14 +129,14 @@ def _upload(image: Prefetched[Prepared], device: torch.device, streams: Streams)
 
 
 def _launch(
-    batch: list[Prefetched[Prepared]], run: RunTower, spatial_merge_size: int, empty: Tensor, streams: Streams
+    batch: list[Prefetched[Prepared]], run: RunTower, spatial_merge_size: int, empty: Sequence[Tensor], streams: Streams
 ) -> tuple[Embeddings, torch.cuda.Event | None]:
     """Queue a batch, and return its embeddings and the event after which they are there."""
     prepared = [image.result for image in batch if image.result is not None]
     skipped = [position for position, image in enumerate(batch) if image.result is None]
     if not prepared:
         no_grids = torch.empty(0, 3, dtype=torch.int64, device="cpu")
-        return Embeddings(empty, no_grids, [], spatial_merge_size, skipped=skipped), None
+        return Embeddings(empty[0], no_grids, list(empty[1:]), spatial_merge_size, skipped=skipped), None
     grid = check_grid([one.grid for one in prepared], spatial_merge_size)
     patches = [math.prod(one.grid) for one in prepared]
 

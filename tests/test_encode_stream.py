@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageSequence
 
 import qwenvit
 from qwenvit import encoder as encoder_module
@@ -689,3 +689,99 @@ def test_the_same_broken_image_is_warned_of_in_every_call(demo):
 def test_an_unknown_option_is_named(demo):
     with pytest.raises(TypeError, match="got device"):
         demo.encode(noise(32, 64), device="cpu")
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("num_workers", WORKERS)
+def test_the_frames_of_an_animation_may_be_streamed(demo, kind, num_workers):
+    """Pillow's iterator yields one object again and again, at other frames."""
+    frames = [Image.fromarray(noise(40, 64, index)).convert("P" if kind == "GIF" else "RGB") for index in range(8)]
+    options = {"WEBP": {"lossless": True}}.get(kind, {})
+    file = io.BytesIO()
+    frames[0].save(file, kind, save_all=True, append_images=frames[1:], **options)
+    animation = Image.open(file)
+    expected = []
+    for index in range(animation.n_frames):
+        animation.seek(index)
+        expected.append(demo.encode(animation.convert("RGB"), **SMALL_IMAGES)[0].tokens)
+    streamed = demo.iter_encode(ImageSequence.Iterator(Image.open(file)), num_workers=num_workers, **SMALL_IMAGES)
+    for item, tokens in zip(streamed, expected, strict=True):
+        torch.testing.assert_close(item.tokens, tokens)
+
+
+@pytest.mark.parametrize("num_workers", WORKERS)
+def test_files_may_be_closed_after_they_are_yielded(demo, tmp_path, num_workers):
+    for index in range(8):
+        Image.fromarray(noise(32, 64, index)).save(tmp_path / f"{index}.png")
+
+    def opened():
+        for index in range(8):
+            with Image.open(tmp_path / f"{index}.png") as image:
+                yield image
+
+    expected = demo.encode([tmp_path / f"{index}.png" for index in range(8)], **SMALL_IMAGES)
+    streamed = list(demo.iter_encode(opened(), num_workers=num_workers, **SMALL_IMAGES))
+    assert torch.equal(torch.cat([item.tokens for item in streamed]), expected.packed)
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.OutOfMemoryError(), RuntimeError("CUDA error"), AttributeError()]
+)
+def test_what_is_no_fault_of_an_image_is_not_skipped(demo, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("qwenvit.preprocess.image_processor.smart_resize", fail)
+    with pytest.raises(type(error)):
+        demo.encode([noise(32, 64)] * 2, on_error="skip")
+
+
+@pytest.mark.parametrize("source_fails", [False, True])
+def test_an_error_keeps_no_image(demo, source_fails):
+    """Neither the frames of its traceback nor a cycle of references may."""
+    references = []
+
+    class Picture(np.ndarray):
+        pass
+
+    def source():
+        for index in range(6):
+            image = noise(32, 64, index).view(Picture)
+            references.append(weakref.ref(image))
+            yield image
+        del image
+        if source_fails:
+            raise LookupError
+        yield b"broken"
+
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises((LookupError, ValueError)):
+            demo.encode(source(), num_workers=1, **SMALL_IMAGES)
+        assert_no_prefetch_threads()
+        assert [reference() for reference in references] == [None] * 6
+    finally:
+        gc.enable()
+
+
+def test_skipping_everything_keeps_the_layers(demo):
+    with pytest.warns(UserWarning, match="skipped"):
+        nothing = demo.encode([b"broken"], on_error="skip")
+    some = demo.encode(noise(32, 64), **SMALL_IMAGES)
+    assert [layer.shape[1] for layer in nothing.deepstack] == [layer.shape[1] for layer in some.deepstack]
+    assert len(nothing.packed) == sum(map(len, nothing.deepstack)) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.complex64, torch.float64])
+def test_pixel_values_have_a_dtype_of_towers(demo, dtype):
+    for processor, images in ((demo.image_processor, noise(32, 64)), (demo.video_processor, [noise(32, 64)] * 2)):
+        with pytest.raises(ValueError, match="dtype: expected float32, bfloat16 or float16"):
+            processor(images, dtype=dtype)
+
+
+def test_a_progress_bar_waits_for_the_first_image(demo, capsys):
+    stream = demo.iter_encode([noise(32, 64)] * 2, progress=True, **SMALL_IMAGES)
+    assert capsys.readouterr().err == ""
+    list(stream)
+    assert "2/2" in capsys.readouterr().err

@@ -24,7 +24,7 @@ ALLOWED = {
     "mrope": BASE | {"ops"},
     "pipeline": BASE | {"plan", "preprocess", "outputs"},
     "encoder": BASE | BELOW_THE_TOP | {"pipeline"},
-    "default_encoder": BASE | BELOW_THE_TOP | {"encoder"},
+    "default_encoder": BASE | BELOW_THE_TOP | {"encoder", "pipeline"},
     "packing": {"ops"},
     "registry": {"config"},
     "integrations": BASE | {"mrope", "encoder", "default_encoder", "outputs"},

@@ -5,7 +5,7 @@ times integer weights, shifted right and clamped to 8 bits. The host computes th
 integers add up to the same sum in any order, so the bytes equal theirs. A byte has only 256 values, so normalising it
 is a table lookup, and equals the host's arithmetic whatever that is.
 
-Strides are 64 bits wide, so images of any size have addresses, and no size compiles a kernel of its own.
+Strides are 64-bit, so large images do not overflow, and no size compiles a kernel of its own.
 
 The first kernel runs the first pass. The second kernel runs the second pass, and writes the normalised values where the
 tower reads them, in merge-block order. Patches of a still are computed once and stored for each of their frames.

@@ -2,7 +2,7 @@
 
 import gc
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,8 +145,11 @@ def capturing(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
     graph.capture_begin(pool=pool, capture_error_mode="relaxed")
     try:
         yield
-    finally:
-        graph.capture_end()
+    except BaseException:
+        with suppress(RuntimeError):  # it says that the capture is invalid; the reason is the error to raise
+            graph.capture_end()
+        raise
+    graph.capture_end()
 
 
 @contextmanager

@@ -54,7 +54,7 @@ def resize_patches(
     Raises:
         TypeError: an argument has another type or dtype.
         ValueError: an unknown rule; sizes that do not fit or are not positive; shapes, devices or strides that do not
-            fit together.
+            fit together; `"triton"` is asked for gradients; the current stream is being captured in a CUDA graph.
     """
     if not isinstance(frames, Tensor) or frames.dtype != torch.uint8:
         got = frames.dtype if isinstance(frames, Tensor) else type(frames).__name__
@@ -64,10 +64,10 @@ def resize_patches(
     check(rule in RESIZE_RULES, "rule", f"one of {RESIZE_RULES}", repr(rule))
     sizes = {"patch_size": patch_size, "temporal_patch_size": temporal_patch_size, "merge_size": merge_size}
     for name, size in sizes.items():
-        check(size > 0, name, "a positive number", size)
+        check(isinstance(size, int) and size > 0, name, "a positive integer", repr(size))
     factor = patch_size * merge_size
     for name, size in (("height", height), ("width", width)):
-        check(size > 0 and size % factor == 0, name, f"a positive multiple of {factor}", size)
+        check(isinstance(size, int) and size > 0 and size % factor == 0, name, f"a positive multiple of {factor}", size)
     check_floating("levels", levels, "[3, 256]")
     check_tensor("levels", levels, (3, 256), None, frames)
     grid = (math.ceil(len(frames) / temporal_patch_size), height // patch_size, width // patch_size)
@@ -75,8 +75,10 @@ def resize_patches(
     if out is None:
         out = levels.new_empty(shape)
     check_tensor("out", out, shape, levels.dtype, frames)
+    if frames.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise ValueError("frames: expected no capture in a CUDA graph, which would keep the address of a cached table")
     plan = resize_plan((frames.shape[2], frames.shape[3]), (height, width), rule, vertical_first, pinned=frames.is_cuda)
-    if not use_triton(impl, frames):
+    if not use_triton(impl, levels):
         return out.copy_(reference.resize_patches(frames, plan, levels, patch_size, temporal_patch_size, merge_size))
     from qwenvit.kernels.preprocess import resize as kernels
 

@@ -9,9 +9,9 @@ from qwenvit.preprocess.prepared import Prepared
 PATCHES_PER_BATCH = 32_768
 """Patches of one forward pass: the activations of a 7B model's tower then stay below 2 GB in bf16."""
 PATCHES_PER_VIDEO_BATCH = PATCHES_PER_BATCH // 4
-"""Patches of a forward pass of a video on a GPU, which waits until its first frames are copied from the host."""
+"""Patches of a forward pass of a video on a GPU: the first starts when so many are copied from the host."""
 IMAGES_PER_BATCH = PATCHES_PER_BATCH // 4
-"""Images of a batch: as many as the smallest images, of one token, and fewer than an endless run of broken ones."""
+"""Most images of a batch. Bounds a run of broken images, which have no patches."""
 BYTES_PER_BATCH = 512 * 2**20
 """Most memory of a batch's decoded images: photographs may be large and their patches few."""
 

@@ -4,13 +4,14 @@ import io
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from qwenvit.ops.resampling import ResizeRule
@@ -64,8 +65,10 @@ def snapshot(image: ImageInput) -> ImageInput:
         return bytes(image)
     if isinstance(image, io.BytesIO):
         return image.getvalue()
-    if isinstance(image, Image.Image) and not isinstance(image, ImageFile.ImageFile):
-        return image.copy()  # an image file's is left alone: copying would decode it here
+    if isinstance(image, Image.Image):
+        # This decodes an image file that was only opened: its owner may close it, or go on to its next frame.
+        with suppress(Exception):  # a broken one fails in its turn, when it is opened
+            return image.copy()
     return image
 
 
@@ -184,8 +187,10 @@ def _from_pil(image: Image.Image, pinned: bool, name: str) -> Tensor:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         if image.mode != "RGB":
             image = image.convert("RGB")
-    except OSError as error:  # Pillow decodes an image that the user opened only now
-        raise ValueError(f"{name}: broken image file ({error})") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow decodes an image that the user opened only now; its errors are of many types
+        raise ValueError(f"{name}: broken image file ({type(error).__name__}: {error})") from error
     pixels = torch.empty(image.height, image.width, 3, dtype=torch.uint8, device="cpu", pin_memory=pinned)
     np.copyto(pixels.numpy(), np.asarray(image))
     return pixels.permute(2, 0, 1)

@@ -176,7 +176,7 @@ class ImageProcessor(PatchProcessor):
         prepared = [prepare(index, image) for index, image in enumerate(each_image(images))]
         grids = torch.tensor([one.grid for one in prepared], device="cpu")
         patches = grids.prod(1).tolist()
-        pixel_values = torch.empty(sum(patches), self.patch_dim, device=device, dtype=dtype)
+        pixel_values = self.new_pixel_values(sum(patches), device, dtype)
         for one, rows in zip(prepared, pixel_values.split(patches), strict=True):
             one.to(device).write(rows)
         return pixel_values, grids

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qwenvit import ops
+from qwenvit.ops.checks import FLOATING
 from qwenvit.ops.reference import cut_patches
 from qwenvit.preprocess.decode import Backend
 from qwenvit.preprocess.resize import (
@@ -24,6 +25,8 @@ OPENAI_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # Qwen2 and Qwen2.5
 OPENAI_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_STANDARD_MEAN = (0.5, 0.5, 0.5)  # Qwen3 and later
 IMAGENET_STANDARD_STD = (0.5, 0.5, 0.5)
+Channels = tuple[float, float, float]
+"""Numbers of red, green and blue."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +49,9 @@ class PatchProcessor:
     """Least area after resizing."""
     max_pixels: int = 28 * 28 * 1280
     """Largest area after resizing."""
-    image_mean: tuple[float, float, float] = OPENAI_CLIP_MEAN
+    image_mean: Channels = OPENAI_CLIP_MEAN
     """Mean of red, green and blue, for values in [0, 1]."""
-    image_std: tuple[float, float, float] = OPENAI_CLIP_STD
+    image_std: Channels = OPENAI_CLIP_STD
     """Standard deviation of red, green and blue, for values in [0, 1]."""
 
     def __post_init__(self) -> None:
@@ -108,14 +111,17 @@ class PatchProcessor:
         For uint8 patches `"pillow"` divides the values by 255 first. `"torch"` multiplies mean and deviation by 255
         instead, as transformers does, which rounds differently in the last bit.
         """
-        values = patches.to(torch.float32, copy=True)  # patches may be a view of the user's image
-        mean, std = values.new_tensor((self.image_mean, self.image_std))[..., None]
-        if patches.dtype == torch.uint8:
-            if backend == "pillow":
-                values.div_(255)
-            else:
-                mean, std = mean * 255, std * 255
-        return values.sub_(mean).div_(std).flatten(1)
+        return _normalise(patches, self.image_mean, self.image_std, backend)
+
+    def new_pixel_values(self, patches: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Allocate `[patches, C·T·P·P]`.
+
+        Raises:
+            ValueError: not a dtype that pixel values can have.
+        """
+        if dtype not in FLOATING:
+            raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
+        return torch.empty(patches, self.patch_dim, device=device, dtype=dtype)
 
     def pixel_values(self, frames: Tensor, backend: Backend) -> Tensor:
         """Cut resized frames `[T, 3, H, W]` into normalised patches `[patches, C·T·P·P]` float32."""
@@ -126,7 +132,8 @@ class PatchProcessor:
     def write_patches(self, frames: Tensor, grid: tuple[int, int, int], backend: Backend, out: Tensor) -> None:
         """Resize frames, normalise them and cut them into patches, on the device of the frames.
 
-        The values of 8-bit frames are equal on every device, to the last bit.
+        The values of 8-bit frames on a GPU equal those on a CPU to the last bit: Pillow's, or those of torch's 8-bit
+        kernels for x86 with AVX2 or AVX-512 and without, which agree; other CPUs were not compared.
 
         Args:
             frames: `[F, 3, H, W]` uint8, or float32 in [0, 1]. The last is repeated to fill its group.
@@ -142,7 +149,7 @@ class PatchProcessor:
                 frames,
                 height,
                 width,
-                _levels(self, backend, out.dtype, out.device),
+                _levels(self.image_mean, self.image_std, backend, out.dtype, out.device),
                 rule=backend,
                 vertical_first=backend == "pillow" and pillow_resizes_height_first(frames.shape[2:], (height, width)),
                 patch_size=self.patch_size,
@@ -157,12 +164,24 @@ class PatchProcessor:
         out.copy_(self.pixel_values(resized, backend))
 
 
+def _normalise(patches: Tensor, mean: Channels, std: Channels, backend: Backend) -> Tensor:
+    """See `PatchProcessor.normalise`."""
+    values = patches.to(torch.float32, copy=True)  # patches may be a view of the user's image
+    means, deviations = values.new_tensor((mean, std))[..., None]
+    if patches.dtype == torch.uint8:
+        if backend == "pillow":
+            values.div_(255)
+        else:
+            means, deviations = means * 255, deviations * 255
+    return values.sub_(means).div_(deviations).flatten(1)
+
+
 @lru_cache(maxsize=64)
-def _levels(processor: PatchProcessor, backend: Backend, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _levels(mean: Channels, std: Channels, backend: Backend, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return the normalised value of each byte, `[3, 256]`, on the device."""
     with torch.inference_mode(False):  # the cached tensor is for every caller
         every_byte = torch.arange(256, dtype=torch.uint8, device="cpu").expand(1, 3, -1)
-        levels = processor.normalise(every_byte, backend).unflatten(1, (3, 256))[0].to(device, dtype)
+        levels = _normalise(every_byte, mean, std, backend).unflatten(1, (3, 256))[0].to(device, dtype)
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()  # callers may be on any stream
     return levels

@@ -2,10 +2,13 @@
 
 import os
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any, Generic, NamedTuple, TypeVar
+
+import numpy as np
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -13,11 +16,11 @@ Result = TypeVar("Result")
 MAX_READY_BYTES = 256 * 2**20
 """No further item is started while results of this size wait for the consumer."""
 MAX_AHEAD = 1024
-"""No further item is started while so many wait: results may be tiny, and errors have no size."""
+"""No further item is started while so many wait: results may be tiny, and errors have none."""
 SLOW_SOURCE_SECONDS = 0.05
 """A source that takes longer to give an item is slow, as a camera is: see `WAITING`."""
 DEFAULT_WORKERS = 4
-"""More threads gain nothing: they compete for Python's interpreter lock (TUNING.md)."""
+"""More threads gain nothing (TUNING.md)."""
 
 
 class Prefetched(NamedTuple, Generic[Result]):
@@ -29,7 +32,7 @@ class Prefetched(NamedTuple, Generic[Result]):
 
 
 WAITING = Prefetched[Any](-1, None, None)
-"""Stands between two outcomes where a slow source is about to be asked for an item: use this time."""
+"""Yielded before a slow source is asked for an item: flush what is ready."""
 
 
 def check_num_workers(num_workers: int | None) -> int:
@@ -41,9 +44,9 @@ def check_num_workers(num_workers: int | None) -> int:
     if num_workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return min(DEFAULT_WORKERS, cores)
-    if isinstance(num_workers, bool) or not isinstance(num_workers, int) or num_workers < 0:
+    if isinstance(num_workers, bool) or not isinstance(num_workers, int | np.integer) or num_workers < 0:
         raise ValueError(f"num_workers: expected None or an integer of at least 0, got {num_workers!r}")
-    return num_workers
+    return int(num_workers)
 
 
 def prefetch(
@@ -70,6 +73,7 @@ def prefetch(
         try:
             return Prefetched(index, prepare(index, item), None)
         except Exception as error:  # noqa: BLE001 the consumer decides
+            _forget_locals(error)
             return Prefetched(index, None, error)
 
     source = enumerate(items)
@@ -114,6 +118,8 @@ def prefetch(
                 and ready_bytes < MAX_READY_BYTES
             ):
                 if seconds_to_draw > SLOW_SOURCE_SECONDS:
+                    if len(waiting) == 1 and wait(waiting, timeout=SLOW_SOURCE_SECONDS).done:
+                        break  # yield it before the source is asked
                     yield WAITING
                 try:
                     index, item = draw()
@@ -141,4 +147,15 @@ def prefetch(
     finally:
         executor.shutdown(wait=False, cancel_futures=True)
     if source_error is not None:
-        raise source_error
+        try:
+            raise source_error
+        finally:
+            source_error = None  # its traceback refers to this frame
+
+
+def _forget_locals(error: BaseException) -> None:
+    """Drop the local variables of the frames of an error and its causes: they keep the item it is about."""
+    chain: BaseException | None = error
+    while chain is not None:
+        traceback.clear_frames(chain.__traceback__)
+        chain = chain.__cause__ or chain.__context__

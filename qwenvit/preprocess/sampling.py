@@ -79,15 +79,15 @@ def sample_frames(
     else:
         even_max_frames = min(max_frames, total_frames) // 2 * 2
         count = math.floor(min(max(total_frames / fps * target_fps, min_frames), even_max_frames, total_frames) / 2) * 2
-    if count > total_frames:
-        raise ValueError(f"num_frames: expected at most total_frames={total_frames}, got {count}")
+    if (most := max(count, num_frames or 0)) > total_frames:  # an odd number may be rounded down to what the clip has
+        raise ValueError(f"num_frames: expected at most total_frames={total_frames}, got {most}")
     if count < 1:
         raise ValueError(
             f"total_frames: expected enough for a pair of frames, got {total_frames} (num_frames={num_frames})"
         )
     if rule == "qwen3_vl":
         return [int(index) for index in np.linspace(0, total_frames - 1, count).round()]
-    starts = torch.arange(0, total_frames, total_frames / count).int()
+    starts = torch.arange(0, total_frames, total_frames / count, dtype=torch.float32, device="cpu").int()
     return [int(index) for index in starts[:count]]  # rounding may add an index past the end; transformers fails there
 
 

@@ -1,4 +1,4 @@
-"""The frames of a video, opened piece by piece: a long video never is in memory as a whole."""
+"""The frames of a video, opened piece by piece: a long video is never in memory as a whole."""
 
 from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass
@@ -16,8 +16,9 @@ from qwenvit.preprocess.patch_processor import PatchProcessor
 from qwenvit.preprocess.prepared import Grid, Prepared, PreparedFrames, compute_on_host
 
 BYTES_PER_PIECE = 16 * 2**20
+"""Most memory of the frames of a piece, unless a single group of frames exceeds it."""
 PATCHES_PER_PIECE = 8192
-"""Most memory of the frames of a piece, and most patches, where a single group of frames has not more."""
+"""Most patches of a piece, unless a single group of frames exceeds it."""
 
 
 def sized_frames(frames: Iterable[ImageInput] | NDArray[Any] | Tensor) -> Any:

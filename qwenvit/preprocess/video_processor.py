@@ -248,7 +248,7 @@ class VideoProcessor(PatchProcessor):
         processor = self.with_bounds(min_pixels, max_pixels, size)
         device = torch.device(device)
         prepare = processor.preparer(frames, device, channels=channels, cap_pixels_per_frame=cap_pixels_per_frame)
-        pixel_values = torch.empty(math.prod(prepare.grid), self.patch_dim, device=device, dtype=dtype)
+        pixel_values = self.new_pixel_values(math.prod(prepare.grid), device, dtype)
         start = 0
         for index, piece in enumerate(prepare.pieces()):
             prepared = prepare(index, piece)

@@ -45,7 +45,7 @@ class Norm(nn.Module):
 class PatchEmbed(Packed):
     """Weights of the patch embedding; each row starts a 128-byte line.
 
-    A still's frame is there twice. Summing the weights over frames instead was rejected: 1.29× error (TUNING.md).
+    Stills repeat their frame. Summing the weights over frames instead was rejected: 1.29× error (TUNING.md).
     """
 
     def __init__(self, config: VisionConfig) -> None:

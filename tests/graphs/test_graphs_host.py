@@ -23,7 +23,7 @@ from qwenvit.graphs.capacity import (
     coarse_capacity,
     pool_patches_for,
 )
-from qwenvit.graphs.graph import write_pixels
+from qwenvit.graphs.graph import capturing, write_pixels
 from qwenvit.graphs.graphed_tower import CAPTURE_LOCK, GraphedTower, graphs_of
 from qwenvit.kernels.gemm.cublas import MIN_ROWS
 from qwenvit.plan.grid_plan import GridPlan
@@ -317,3 +317,14 @@ def test_both_torch_settings_of_tf32_are_read():
 @given(st.integers(1, 2**15))
 def test_the_graph_that_sizes_the_pool_is_little_larger_than_needed(patches):
     assert patches <= pool_patches_for(patches) <= max(4096, patches * 9 / 8)
+
+
+def test_an_error_in_a_capture_is_raised_itself():
+    """torch says of the capture only that it is invalid."""
+    graph = Mock()
+    graph.capture_end.side_effect = RuntimeError("capture invalidated")
+    with pytest.raises(MemoryError), capturing(graph, None):
+        raise MemoryError
+    assert graph.capture_end.called
+    with pytest.raises(RuntimeError, match="invalidated"), capturing(graph, None):
+        pass

@@ -353,10 +353,18 @@ def test_a_snapshot_does_not_change_with_its_original() -> None:
         assert torch.equal(open_image(copy, channels="last"), expected)
 
 
-def test_a_snapshot_does_not_open_what_is_still_encoded(tmp_path: Path) -> None:
-    unread = Image.open(io.BytesIO(JPEG))
-    for image in (JPEG, "no/such/file.png", tmp_path / "missing.png", unread):
+def test_a_snapshot_does_not_open_files(tmp_path: Path) -> None:
+    for image in (JPEG, "no/such/file.png", tmp_path / "missing.png"):
         assert snapshot(image) is image
+
+
+def test_a_snapshot_of_an_opened_file_outlives_it() -> None:
+    with Image.open(io.BytesIO(JPEG)) as opened:
+        copy = snapshot(opened)
+    assert torch.equal(open_image(copy), open_image(JPEG))
+    broken = Image.open(io.BytesIO(JPEG[:-30]))
+    with pytest.raises(ValueError, match=r"^x: broken image file"):
+        open_image(snapshot(broken), name="x")
 
 
 CUDA = torch.device("cuda", 0)

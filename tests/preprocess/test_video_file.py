@@ -263,5 +263,5 @@ def test_decoding_stops_at_the_last_index_and_closes_the_file(tmp_path, monkeypa
 def test_pyav_is_named_where_it_is_missing(tmp_path, monkeypatch) -> None:
     path = write(tmp_path / "clip.mkv", pictures(2, 16, 16))
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(ImportError, match="pip install .av>=15."):
+    with pytest.raises(ImportError, match=r"pip install .av>=15."):
         VideoFile(path)

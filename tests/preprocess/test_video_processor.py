@@ -211,6 +211,7 @@ def test_unsupported_settings_are_refused_by_name(config: dict, message: str) ->
 @example("qwen3_vl", 1, 30.0, ("fps", 2.0), 4, 768)
 @example("qwen2_vl", 10, 30.0, ("num_frames", 1), 4, 768)
 @example("qwen2_vl", 17, 30.0, ("num_frames", 14), 4, 768)
+@example("qwen2_vl", 20, 30.0, ("num_frames", 21), 4, 768)
 def test_sampling_is_as_in_transformers(family: str, total: int, fps: float, how: tuple, least: int, most: int) -> None:
     hf = HF_PROCESSORS[VideoProcessor.for_family(family).rule](min_frames=least, max_frames=most)
     key, value = how
@@ -349,3 +350,21 @@ def test_sampling_two_frames_a_second_is_the_default(family: str) -> None:
 def test_impossible_sampling_is_refused_by_name(options: dict, name: str) -> None:
     with pytest.raises(ValueError, match=f"^{name}: expected"):
         sample_frames(**{"total_frames": 100, "fps": 30.0, "family": "qwen3_vl"} | options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_sampling_does_not_depend_on_torchs_defaults(dtype: torch.dtype) -> None:
+    expected = [
+        sample_frames(total, 30.0, family="qwen2_vl", num_frames=count) for total, count in ((997, 64), (3001, 768))
+    ]
+    default = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        with torch.device("meta"):
+            found = [
+                sample_frames(total, 30.0, family="qwen2_vl", num_frames=count)
+                for total, count in ((997, 64), (3001, 768))
+            ]
+    finally:
+        torch.set_default_dtype(default)
+    assert found == expected
