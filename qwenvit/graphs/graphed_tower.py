@@ -1,8 +1,5 @@
 """The fast tower in CUDA graphs: one graph for each capacity, which serves any grids that fit.
 
-A capture takes as long as several passes, and many sizes never come again. So a new capacity is captured in coarse
-steps, or runs in a larger graph that is there; it gets a graph of its own when it comes twice in a row, or often.
-
 A graph contains the whole pass: its inputs are a table of the grids and the pixel values. It computes positions,
 windows and segments itself, so batches of equal size and different grids can share a graph. Capacities grow in fine
 steps of patches; spare windows and frames cost almost nothing. Outputs are copied out, so all graphs can share one
@@ -15,7 +12,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from operator import le
 from typing import cast
 
 import torch
@@ -28,12 +24,12 @@ from qwenvit.graphs.capacity import (
     Capacity,
     PreparedGrids,
     capacity_for,
-    coarse_capacity,
     next_power_of_two,
     pool_patches_for,
     single_image_capacity,
 )
 from qwenvit.graphs.graph import Graph, write_pixels
+from qwenvit.graphs.sharing import GraphSharing
 from qwenvit.graphs.weight_guard import WeightGuard
 from qwenvit.outputs import TowerOutput
 from qwenvit.plan.inputs import CheckedGrid, WritePixels, check_grid
@@ -43,10 +39,6 @@ MAX_GRAPHS = 512
 """Beyond this many graphs, the least recently used one is dropped. Graphs share a pool, so each costs little memory."""
 MAX_PREPARED_GRIDS = 1024
 """Beyond this many different batches, the oldest prepared grids are dropped."""
-MEETINGS_BEFORE_CAPTURE = 16
-"""A capacity that was met this often gets a graph of its own: its padding has then cost as much as a capture."""
-MAX_COUNTED_CAPACITIES = 4096
-"""Beyond this many, it is forgotten how often capacities were met."""
 CAPTURE_LOCK = threading.Lock()
 """torch allows one capture at a time in a process, of whichever tower."""
 
@@ -65,8 +57,7 @@ class GraphedTower:
         self._tower = weakref.ref(tower)
         self._lock = threading.Lock()
         self._prepared = OrderedDict[bytes, PreparedGrids]()
-        self._meetings = dict[tuple[Capacity, object], int]()
-        self._last_met: tuple[Capacity, object] | None = None
+        self._sharing = GraphSharing(tower.config.merge_unit)
         self._reset()
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
@@ -229,31 +220,14 @@ class GraphedTower:
         return capacity, getattr(matmul, "fp32_precision", None) or matmul.allow_tf32
 
     def _graph_to_run(self, capacity: Capacity) -> Graph:
-        """Return a graph that takes batches of this capacity: its own, a larger one, or a new one.
+        """Return the graph to run a batch of this capacity in.
 
-        In fp32 it is always its own, since cuBLAS gives other bits for other capacities there.
+        In fp32 it is always its own: there cuBLAS gives other bits at other capacities.
         """
-        key = self._graph_key(capacity)
-        comes_again, self._last_met = key == self._last_met, key
-        if key in self._graphs or self._is_fp32:
-            return self._graph_for(capacity)
-        if len(self._meetings) >= MAX_COUNTED_CAPACITIES:
-            self._meetings.clear()
-        self._meetings[key] = meetings = self._meetings.get(key, 0) + 1
-        if comes_again or meetings >= MEETINGS_BEFORE_CAPTURE or not self._graphs:
-            return self._graph_for(capacity)
-        coarse = coarse_capacity(capacity, self.tower.config.merge_unit)
-        return self._graph_for(self._captured_between(capacity, coarse) or coarse)
-
-    def _captured_between(self, capacity: Capacity, limit: Capacity) -> Capacity | None:
-        """Return the capacity of the smallest graph that takes batches of `capacity` and has at most `limit`."""
-        precision = self._graph_key(capacity)[1]
-        fits = [
-            other
-            for other, its_precision in self._graphs
-            if its_precision == precision and all(map(le, capacity, other)) and all(map(le, other, limit))
-        ]
-        return min(fits, default=None)
+        if not self._is_fp32:
+            has_own_graph = self._graph_key(capacity) in self._graphs
+            capacity = self._sharing.choose(capacity, has_own_graph, (other for other, _ in self._graphs))
+        return self._graph_for(capacity)
 
     def _graph_for(self, capacity: Capacity) -> Graph:
         """Return the graph of this capacity; capture it first if there is none."""

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwenvit.graphs import graphed_tower
+from qwenvit.graphs import graphed_tower, sharing
 from qwenvit.graphs.capacity import (
     MIN_GRAPH_PATCHES,
     Capacity,
@@ -123,7 +123,7 @@ def test_a_new_capacity_shares_a_coarse_graph_until_it_comes_twice_in_a_row(call
 def test_a_capacity_that_comes_often_gets_a_graph_of_its_own(calls):
     tower = cpu_tower()
     graphs, own = GraphedTower(tower), capacity_for(Capacity(1600, 1, 0, 1, 40), 4).patches
-    images(graphs, 64, *(40, 42) * (graphed_tower.MEETINGS_BEFORE_CAPTURE - 1))
+    images(graphs, 64, *(40, 42) * (sharing.OCCURRENCES_BEFORE_CAPTURE - 1))
     assert own not in captured(calls)
     images(graphs, 40)
     assert captured(calls)[-1] == own
@@ -140,7 +140,7 @@ def test_in_fp32_every_capacity_has_a_graph_of_its_own(calls):
 
 def test_many_sizes_that_come_once_share_few_graphs(calls, monkeypatch):
     """The stub checks that each batch fits in its graph; the GPU tests, that the results are right."""
-    monkeypatch.setattr(graphed_tower, "MAX_COUNTED_CAPACITIES", 50)
+    monkeypatch.setattr(sharing, "MAX_COUNTED_CAPACITIES", 50)
     tower, rng = cpu_tower(), random.Random(0)
     graphs = GraphedTower(tower)
     for _ in range(250):
@@ -148,7 +148,7 @@ def test_many_sizes_that_come_once_share_few_graphs(calls, monkeypatch):
         items *= rng.choice((1, 1, 2))
         grid = check_grid(items, 2)
         graphs(torch.zeros(grid.patches, 1), grid)
-        assert len(graphs._meetings) <= 50
+        assert len(graphs._sharing._occurrences) <= 50
     assert len(replayed(calls)) == 250
     assert len(captured(calls)) < 100
 
