@@ -23,7 +23,9 @@ import qwenvit
 from qwenvit import encoder as encoder_module
 from qwenvit.encoder import Encoder
 from qwenvit.outputs import Embeddings
+from qwenvit.preprocess import image_processor
 from qwenvit.preprocess import prefetch as prefetch_module
+from qwenvit.preprocess.decode import snapshot
 from qwenvit.towers.fast import FastTower
 from qwenvit.towers.reference import ReferenceTower
 from support.prefetch_threads import assert_no_prefetch_threads, prefetch_threads
@@ -737,19 +739,27 @@ def test_what_is_no_fault_of_an_image_is_not_skipped(demo, monkeypatch, error):
 
 
 @pytest.mark.parametrize("source_fails", [False, True])
-def test_an_error_keeps_no_image(demo, source_fails):
-    """Neither the frames of its traceback nor a cycle of references may."""
-    references = []
+@pytest.mark.parametrize("num_workers", WORKERS)
+def test_an_error_keeps_no_image(demo, monkeypatch, source_fails, num_workers):
+    """No cycle of references may: a batch on a GPU would stay there until Python collects garbage."""
+    references, compute = [], image_processor.compute_on_host
 
-    class Picture(np.ndarray):
-        pass
+    def watched(frames, **options):
+        prepared = compute(frames, **options)
+        references.append(weakref.ref(prepared))
+        return prepared
+
+    def watched_snapshot(image):
+        copy = snapshot(image)
+        if not isinstance(copy, bytes):
+            references.append(weakref.ref(copy))
+        return copy
+
+    monkeypatch.setattr(image_processor, "compute_on_host", watched)
+    monkeypatch.setattr(encoder_module, "snapshot", watched_snapshot)
 
     def source():
-        for index in range(6):
-            image = noise(32, 64, index).view(Picture)
-            references.append(weakref.ref(image))
-            yield image
-        del image
+        yield from (noise(32, 64, index) for index in range(6))
         if source_fails:
             raise LookupError
         yield b"broken"
@@ -758,9 +768,9 @@ def test_an_error_keeps_no_image(demo, source_fails):
     gc.disable()
     try:
         with pytest.raises((LookupError, ValueError)):
-            demo.encode(source(), num_workers=1, **SMALL_IMAGES)
+            demo.encode(source(), num_workers=num_workers, **SMALL_IMAGES)
         assert_no_prefetch_threads()
-        assert [reference() for reference in references] == [None] * 6
+        assert [reference() for reference in references] == [None] * 12
     finally:
         gc.enable()
 

@@ -74,7 +74,8 @@ def prefetch(
             return Prefetched(index, prepare(index, item), None)
         except Exception as error:  # noqa: BLE001 the consumer decides
             _forget_locals(error)
-            return Prefetched(index, None, error)
+            here = error.__traceback__  # of this frame, which has the item
+            return Prefetched(index, None, error.with_traceback(here.tb_next if here else None))
 
     source = enumerate(items)
     seconds_to_draw = 0.0

@@ -401,3 +401,31 @@ def test_waiting_for_a_slow_source_is_announced(monkeypatch, num_workers):
 
 def test_a_fast_source_is_not_announced():
     assert WAITING not in list(prefetch(range(100), lambda _, item: item, 2, lambda _: 1))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_error_does_not_keep_its_item(num_workers):
+    class Thing:
+        pass
+
+    things = []
+
+    def source():
+        for _ in range(3):
+            thing = Thing()
+            things.append(weakref.ref(thing))
+            yield thing
+
+    def fail(_, item):
+        data = Thing()
+        things.append(weakref.ref(data))
+        try:
+            raise KeyError(str(id(data)))
+        except KeyError as cause:
+            raise ValueError(str(id(item))) from cause
+
+    outcomes = list(prefetch(source(), fail, num_workers, lambda _: 1))
+    assert_no_prefetch_threads()
+    gc.collect()
+    assert [type(one.error) for one in outcomes] == [ValueError] * 3
+    assert [thing() for thing in things] == [None] * 6
