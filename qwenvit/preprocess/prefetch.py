@@ -1,5 +1,6 @@
 """Preparing the items of a stream in threads ahead of their consumer: in order, and bounded in memory."""
 
+import itertools
 import os
 import time
 import traceback
@@ -69,33 +70,35 @@ def prefetch(
         num_bytes: the memory of a result.
     """
 
-    def outcome(index: int, item: Item) -> Prefetched[Result]:
+    # An item is in a list of one, which `outcome` empties: else the frames in an error's traceback would keep the item.
+    def outcome(index: int, box: list[Item]) -> Prefetched[Result]:
+        item = box.pop()
         try:
             return Prefetched(index, prepare(index, item), None)
         except Exception as error:  # noqa: BLE001 the consumer decides
+            del item
             _forget_locals(error)
-            here = error.__traceback__  # of this frame, which has the item
-            return Prefetched(index, None, error.with_traceback(here.tb_next if here else None))
+            return Prefetched(index, None, error)
 
-    source = enumerate(items)
+    source, indices = iter(items), itertools.count()
     seconds_to_draw = 0.0
 
-    def draw() -> tuple[int, Item]:
+    def draw() -> list[Item]:
         nonlocal seconds_to_draw
         start = time.perf_counter()
-        drawn = next(source)
+        box = [next(source)]
         seconds_to_draw = time.perf_counter() - start
-        return drawn
+        return box
 
     if num_workers == 0:
         while True:
             if seconds_to_draw > SLOW_SOURCE_SECONDS:
                 yield WAITING
             try:
-                index, item = draw()
+                box = draw()
             except StopIteration:
                 return
-            yield outcome(index, item)
+            yield outcome(next(indices), box)
 
     source_error: Exception | None = None
     waiting: deque[Future[Prefetched[Result]]] = deque()  # in order
@@ -123,13 +126,13 @@ def prefetch(
                         break  # yield it before the source is asked
                     yield WAITING
                 try:
-                    index, item = draw()
+                    box = draw()
                 except StopIteration:
                     exhausted = True
                 except Exception as error:  # noqa: BLE001 raised below, in its turn
                     source_error, exhausted = error, True
                 else:
-                    waiting.append(executor.submit(outcome, index, item))
+                    waiting.append(executor.submit(outcome, next(indices), box))
                     unfinished.add(waiting[-1])
                     if waiting[0].done():
                         break
