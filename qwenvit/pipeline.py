@@ -106,10 +106,7 @@ def embed_batches(
     while launched:
         yield _hand_over(*launched.popleft())
     if error is not None:
-        try:
-            raise error
-        finally:
-            error = None  # its traceback refers to this frame
+        raise error
 
 
 @cache

@@ -151,10 +151,7 @@ def prefetch(
     finally:
         executor.shutdown(wait=False, cancel_futures=True)
     if source_error is not None:
-        try:
-            raise source_error
-        finally:
-            source_error = None  # its traceback refers to this frame
+        raise source_error
 
 
 def _forget_locals(error: BaseException) -> None:
