@@ -370,7 +370,7 @@ class Encoder:
         """
         image, video = self.image_processor.to_hf(), self.video_processor.to_hf()
         processors = {"preprocessor_config.json": image, "video_preprocessor_config.json": video}
-        save_tower(Path(directory), self.tower, self.dtype, processors)
+        save_tower(Path(directory).expanduser(), self.tower, self.dtype, processors)
 
     def __repr__(self) -> str:
         return f"Encoder({self.config.family}, {self.config.depth} blocks, {self.dtype}, {self.device})"

@@ -15,9 +15,10 @@ from common.hf_towers import build_tower, forward, tower_class
 from qwenvit import default_encoder
 from qwenvit import encoder as encoder_module
 from qwenvit.encoder import Encoder
-from support.towers import SMALL
+from support.towers import SMALL, ours_from
 
 FAMILIES = list(SMALL)
+TINY = replace(SMALL["qwen2_5_vl"], depth=1, fullatt_block_indexes=(0,))
 
 
 def picture(height, width, seed=0):
@@ -119,6 +120,31 @@ def test_order_and_values_whatever_the_batching(monkeypatch):
     assert torch.equal(pieces.grid_thw, whole.grid_thw)
     torch.testing.assert_close(pieces.packed, whole.packed, rtol=1e-4, atol=1e-4)
     assert [len(item.deepstack) for item in pieces] == [3] * 5
+
+
+def test_a_batch_takes_as_many_patches_as_it_may(monkeypatch):
+    enc, runs = Encoder(ours_from(build_tower(TINY), TINY)), []
+    run = Encoder._run
+    monkeypatch.setattr(Encoder, "_run", lambda self, write, grid: runs.append(grid.patches) or run(self, write, grid))
+    images = [picture(64, 64)] * 4
+    patches = int(enc.image_processor(images[:1])[1].prod())
+    for limit, expected in ((2 * patches, [2, 2]), (2 * patches - 1, [1] * 4), (4 * patches, [4])):
+        monkeypatch.setattr(encoder_module, "PATCHES_PER_BATCH", limit)
+        enc.encode(images)
+        assert runs == [patches * count for count in expected]
+        runs.clear()
+
+
+@pytest.mark.parametrize("field", ["patch_size", "temporal_patch_size", "merge_size"])
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_a_processor_of_other_sizes_than_the_towers_is_refused(kind, field):
+    enc = Encoder(ours_from(build_tower(TINY), TINY))
+    right = {"image_processor": enc.image_processor, "video_processor": enc.video_processor}
+    Encoder(enc.tower, **right)
+    processor = right[f"{kind}_processor"]
+    wrong = replace(processor, **{field: 2 * getattr(processor, field)})
+    with pytest.raises(ValueError, match=f"{kind} processor: .* do not fit the tower's"):
+        Encoder(enc.tower, **right | {f"{kind}_processor": wrong})
 
 
 def test_gradients_reach_the_tower_when_asked(tmp_path):

@@ -99,12 +99,17 @@ def test_hidden_states_of_earlier_batches_are_released(monkeypatch):
     assert max(most) <= 1
 
 
-def test_float16_overflow_raises():
-    enc = Encoder(ours_from(build_tower(CONFIG), CONFIG).half())
+@pytest.mark.parametrize("layer", ["merger", "deepstack_mergers.0", "deepstack_mergers.1"])
+def test_float16_overflow_raises(layer):
+    """In the tokens, and in each layer of DeepStack alone."""
+    config = replace(CONFIG, deepstack_visual_indexes=(0, 1))
+    enc = Encoder(ours_from(build_tower(config), config).half())
+    enc.encode(GREY)
     with torch.no_grad():
-        enc.tower.merger.fc2.weight.mul_(60_000)
-    with pytest.raises(OverflowError, match="use bfloat16 or float32"):
-        enc.encode(GREY)
+        enc.tower.get_submodule(layer).fc2.weight.mul_(60_000)
+    for encode in (enc.encode, enc.encode_video, lambda images: list(enc.iter_encode(images))):
+        with pytest.raises(OverflowError, match="use bfloat16 or float32"):
+            encode([GREY] * 2)
 
 
 def test_a_relative_path_means_another_tower_in_another_directory(tmp_path, monkeypatch):

@@ -108,6 +108,8 @@ class GatedMLP(Packed):
         gate, up = ((tensors[f"{part}_proj.weight"], tensors[f"{part}_proj.bias"]) for part in ("gate", "up"))
         if len(gate[0]) != self.intermediate_size:
             raise ValueError(f"gate_proj.weight: expected {self.intermediate_size} rows, got {len(gate[0])}")
+        if (columns := tensors["down_proj.weight"].shape[1]) != self.intermediate_size:
+            raise ValueError(f"down_proj.weight: expected {self.intermediate_size} columns, got {columns}")
         packed = dict(zip(("gate_up.weight", "gate_up.bias"), pack_gate_up(*gate, *up), strict=True))
         down = {"down.weight": pad_columns(tensors["down_proj.weight"]), "down.bias": tensors["down_proj.bias"]}
         return {name: tensor for name, tensor in (packed | down).items() if tensor is not None}

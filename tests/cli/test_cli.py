@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
+from transformers import AutoConfig
 
 import qwenvit
-from qwenvit import cli
+from qwenvit import cli, default_encoder
 from qwenvit.encoder import Encoder
 
 
@@ -80,6 +81,83 @@ def test_broken_files_are_named_and_the_rest_is_encoded(capsys, photos, tmp_path
     assert {key.split("/tokens")[0] for key in load_file(target) if key.endswith("tokens")} == {"a.png", "trip/b.jpg"}
 
 
+@pytest.mark.parametrize(
+    "bounds",
+    [
+        ("--min-pixels", 5000, "--max-pixels", 4000),
+        ("--min-pixels", 10**9),
+        ("--min-pixels", -1),
+        ("--max-pixels", 0),
+        ("--max-tokens", 0),
+        ("--max-tokens", 9, "--max-pixels", 5000),
+    ],
+    ids=str,
+)
+def test_impossible_bounds_are_told_once_and_not_for_every_file(capsys, photos, tmp_path, bounds):
+    target = tmp_path / "out.safetensors"
+    code, out, err = run(capsys, "encode", photos, "-m", "demo", *bounds, "-o", target)
+    errors = [line for line in err.splitlines() if line.startswith("qwenvit: error:")]
+    assert (code, len(errors), out) == (1, 1, "")
+    assert str(photos) not in errors[0]
+    assert bounds[0].strip("-").replace("-", "_") in errors[0]
+    assert not target.exists()
+
+
+def test_a_folders_images_are_found_whatever_the_case_of_their_suffix(capsys, photos, tmp_path):
+    folder, png = tmp_path / "camera", (photos / "a.png").read_bytes()  # Pillow tells formats by their content
+    folder.mkdir()
+    suffixes = ["jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2"]
+    suffixes += ["tga", "ppm", "pgm"]
+    names = [f"{number}.{suffix}" for number, suffix in enumerate(suffixes)]
+    names += [f"{number}.{suffix.upper()}" for number, suffix in enumerate(suffixes, start=100)]
+    names += ["200.Jpg", "201.pNG"]
+    for name in names:
+        (folder / name).write_bytes(png)
+    for other in ("JPG", "a.JPG.txt", "b.jpgx"):
+        (folder / other).write_bytes(png)
+    target = tmp_path / "out.safetensors"
+    code, _, err = run(capsys, "encode", folder, "-m", "demo", "--max-tokens", 1, "-o", target)
+    assert code == 0
+    assert {key.split("/")[0] for key in load_file(target)} == set(names)
+    assert "3 other files skipped" in err
+
+
+@pytest.mark.filterwarnings("ignore:model='demo'")
+def test_a_tilde_is_the_home_folder(capsys, photos, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Encoder.from_pretrained("demo", device="cpu").save_pretrained("~/tower")
+    assert (tmp_path / "tower").is_dir()
+    for model in ("~/tower", "~/tower/model.safetensors"):
+        code, out, _ = run(capsys, "info", model)
+        assert code == 0
+        assert "deepstack_visual_indexes" in out
+        code, _, _ = run(capsys, "encode", photos / "a.png", "-m", model, "-o", tmp_path / "out.safetensors")
+        assert code == 0
+    loaded, load = [], Encoder.from_pretrained
+    monkeypatch.setattr(default_encoder.Encoder, "from_pretrained", lambda *a, **k: loaded.append(a) or load(*a, **k))
+    expected = qwenvit.encode(photos / "a.png", model=tmp_path / "tower", device="cpu").packed
+    assert torch.equal(qwenvit.encode(photos / "a.png", model="~/tower", device="cpu").packed, expected)
+    assert len(loaded) == 1  # it is the same tower
+
+
+WHOLE_MODELS = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"]
+WHOLE_MODELS += ["qwen2_5_omni", "qwen2_5_omni_thinker", "qwen3_omni_moe", "qwen3_omni_moe_thinker"]
+
+
+@pytest.mark.parametrize("model_type", [*WHOLE_MODELS, "thinker of default sizes"])
+def test_a_tower_never_overwrites_a_whole_model(capsys, tmp_path, model_type):
+    if model_type in WHOLE_MODELS:
+        AutoConfig.for_model(model_type).save_pretrained(tmp_path)
+    else:
+        (tmp_path / "config.json").write_text('{"model_type": "qwen2_5_omni", "thinker_config": {}}')
+    before = (tmp_path / "config.json").read_bytes()
+    code, _, err = run(capsys, "fetch", "demo", tmp_path)
+    assert code == 1
+    assert "holds the config.json of a whole model; choose an empty one" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert (tmp_path / "config.json").read_bytes() == before
+
+
 def test_info_needs_no_weights(capsys):
     code, out, _ = run(capsys, "info", "Qwen/Qwen2.5-VL-7B-Instruct", "--size", "448x448")
     assert code == 0
@@ -99,8 +177,9 @@ def test_info_load_times_the_weights(capsys, tmp_path):
 
 
 def test_fetch_writes_a_folder_that_loads(capsys, tmp_path):
-    code, _, _ = run(capsys, "fetch", "demo", tmp_path / "tower")
-    assert code == 0
+    for _ in range(2):  # the second time it replaces a tower alone
+        code, _, _ = run(capsys, "fetch", "demo", tmp_path / "tower")
+        assert code == 0
     assert Encoder.from_pretrained(tmp_path / "tower").config == Encoder.from_pretrained("demo").config
 
 

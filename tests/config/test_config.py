@@ -10,7 +10,8 @@ from qwenvit.config.families import FAMILIES
 from qwenvit.config.published import PUBLISHED, published_config
 from qwenvit.config.vision_config import VisionConfig
 from qwenvit.weights.names import NAME_TABLES
-from support.towers import SMALL
+from support.pinned import needs_pinned_transformers
+from support.towers import FULL, SMALL
 
 QWEN2_VL_7B = {  # as published: no hidden_act, `in_chans` for in_channels, `hidden_size` is the output width
     "model_type": "qwen2_vl",
@@ -107,6 +108,21 @@ def test_configs_written_by_transformers_are_read(variant, tmp_path):
     assert reloaded.to_dict() == tower_class(variant).config_class(**saved).to_dict()
 
 
+@needs_pinned_transformers
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_value_that_is_not_stated_is_transformers_default(family):
+    stated = {"tokens_per_second": 9} | FULL[family].to_hf()
+    sizes = {"depth", "num_heads", "embed_dim", "hidden_size", "out_hidden_size", "intermediate_size"}
+    for key in sorted(stated.keys() - {"model_type"}):
+        rest = {name: value for name, value in stated.items() if name != key}
+        if key in sizes:  # every published config.json states these
+            with pytest.raises(ValueError, match=f"{key}.* is missing"):
+                VisionConfig.from_hf(rest)
+        else:
+            ours, theirs = VisionConfig.from_hf(rest).to_hf(), tower_class(family).config_class(**rest).to_dict()
+            assert ours.get(key) == theirs.get(key), key
+
+
 @pytest.mark.parametrize("where", ["beside", "inside"])
 def test_rope_theta_is_read_where_transformers_reads_it(where):
     theta = {"rope_theta": 1000.0} if where == "beside" else {"rope_parameters": {"rope_theta": 1000.0}}
@@ -148,6 +164,11 @@ def edited(config, **changes):
         ({"model_type": "qwen3_5", "vision_config": PUBLISHED["qwen3_vl-8b"].config.to_hf()}, "another family"),
         (PUBLISHED["qwen3_5-9b"].config.to_hf() | {"deepstack_visual_indexes": [3]}, "deepstack_visual_indexes"),
         (PUBLISHED["qwen3_vl-8b"].config.to_hf() | {"num_position_embeddings": 2300}, "square number"),
+        (PUBLISHED["qwen3_5-9b"].config.to_hf() | {"apply_vit_abs_pos_embed": False}, "apply_vit_abs_pos_embed=False"),
+        (
+            {"thinker_config": edited(QWEN3_OMNI["thinker_config"], apply_vit_abs_pos_embed=False)},
+            "apply_vit_abs_pos_embed=False",
+        ),
         ({"model_type": "qwen2_vl", "vision_config": "none"}, "should be a mapping"),
     ],
 )

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwenvit.graphs import graphed_tower, sharing
+from qwenvit.graphs import device_plan, graphed_tower, sharing
 from qwenvit.graphs.capacity import (
     MIN_GRAPH_PATCHES,
     Capacity,
@@ -23,9 +23,10 @@ from qwenvit.graphs.capacity import (
     coarse_capacity,
     pool_patches_for,
 )
-from qwenvit.graphs.graph import capturing, write_pixels
+from qwenvit.graphs.graph import Graph, UnownedTensor, capturing, garbage_collection_paused, write_pixels
 from qwenvit.graphs.graphed_tower import CAPTURE_LOCK, GraphedTower, graphs_of
 from qwenvit.kernels.gemm.cublas import MIN_ROWS
+from qwenvit.outputs import TowerOutput
 from qwenvit.plan.grid_plan import GridPlan
 from qwenvit.plan.inputs import check_grid
 from qwenvit.towers.fast import FastTower
@@ -45,6 +46,18 @@ def test_a_capacity_covers_what_is_needed_and_little_more(tokens, frames, window
     rounded = need._replace(patches=capacity.patches, frames=capacity.frames, items=capacity.items)
     assert capacity_for(rounded, 4) == capacity
     assert capacity.windows <= max(2 * windows, capacity.patches // 48 + 16)
+
+
+@given(st.integers(1, 2**13), st.integers(0, 900), st.integers(1, 3000))
+def test_one_frame_stays_one(tokens, windows, side):
+    """Attention splits one segment best when it knows that there is only one; a coarse graph too has one."""
+    one = capacity_for(Capacity(4 * tokens, 1, windows, 1, side), 4)
+    assert (one.frames, one.items) == (1, 1)
+    coarse = coarse_capacity(one, 4)
+    assert (coarse.frames, coarse.items) == (1, 1)
+    video = capacity_for(Capacity(4 * tokens, 2, windows, 1, side), 4)
+    assert video.frames > 1
+    assert video.items == 1
 
 
 @pytest.fixture
@@ -138,6 +151,74 @@ def test_in_fp32_every_capacity_has_a_graph_of_its_own(calls):
     assert replayed(calls) == own
 
 
+def test_the_least_recently_used_graph_is_dropped(calls, monkeypatch):
+    monkeypatch.setattr(graphed_tower, "MAX_GRAPHS", 3)
+    tower = cpu_tower(dtype=torch.float32)  # each size has a graph of its own
+    graphs = GraphedTower(tower)
+    images(graphs, 64, 40, 42)
+    images(graphs, 64, 40)  # 42 is now the least recently used
+    images(graphs, 44)
+    kept = len(captured(calls))
+    images(graphs, 64, 40, 44, 64)
+    assert len(captured(calls)) == kept
+    images(graphs, 42)  # in place of 40
+    images(graphs, 44, 64, 42)
+    assert len(captured(calls)) == kept + 1
+    images(graphs, 40)
+    assert len(captured(calls)) == kept + 2
+    assert len(graphs._graphs) == 3
+
+
+def test_the_oldest_prepared_grids_are_dropped(no_cuda, monkeypatch):
+    monkeypatch.setattr(graphed_tower, "MAX_PREPARED_GRIDS", 3)
+    measured, measure = [], device_plan.measure_grids
+    monkeypatch.setattr(
+        device_plan, "measure_grids", lambda grid, config: measured.append(grid) or measure(grid, config)
+    )
+    tower = cpu_tower()
+    graphs, grids = GraphedTower(tower), [check_grid([[1, side, side]], 2) for side in (2, 4, 6, 8, 10)]
+    for grid in grids:
+        assert graphs._prepare(grid).needed.patches == grid.patches
+    for grid in grids[2:]:
+        graphs._prepare(grid)
+    assert len(measured) == 5
+    graphs._prepare(grids[0])
+    assert len(measured) == 6
+    assert len(graphs._prepared) == 3
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("failing", ["the pool's", "a later one"])
+def test_after_a_failed_capture_the_next_gets_a_new_pool(calls, no_cuda, monkeypatch, error, failing):
+    """torch may refuse captures in the pool of a failed one."""
+    pools, fails = [], [failing == "the pool's"]
+
+    class FailingGraph(graphed_tower.Graph):
+        def __init__(self, *arguments):
+            pools.append(arguments[4])
+            if fails[0]:
+                raise error
+            super().__init__(*arguments)
+
+    no_cuda.graph_pool_handle = object
+    monkeypatch.setattr(graphed_tower, "Graph", FailingGraph)
+    tower = cpu_tower(dtype=torch.float32)
+    graphs = GraphedTower(tower)
+    if not fails[0]:
+        images(graphs, 64, 40)
+        assert pools[0] is pools[1]
+        fails[0] = True
+    with pytest.raises(error):
+        images(graphs, 42)
+    assert not graphs._lock.locked()
+    assert not CAPTURE_LOCK.locked()
+    failed, fails[0] = len(pools), False
+    images(graphs, 42, 40)
+    assert len({id(pool) for pool in pools[failed:]}) == 1
+    assert pools[failed] not in pools[:failed]
+    assert replayed(calls)[-2:] == [capacity_for(Capacity(side**2, 1, 0, 1, side), 4).patches for side in (42, 40)]
+
+
 def test_many_sizes_that_come_once_share_few_graphs(calls, monkeypatch):
     """The stub checks that each batch fits in its graph; the GPU tests, that the results are right."""
     monkeypatch.setattr(sharing, "MAX_COUNTED_CAPACITIES", 50)
@@ -174,6 +255,16 @@ def test_warming_up_captures_what_images_then_use(calls):
     images(graphs, 2, 8, 18, 30)
     assert len(captured(calls)) == count + 1
     assert replayed(calls) == [capacity_for(Capacity(side**2, 1, 0, 1, side), 4).patches for side in (2, 8, 18, 30)]
+
+
+@pytest.mark.parametrize("patches", [4, 320, 324, 1000, 2052, 4096])
+def test_warming_up_captures_every_image_up_to_its_bound(calls, patches):
+    """The capacities are those of all images one by one."""
+    tower = cpu_tower()
+    graphs = GraphedTower(tower)
+    graphs.warm_up(patches)
+    own = {capacity_for(Capacity(size, 1, 0, 1, 1), 4) for size in range(4, patches + 1, 4)}
+    assert own <= {capacity for capacity, _ in graphs._graphs}
 
 
 def test_pixel_values_reach_the_graph_as_they_are(calls):
@@ -317,6 +408,43 @@ def test_both_torch_settings_of_tf32_are_read():
 @given(st.integers(1, 2**15))
 def test_the_graph_that_sizes_the_pool_is_little_larger_than_needed(patches):
     assert patches <= pool_patches_for(patches) <= max(4096, patches * 9 / 8)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("enabled", [True, False])
+def test_garbage_collection_is_paused_during_a_capture_and_then_as_before(enabled, fails):
+    before = gc.isenabled()
+    (gc.enable if enabled else gc.disable)()
+    try:
+        for _ in range(2):
+            with pytest.raises(MemoryError) if fails else contextlib.nullcontext(), garbage_collection_paused():
+                assert not gc.isenabled()
+                if fails:
+                    raise MemoryError
+            assert gc.isenabled() == enabled
+    finally:
+        (gc.enable if before else gc.disable)()
+
+
+@pytest.mark.parametrize("run_first", [True, False])
+def test_garbage_is_collected_before_and_after_a_capture_but_not_during_one(no_cuda, monkeypatch, run_first):
+    """CUDA aborts a capture during which another graph is freed."""
+    no_cuda.CUDAGraph, no_cuda.stream = Mock(), contextlib.nullcontext
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda table: table)
+    monkeypatch.setattr(UnownedTensor, "tensor", Mock())
+    tower, graph, collects = cpu_tower("reference"), no_cuda.CUDAGraph.return_value, []
+
+    def transform(x, plan):
+        collects.append((graph.capture_begin.called, gc.isenabled()))
+        return TowerOutput(x, x, [])
+
+    tower.transform = transform
+    capacity = capacity_for(Capacity(16, 1, 0, 1, 4), 4)
+    with torch.no_grad():
+        Graph(tower, capacity, device_plan.angle_tables(tower.config, 512, "cpu"), None, None, run_first)
+    assert collects == [(False, True)] * run_first + [(True, False)]
+    assert graph.capture_end.called
+    assert gc.isenabled()
 
 
 def test_an_error_in_a_capture_is_raised_itself():

@@ -1,6 +1,8 @@
 """Attention on Hopper without a GPU: tiles, barriers, copies and masks, in any order of events."""
 
 import random
+from itertools import groupby
+from unittest import mock
 
 import pytest
 import torch
@@ -35,6 +37,33 @@ def attend(lengths, heads, head_dim, programs, across_heads, seed=0, padding=0, 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_layouts(head_dim, case):
     attend(LAYOUTS[case], 2, head_dim, 3, False, padding=70, dtype=torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "order"),
+    [
+        ([700, 900], [1, 0]),
+        ([64, 64, 2000], [2, 0, 1]),
+        ([10, 700, 700, 700], [1, 2, 3, 0]),
+        ([300, 0, 1400, 5], [0, 2, 3]),  # on average below 512 tokens: in memory's order
+        ([0, 1024, 0, 1024], [1, 3]),  # equally long
+    ],
+)
+def test_the_longest_segments_come_first_where_segments_are_long(lengths, order):
+    ends, copy = [], gluon_on_cpu.Machine.copy
+
+    def spy(machine, descriptors, first, rest, full, i_row, end, *others):
+        ends.append(int(end))
+        copy(machine, descriptors, first, rest, full, i_row, end, *others)
+
+    with mock.patch.object(gluon_on_cpu.Machine, "copy", spy):
+        attend(lengths, 1, 64, 1, False)
+    assert [end for end, _ in groupby(ends)] == [sum(lengths[: i + 1]) for i in order]
+
+
+@pytest.mark.parametrize(("lengths", "head_dim"), [([700, 900], 72), ([10, 700, 700, 700], 80)])
+def test_longest_segments_first_among_several_programs_and_heads(lengths, head_dim):
+    attend(lengths, 2, head_dim, 3, False, padding=70)
 
 
 @pytest.mark.parametrize("length", [0, 3, 64, 65, 129, 300, 450])

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from qwenvit import ops
 from qwenvit.kernels.gemm import mlp as kernel
+from qwenvit.kernels.gemm import tiles
 from qwenvit.kernels.gemm.cublas import MIN_ROWS
-from qwenvit.kernels.gemm.tiles import Tile
+from qwenvit.kernels.gemm.tiles import Tile, uses_tma
 from qwenvit.ops.packing import pack_gate_up, pad_columns
 
 ON_GPU = torch.cuda.is_available()
@@ -92,6 +93,36 @@ def test_fused_kernel_at_any_shape(M, N, K, act, tma, with_bias):
         free_nan_memory(M, 2 * N, dtype=x.dtype)
         got = kernel.project_and_activate(x, weight, bias, act, gated, SMALL_TILE)
     assert error(got, truth(x, weight, bias, "swiglu" if gated else act)) <= (1e-3 if ON_GPU else 1e-6)
+
+
+def test_tma_reads_rows_that_start_at_multiples_of_16_bytes_only(monkeypatch):
+    aligned = torch.zeros(9, 16, device=DEVICE, dtype=torch.float16)
+    rows_of_24_bytes, off_by_2_bytes = aligned.view(-1)[:96].view(8, 12), aligned.view(-1)[1:129].view(8, 16)
+    monkeypatch.setattr(tiles, "capability", lambda _: (9, 0))
+    assert uses_tma(aligned, aligned)
+    assert uses_tma(aligned[:, :5], aligned.float()[:, 4:])  # TMA reads any number of columns
+    assert uses_tma(rows_of_24_bytes.float(), aligned)  # rows of 48 bytes
+    for wrong in (rows_of_24_bytes, off_by_2_bytes):
+        assert not uses_tma(wrong)
+        assert not uses_tma(aligned, wrong)
+        assert not uses_tma(wrong, aligned)
+    for major, minor in ((8, 0), (8, 9)):
+        monkeypatch.setattr(tiles, "capability", lambda _, found=(major, minor): found)
+        assert not uses_tma(aligned, aligned)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("wrong", ["stride", "x's address", "weight's address"])
+def test_the_fused_kernel_reads_unaligned_rows(wrong, gated):
+    """A TMA descriptor of such rows is refused, or reads others."""
+    dtype = torch.float16 if ON_GPU else torch.float32
+    x, weight, bias = make_inputs(37, 24, 10 if wrong == "stride" else 16, dtype)
+    if wrong != "stride":
+        moved = x if wrong == "x's address" else weight
+        moved = torch.empty(moved.numel() + 1, device=DEVICE, dtype=dtype)[1:].view(moved.shape).copy_(moved)
+        x, weight = (moved, weight) if wrong == "x's address" else (x, moved)
+    got = kernel.project_and_activate(x, weight, bias, "silu" if gated else "gelu", gated, SMALL_TILE)
+    assert error(got, truth(x, weight, bias, "swiglu" if gated else "gelu")) <= (1e-3 if ON_GPU else 1e-6)
 
 
 @pytest.mark.parametrize("impl", ["triton", "reference"])

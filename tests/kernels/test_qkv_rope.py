@@ -78,8 +78,9 @@ def test_rotary_pairs_become_adjacent():
     assert order[:16].tolist() == [0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15]
     assert order[16:32].tolist() == [n + 16 for n in order[:16].tolist()]
     assert order[32:].tolist() == list(range(32, 48))
-    with pytest.raises(ValueError, match="weight: expected rows"):
-        pack_qkv(torch.zeros(50, 4), None, 2)
+    for num_heads, rows in ((2, 50), (2, 3 * 2 * 5), (3, 3 * 3 * 7), (4, 3 * 2 * 8 + 12)):  # none, or odd head_dim
+        with pytest.raises(ValueError, match=f"weight: expected rows .* {num_heads} heads .*, got {rows} rows"):
+            pack_qkv(torch.zeros(rows, 4), None, num_heads)
 
 
 @pytest.mark.parametrize("interleaved", [True, False], ids=["adjacent", "rotate_half"])
@@ -122,6 +123,19 @@ def test_fused_kernel_at_any_shape(M, H, D, K, group, tma, with_bias):
         free_nan_memory(M, 3 * H * D, dtype=x.dtype)
         got = kernel.project_and_rotate(x, weight, bias, cos, sin, H, SMALL_TILE, group)
     assert error(got, expected) <= (1e-3 if ON_GPU else 1e-6)
+
+
+@pytest.mark.parametrize("wrong", ["stride", "x's address", "weight's address"])
+def test_the_fused_kernel_reads_unaligned_rows(wrong):
+    """A TMA descriptor of such rows is refused, or reads others."""
+    dtype = torch.float16 if ON_GPU else torch.float32
+    x, weight, bias, cos, sin = make_inputs(37, 2, 16, 10 if wrong == "stride" else 16, dtype)
+    if wrong != "stride":
+        moved = x if wrong == "x's address" else weight
+        moved = torch.empty(moved.numel() + 1, device=DEVICE, dtype=dtype)[1:].view(moved.shape).copy_(moved)
+        x, weight = (moved, weight) if wrong == "x's address" else (x, moved)
+    got = kernel.project_and_rotate(x, weight, bias, cos, sin, 2, SMALL_TILE)
+    assert error(got, truth(x, weight, bias, cos, sin, 2)) <= (1e-3 if ON_GPU else 1e-6)
 
 
 @pytest.mark.parametrize("interleaved", [True, False], ids=["adjacent", "rotate_half"])

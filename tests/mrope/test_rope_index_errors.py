@@ -1,5 +1,8 @@
 """rope_index names the argument, what it expected and what it got in each error, and leaves its inputs unchanged."""
 
+import itertools
+import math
+import random
 import re
 
 import pytest
@@ -116,6 +119,38 @@ class TestGridsAndTokens:
         words = mismatch("video", 1, "1 x 2 x 2", 9, 1)
         refuses(inputs, ValueError, words, family="qwen2_vl", video_grid_thw=grid)
 
+    @pytest.mark.parametrize("family", FAMILIES)
+    @pytest.mark.parametrize("kind", ["image", "video"])
+    def test_the_first_item_that_a_run_ends_before_is_named(self, family, kind):
+        rng, refused = random.Random(0), 0
+        for _ in range(150):
+            # Two rows of text and item tokens, a quarter of them masked; grids of 1 to 3 tokens for the rest.
+            types = torch.tensor([[rng.choice((0, 1, 1, 1)) for _ in range(7)] for _ in range(2)])
+            mask = torch.tensor([[rng.choice((0, 1, 1, 1)) for _ in range(7)] for _ in range(2)])
+            places = []  # rank among the unmasked tokens, row and column of each token of an item
+            for rank, (row, column) in enumerate(mask.nonzero().tolist()):
+                places += [(rank, row, column)] * types[row, column].item()
+            sizes = []
+            while (rest := len(places) - sum(sizes)) > 0:
+                sizes.append(rng.randint(1, min(3, rest)))
+            inputs = {
+                "mm_token_type_ids": types * (1 if kind == "image" else 2),
+                "attention_mask": mask,
+                f"{kind}_grid_thw": torch.tensor([[1, 2, 2 * size] for size in sizes]).reshape(-1, 3),
+            }
+            expected, start = None, 0
+            for item, size in enumerate(sizes):
+                for (rank, row, column), after in itertools.pairwise(places[start : start + size]):
+                    if expected is None and (rank + 1, row) != after[:2]:
+                        expected = mismatch(kind, item, f"1 x 1 x {size}", column, row)
+                start += size
+            if expected is None:
+                same(rope_index(family=family, **inputs), brute_force(family, **inputs))
+            else:
+                refused += 1
+                refuses(inputs, ValueError, expected, family=family)
+        assert 20 < refused < 130
+
     def test_a_frame_group_interrupted_by_text(self):
         row = [("video", (2, 2, 4)), ("text", 2), ("video", (1, 2, 4))]
         inputs = sequence([row], "qwen3_5", padding=None, timestamps=(3, 3))
@@ -161,11 +196,28 @@ class TestValues:
         refuses(inputs, ValueError, words, mm_token_type_ids=types)
         refuses(inputs, ValueError, words, mm_token_type_ids=types, attention_mask=None)
 
-    @pytest.mark.parametrize("second", [-1.0, float("nan"), float("inf"), -0.5, 2.0**100])
+    @pytest.mark.parametrize("second", [-1.0, float("nan"), float("inf"), -0.5, 2.0**31, 2.0**100])
     @pytest.mark.parametrize("form", [list, torch.tensor])
     def test_seconds(self, inputs, second, form):
         words = f"second_per_grid_ts: expected seconds, 0 or more, got {second} for video 0"
         refuses(inputs, ValueError, words, second_per_grid_ts=form([second]))
+
+    @pytest.mark.parametrize("wrong", [0, 1, 2])
+    @pytest.mark.parametrize("form", [list, torch.tensor])
+    def test_the_video_of_wrong_seconds_is_named(self, wrong, form):
+        inputs = sequence([[("video", (1, 2, 2)), ("text", 1)] * 3], "qwen2_5_vl", padding=None)
+        words = f"second_per_grid_ts: expected seconds, 0 or more, got -1.0 for video {wrong}"
+        seconds = [-1.0 if video == wrong else 1.5 for video in range(3)]
+        refuses(inputs, ValueError, words, second_per_grid_ts=form(seconds))
+
+    def test_the_most_seconds(self, inputs):
+        largest = [torch.tensor([math.nextafter(2.0**31, 0)], dtype=torch.float64), torch.tensor([2**31 - 1])]
+        largest.append(torch.tensor([2.0**31]).nextafter(torch.zeros(1)))
+        for second in [torch.zeros(1), *largest]:
+            arguments = inputs | {"second_per_grid_ts": second}
+            same(rope_index(family="qwen2_5_vl", **arguments), brute_force("qwen2_5_vl", **arguments))
+        words = f"second_per_grid_ts: expected seconds, 0 or more, got {2.0**31} for video 0"
+        refuses(inputs, ValueError, words, second_per_grid_ts=torch.tensor([2**31]))
 
 
 class TestShapesKindsAndDevices:

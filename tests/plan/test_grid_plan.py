@@ -76,6 +76,22 @@ def test_groups_cover_every_segment_once(batch, config):
         assert segments.max_seqlen == max(b - a for a, b in expected)
 
 
+def test_nothing_is_kept_for_a_tower_of_another_merge_size():
+    batch = [[3, 8, 24], [1, 12, 4]]
+    grid = torch.tensor(batch)
+    for merge in (4, 1, 2):
+        plan = GridPlan.build(batch, replace(WINDOWED, spatial_merge_size=merge))
+        index, cu_seqlens = vision_utils.get_vision_window_index(grid, merge, 112, 14)
+        assert torch.equal(plan.window_index, index)
+        assert torch.equal(plan.windows.cu_seqlens, cu_seqlens)
+        plan = GridPlan.build(batch, replace(LEARNED, spatial_merge_size=merge))
+        assert torch.equal(plan.position_ids, vision_utils.get_vision_position_ids(grid, merge))
+    for size in ([3, 8, 24], [1, 12, 4]):  # only the rows, only the columns
+        GridPlan.build([size], LEARNED)
+        with pytest.raises(ValueError, match="multiples of 3; item 0 is "):
+            GridPlan.build([size], replace(LEARNED, spatial_merge_size=3))
+
+
 def test_position_weights_resample_as_interpolate_does():
     """The taps equal torch's own bilinear resampling with aligned corners, also on grids of one merge block a side."""
     table = torch.randn(48 * 48, 5, dtype=torch.float64)

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qwenvit.preprocess import batching
 from qwenvit.preprocess.batching import batches
 from qwenvit.preprocess.prefetch import WAITING, Prefetched
 
@@ -68,6 +69,23 @@ def test_each_batch_is_as_long_as_the_limits_allow(images, max_patches, max_byte
     ],
 )
 def test_examples(images, expected):
+    assert [len(batch) for batch in batches(prefetched(images), 32, 100)] == expected
+
+
+@pytest.mark.parametrize(
+    ("images", "expected"),
+    [
+        ([FAILED] * 3, [3]),
+        ([FAILED] * 4, [3, 1]),
+        ([(1, 1)] * 3, [3]),
+        ([(1, 1)] * 7, [3, 3, 1]),
+        ([FAILED, (1, 1), FAILED, (1, 1)], [3, 1]),
+        ([(4, 1), (2, 1), (2, 1)], [3]),  # all of 32 patches too
+        ([(1, 50), (1, 25), (1, 25)], [3]),  # all of 100 bytes too
+    ],
+)
+def test_a_full_number_of_images_is_one_batch(images, expected, monkeypatch):
+    monkeypatch.setattr(batching, "IMAGES_PER_BATCH", 3)
     assert [len(batch) for batch in batches(prefetched(images), 32, 100)] == expected
 
 

@@ -115,6 +115,38 @@ def test_arrays_of_any_memory_layout() -> None:
     assert torch.equal(open_image(np.asfortranarray(array)), torch.from_numpy(array).permute(2, 0, 1))
 
 
+def read_only(array: np.ndarray) -> np.ndarray:
+    array.flags.writeable = False
+    return array
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        read_only(noise(40, 50, 3)),
+        read_only(noise(3, 40, 50)),
+        read_only(noise(40, 50)),
+        read_only(noise(40, 50, 4)),
+        np.frombuffer(noise(40, 50, 3).tobytes(), np.uint8).reshape(40, 50, 3),
+        np.broadcast_to(noise(50, 3), (40, 50, 3)),
+        read_only(unit_floats(40, 50, 3)),
+    ],
+    ids=lambda array: f"{array.dtype} {array.shape}",
+)
+def test_a_read_only_array_is_copied_without_a_warning(array: np.ndarray) -> None:
+    expected, always = torch.tensor(array), torch.is_warn_always_enabled()
+    torch.set_warn_always(True)  # torch warns of memory that is not writable only the first time
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            opened = open_image(array, do_rescale=array.dtype == np.uint8)
+    finally:
+        torch.set_warn_always(always)
+    assert torch.equal(opened, open_image(expected, do_rescale=array.dtype == np.uint8))
+    opened[:, :1].zero_()
+    assert torch.equal(torch.tensor(array), expected)
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA"])
 @pytest.mark.parametrize("orientation", [None, 1, 3, 6, 8])
 def test_files_equal_what_transformers_loads(mode: str, orientation: int | None, tmp_path: Path) -> None:

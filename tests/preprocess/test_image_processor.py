@@ -59,6 +59,20 @@ def test_smart_resize_is_as_in_transformers(height: int, width: int, factor: int
     assert smart_resize(height, width, factor, low, high) == expected
 
 
+@settings(max_examples=200)
+@given(
+    st.integers(20, 600), st.integers(20, 600), st.sampled_from([28, 32]), st.sampled_from([-1, 0, 1]), st.booleans()
+)
+@example(100, 130, 28, 0, True)  # 4 x 5 tokens, of 15,680 pixels
+@example(100, 130, 28, 0, False)
+def test_an_area_at_a_bound_is_resized_as_in_transformers(
+    height: int, width: int, factor: int, beyond: int, upper: bool
+) -> None:
+    area = round(height / factor) * round(width / factor) * factor**2
+    bounds = (1, area + beyond) if upper else (area + beyond, 10**7)
+    assert smart_resize(height, width, factor, *bounds) == hf_smart_resize(height, width, factor, *bounds)
+
+
 def test_smart_resize_has_the_same_defaults() -> None:
     for size in ((10, 20), (300, 500), (3000, 2000)):
         assert smart_resize(*size) == hf_smart_resize(*size)

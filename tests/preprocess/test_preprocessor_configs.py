@@ -110,6 +110,21 @@ def test_unsupported_settings_are_refused_by_name(config: dict, name: str, tmp_p
         read_processors(tmp_path, "qwen2_vl")
 
 
+FIXED = {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True}
+FIXED |= {"do_center_crop": False, "do_pad": False}
+
+
+@pytest.mark.parametrize("key", FIXED)
+@pytest.mark.parametrize("kind", [ImageProcessor, VideoProcessor])
+def test_a_step_is_never_switched(kind: type, key: str) -> None:
+    processor = kind.for_family("qwen3_vl")
+    stated = processor.to_hf()
+    for same in (FIXED[key], None):
+        assert kind.from_hf(stated | {key: same}) == processor
+    with pytest.raises(ValueError, match=f"^{key}: only {FIXED[key]} is supported, got {not FIXED[key]}$"):
+        kind.from_hf(stated | {key: not FIXED[key]})
+
+
 NESTED = {"image_processor": {"image_processor_type": "Qwen2VLImageProcessor", "max_pixels": 50_000}}
 NESTED_VIDEO = {"video_processor": {"video_processor_type": "Qwen2VLVideoProcessor", "max_pixels": 150_000}}
 IMAGES = {"image_processor_type": "Qwen2VLImageProcessor", "min_pixels": 3136, "max_pixels": 60_000}

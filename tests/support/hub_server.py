@@ -33,6 +33,8 @@ class Hub:
     ignores_ranges: bool = False
     truncated: dict[str, int] = field(default_factory=dict)  # file -> its size in bytes after truncation
     drops: int = 0  # number of range responses that break off halfway
+    statuses: list[int] = field(default_factory=list)  # of the next range responses, which are errors
+    starts: int | None = None  # the byte at which range responses start, whatever the request says
     budget: int | None = None  # bytes of range responses, after which every connection breaks
     stalls: bool = False  # whether such a connection stays open and silent until `go_on` is set
     stalled: threading.Event = field(default_factory=threading.Event)
@@ -128,7 +130,13 @@ class _Handler(BaseHTTPRequestHandler):
             return self.send(302, b"", fields | {"Location": hub.storage.url + self.path})
         if request.range is None or hub.ignores_ranges:
             return self.send(200, body, fields, request)
+        with hub.lock:
+            status = hub.statuses.pop(0) if hub.statuses else 206
+        if status != 206:
+            return self.refuse(status, "")
         first, last = map(int, request.range.removeprefix("bytes=").split("-"))
+        if hub.starts is not None:
+            first, last = hub.starts, hub.starts + last - first
         part = body[first : last + 1]
         if not part:
             return self.refuse(416, "Range")

@@ -1,5 +1,6 @@
 """The fast tower against the reference tower: state dicts, outputs, and the choice between the two."""
 
+import itertools
 import pickle
 from copy import deepcopy
 from dataclasses import replace
@@ -7,10 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from qwenvit import Encoder
 from qwenvit.kernels.gemm.cublas import MIN_ROWS
-from qwenvit.parity import close
+from qwenvit.parity import BlockCall, blocks_no_worse, close, record, replay
 from qwenvit.plan.grid_plan import GridPlan
 from qwenvit.towers.choose import tower_class
 from qwenvit.towers.fast import FastTower
@@ -106,6 +108,57 @@ def test_missing_tensors_are_named():
         fast.load_state_dict(tensors)
 
 
+def wrong_shapes(tensor):
+    """Yield tensors of the same values with a row too few or too many along one axis, or with other axes."""
+    for axis, size in enumerate(tensor.shape):
+        yield tensor.narrow(axis, 0, size - 1)
+        yield torch.cat((tensor, tensor.narrow(axis, 0, 1)), axis)
+    for axes in itertools.permutations(range(tensor.ndim)):
+        if tensor.permute(axes).shape != tensor.shape:
+            yield tensor.permute(axes)
+
+
+@pytest.mark.parametrize("family", FULL)
+def test_no_tensor_of_another_shape_is_loaded(family):
+    """Padding and packing must not make wrong shapes fit."""
+    config = narrow(family, depth=1)
+    right = ReferenceTower(config).state_dict()
+    fast = FastTower(config, "reference")
+    fast.load_state_dict(right)
+    for name, tensor in right.items():
+        for wrong in wrong_shapes(tensor):
+            with pytest.raises((RuntimeError, ValueError), match=r"(?i)size mismatch|expected|equal size"):
+                fast.load_state_dict(right | {name: wrong})
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_5_omni"])
+@pytest.mark.parametrize("change", [-1, 1])
+def test_a_gated_mlp_of_another_width_is_not_loaded(family, change):
+    """All of its tensors fit each other, and the padded width is the same."""
+    config = narrow(family, depth=1)
+    other = replace(config, intermediate_size=config.intermediate_size + change)
+    with pytest.raises(ValueError, match=rf"expected {config.intermediate_size} rows, got {other.intermediate_size}"):
+        FastTower(config, "reference").load_state_dict(ReferenceTower(other).state_dict())
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_omni", "qwen3_vl"])
+def test_gradients_are_refused_rather_than_left_out(family):
+    """The tower called directly: whichever tensor is to have one, and not under `no_grad`."""
+    config = narrow(family, depth=1)
+    fast = FastTower(config, "reference")
+    fast.load_state_dict(ReferenceTower(config).state_dict())
+    plan = GridPlan.build([[1, 2, 2]], config)
+    pixels = random_pixels(plan.num_patches, config)
+    fast(pixels, plan)
+    for tensor in (pixels, *fast.parameters()):
+        tensor.requires_grad_()
+        with pytest.raises(ValueError, match="which the fast tower does not give"):
+            fast(pixels, plan)
+        with torch.no_grad():
+            fast(pixels, plan)
+        tensor.requires_grad_(False)
+
+
 def test_padding_changes_nothing():
     """Padded columns of the down projection are zero, whatever the gate's padded rows give."""
     _, fast, config = both("qwen2_5_vl", "reference")
@@ -125,6 +178,45 @@ def test_blocks_work_in_place_and_the_tower_does_not(family):
     first, again = fast(pixels, plan), fast(pixels, plan)
     assert torch.equal(pixels, before)
     assert torch.equal(first.pooler_output, again.pooler_output)
+
+
+class Double(nn.Module):
+    """Doubles in place, as the tower's blocks work in place."""
+
+    def __init__(self, as_tuple):
+        super().__init__()
+        self.as_tuple = as_tuple
+
+    def forward(self, hidden_states):
+        hidden_states.mul_(2)
+        return (hidden_states,) if self.as_tuple else hidden_states
+
+
+@pytest.mark.parametrize("as_tuple", [False, True])
+@pytest.mark.parametrize("by_name", [False, True])
+def test_the_parity_gate_keeps_what_a_block_overwrites(as_tuple, by_name):
+    blocks, x = nn.ModuleList([Double(as_tuple), Double(as_tuple)]), torch.ones(3)
+
+    def run():
+        for block in blocks:
+            block(hidden_states=x) if by_name else block(x)
+        return x.clone()
+
+    out, calls = record(blocks, run)
+    x.zero_()
+    assert [(call.x[0].item(), call.out[0].item()) for call in calls] == [(1, 2), (2, 4)]
+    assert out[0] == 4
+
+
+def test_the_parity_gate_gives_every_tower_the_same_input():
+    """Ours and the other are replayed on the truth's input, here in its own dtype, and both overwrite theirs."""
+    ones = torch.ones(3)
+    true_calls, calls = [BlockCall(ones, (), {}, 2 * ones)], [BlockCall(0 * ones, (), {}, 0 * ones)]
+    blocks = nn.ModuleList([Double(False)])
+    assert all(replay(blocks[0], calls[0], ones)[0] == 2 for _ in range(2))
+    (check,) = blocks_no_worse((blocks, calls), (blocks, calls), true_calls)
+    assert (check.value, check.bound) == (0, 0)
+    assert ones[0] == 1
 
 
 def test_which_tower_runs(monkeypatch):

@@ -2,6 +2,8 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qwenvit.weights import ranges
-from qwenvit.weights.hub import HEADER_GUESS_BYTES, fetch_tower
+from qwenvit.weights.hub import HEADER_GUESS_BYTES, fetch_config, fetch_tower
 from qwenvit.weights.local import find_tensors, load_tensors
 from support.hub_server import Hub
 from support.tiny_towers import Tower, save_sharded
@@ -151,12 +153,25 @@ def test_second_start_sends_no_request(hub, big, tmp_path):
     assert len(hub.requests) == sent
 
 
-def test_two_processes_download_the_tower_once(hub, big, size, tmp_path):
-    both = [start(hub, tmp_path) for _ in range(2)]
-    first, second = map(path_from, both)
-    assert first == second
-    assert_complete(first, big)
-    assert hub.tensor_bytes() <= size + HEADER_GUESS_BYTES
+def test_a_second_process_waits_for_the_first_and_downloads_nothing(hub, fetch, big, size, tmp_path):
+    hub.budget, hub.stalls = HEADER_GUESS_BYTES + size // 2, True
+
+    def second() -> list[str]:
+        return [request.path for request in hub.requests if request.authorization == "Bearer second"]
+
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(fetch)
+        hub.stalled.wait(300)
+        process = start(hub, tmp_path, f", cache_dir={str(tmp_path / 'cache')!r}, token='second'")
+        while not second() and process.poll() is None:  # until it looks up the branch, just before the lock
+            time.sleep(0.01)
+        time.sleep(0.5)  # long enough to ask for tensors, if nothing makes it wait
+        hub.budget, hub.stalls = None, False
+        hub.go_on.set()
+    assert path_from(process) == first.result()
+    assert second()
+    assert not [path for path in second() if path.endswith(".safetensors")]
+    assert_complete(first.result(), big)
 
 
 def test_offline_without_the_tower_is_a_clear_error(hub, fetch, tmp_path):
@@ -199,10 +214,19 @@ def test_revisions_are_separate_and_force_download_moves_a_branch(hub, fetch, bi
         fetch(revision="v9")
 
 
-def test_a_damaged_file_is_downloaded_again(fetch, big):
-    directory = fetch()
-    with (directory / SINGLE).open("r+b") as stream:
-        stream.truncate(1000)
+@pytest.mark.parametrize("file", [SINGLE, "config.json"])
+def test_a_directory_without_a_needed_file_is_not_complete(hub, fetch, big, tmp_path, file):
+    (fetch() / file).unlink()
+    with pytest.raises(FileNotFoundError, match="network is off"):
+        fetch(local_files_only=True)
+    assert (fetch_config(hub.repo_id, cache_dir=tmp_path / "cache") / "config.json").is_file()
+    assert_complete(fetch(), big)
+
+
+@pytest.mark.parametrize("change", [-1000, -1, 1])
+def test_a_damaged_file_is_downloaded_again(fetch, big, change):
+    file = fetch() / SINGLE
+    os.truncate(file, file.stat().st_size + change)
     assert_complete(fetch(), big)
 
 
@@ -211,6 +235,13 @@ def test_server_without_ranges_is_refused_before_its_body_is_read(hub, fetch, tm
     with pytest.raises(ValueError, match=r"status 200.*cannot send parts.*hf download"):
         fetch()
     assert not list(tmp_path.rglob("*.incomplete"))
+
+
+def test_shard_with_trailing_bytes_is_refused_with_both_sizes(hub, fetch):
+    promised = (hub.folder / SINGLE).stat().st_size
+    os.truncate(hub.folder / SINGLE, promised + 1)
+    with pytest.raises(ValueError, match=f"{SINGLE}: too long.*{promised}.*{promised + 1}"):
+        fetch()
 
 
 def test_truncated_shard_is_refused_with_both_sizes(hub, fetch):

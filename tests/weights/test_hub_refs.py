@@ -1,5 +1,9 @@
 """Branches stay pinned to the commit of their last complete download until force_download moves them."""
 
+import errno
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
 import pytest
 from huggingface_hub import constants, hf_hub_download
 
@@ -73,6 +77,21 @@ def test_an_interrupted_update_leaves_the_old_tower_in_use(hub, fetch, size):
     assert fetch(local_files_only=True) == new
 
 
+def test_a_fetch_does_not_move_a_branch_back_over_a_forced_update_meanwhile(hub, fetch, size):
+    hub.budget, hub.stalls = HEADER_GUESS_BYTES + size // 2, True
+    with ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(fetch)
+        hub.stalled.wait(300)
+        hub.budget, hub.stalls = None, False
+        move(hub)
+        try:
+            forced = fetch(force_download=True)
+        finally:
+            hub.go_on.set()
+    assert (slow.result().name, forced.name) == (A, B)
+    assert fetch(local_files_only=True) == forced
+
+
 def test_an_interrupted_first_fetch_pins_nothing(hub, fetch):
     hub.budget = HEADER_GUESS_BYTES
     with pytest.raises(ConnectionError, match="broke off"):
@@ -110,6 +129,29 @@ def test_an_empty_pin_file_counts_as_no_pin(hub, fetch, tmp_path):
     assert fetch() == tower
     assert not hub.tensor_requests()
     assert pin.read_text() == f"{A} main\n"
+
+
+def test_a_pin_is_replaced_in_one_step(hub, fetch, monkeypatch):
+    tower = fetch()
+    (pin,) = (tower.parent / "refs").iterdir()
+    move(hub)
+    write_text = Path.write_text
+
+    def write_to_full_disk(file: Path, text: str, *options: str) -> int:
+        written = write_text(file, text[:7] if file.parent == pin.parent else text, *options)
+        if written < len(text):
+            raise OSError(errno.ENOSPC, "No space left on device", str(file))
+        return written
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", write_to_full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            fetch(force_download=True)
+    assert fetch(local_files_only=True) == tower
+    with pin.open() as reader:  # of another process
+        assert fetch(force_download=True).name == B
+        assert reader.read() == f"{A} main\n"
+    assert pin.read_text() == f"{B} main\n"
 
 
 @pytest.mark.parametrize("revision", ["main", A])

@@ -1,4 +1,5 @@
 import json
+import os
 import re
 from pathlib import Path
 
@@ -6,15 +7,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from qwenvit.weights.local import (
-    CheckpointError,
-    checkpoint_dtype,
-    find_tensors,
-    load_tensors,
-    save_tensors,
-)
+from qwenvit.weights.local import CheckpointError, checkpoint_dtype, find_tensors, load_tensors, save_tensors
 from qwenvit.weights.names import PREFIXES
 from support.tiny_towers import Tower, build, save_sharded
 
@@ -209,6 +205,29 @@ def test_truncated_file_is_refused_with_both_sizes(tmp_path, qwen3, kept):
     assert kept != -1 or str(len(raw)) in str(error.value)
 
 
+@pytest.mark.parametrize("extra", [1, 8, 1000])
+def test_trailing_bytes_are_refused_with_both_sizes(tmp_path, qwen3, extra):
+    file = tmp_path / SINGLE
+    save_file(qwen3.composite(), file)
+    size = file.stat().st_size
+    os.truncate(file, size + extra)
+    with pytest.raises(SafetensorError):
+        safe_open(file, framework="pt")
+    with pytest.raises(ValueError, match=f"too long: expected {size} bytes by its header, got {size + extra}"):
+        find_tensors(tmp_path)
+
+
+@pytest.mark.parametrize("spans", [[(1, 5), (5, 9)], [(0, 4), (5, 9)], [(0, 4), (3, 7)], [(0, 4), (0, 4)]])
+def test_gaps_and_overlaps_of_tensors_are_refused(tmp_path, spans):
+    header = {f"visual.{i}": {"dtype": "F32", "shape": [1], "data_offsets": span} for i, span in enumerate(spans)}
+    text = json.dumps(header).encode()
+    (tmp_path / SINGLE).write_bytes(len(text).to_bytes(8, "little") + text + bytes(max(end for _, end in spans)))
+    with pytest.raises(SafetensorError):
+        safe_open(tmp_path / SINGLE, framework="pt")
+    with pytest.raises(ValueError, match=r"broken header: expected visual\.\d to start at byte"):
+        find_tensors(tmp_path)
+
+
 @pytest.mark.parametrize(
     "text",
     [b"not json at all.", b"[]", b'{"a":1}', b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}'],
@@ -257,6 +276,17 @@ def test_a_saved_tower_reads_back_here_and_in_transformers(tmp_path, tower):
     assert b'"format":"pt"' in text
     assert b'"made_by":"test"' in text
     assert [file.name for file in tmp_path.iterdir()] == [SINGLE]
+
+
+def test_a_save_replaces_the_file_that_others_have_open(tmp_path, qwen3):
+    file = tmp_path / SINGLE
+    save_tensors(file, qwen3.canonical, "qwen3_vl")
+    before = file.read_bytes()
+    with file.open("rb") as reader:
+        save_tensors(file, {name: -tensor for name, tensor in qwen3.canonical.items()}, "qwen3_vl")
+        assert reader.read() == before
+    assert_same({name: -tensor for name, tensor in load(tmp_path, qwen3).items()}, qwen3)
+    assert [other.name for other in tmp_path.iterdir()] == [SINGLE]
 
 
 def test_failed_save_leaves_the_old_file(tmp_path, qwen3):

@@ -1,0 +1,102 @@
+"""Byte ranges of a real HTTP server: what is retried, what is refused, and how a download resumes."""
+
+import random
+from collections.abc import Iterator
+from itertools import pairwise
+
+import pytest
+from huggingface_hub.errors import HfHubHTTPError
+
+from qwenvit.weights import ranges
+from qwenvit.weights.ranges import Chunk, RangeReader, TransferError, download, journal_path
+from support.hub_server import Hub
+
+DATA = random.Random(0).randbytes(300_000).replace(b"\0", b"\1")  # zeros are bytes that were not written
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch) -> Iterator[Hub]:
+    monkeypatch.setattr(ranges, "RETRY_WAITS_S", (0.0, 0.0))
+    folder = tmp_path / "served"
+    folder.mkdir()
+    (folder / "data").write_bytes(DATA)
+    with Hub(folder) as server:
+        yield server
+
+
+def read(server: Hub, first: int, length: int) -> bytes:
+    return b"".join(RangeReader({}).stream(f"{server.url}/org/model/resolve/main/data", first, length))
+
+
+@pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
+def test_statuses_of_a_busy_server_are_retried(server, status):
+    server.statuses = [status, status]
+    assert read(server, 10, 100) == DATA[10:110]
+    assert len(server.requests) == 3
+    server.statuses = [status] * 3
+    with pytest.raises(TransferError, match=rf"bytes 10 to 110 did not arrive.*{status}"):
+        read(server, 10, 100)
+    assert len(server.requests) == 6
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 410, 416, 501])
+def test_other_statuses_are_errors_at_once(server, status):
+    server.statuses = [status]
+    with pytest.raises(HfHubHTTPError) as error:
+        read(server, 10, 100)
+    assert error.value.response.status_code == status
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("start", [0, 1, 11, 13, 120])
+def test_a_part_from_another_byte_is_refused(server, start):
+    server.starts = start
+    with pytest.raises(ValueError, match=rf"from byte 12 on, got status 206 and Content-Range 'bytes {start}-"):
+        read(server, 12, 100)
+
+
+@pytest.mark.parametrize("first", [0, 12])
+def test_a_retry_that_starts_over_is_refused(server, first):
+    server.drops, server.starts = 1, first
+    with pytest.raises(ValueError, match=rf"from byte \d{{5,}} on, got status 206 and Content-Range 'bytes {first}-"):
+        read(server, first, 250_000)
+
+
+class Memory(RangeReader):
+    """Reads DATA, and lists the first byte of each range."""
+
+    def __init__(self) -> None:
+        super().__init__({})
+        self.firsts: list[int] = []
+
+    def stream(self, url: str, first: int, length: int) -> Iterator[bytes]:  # noqa: ARG002
+        self.firsts.append(first)
+        yield DATA[first : first + length]
+
+
+def test_after_a_power_cut_at_any_byte_of_the_journal_only_listed_chunks_count(tmp_path, monkeypatch):
+    monkeypatch.setattr(ranges, "THREADS", 1)
+    monkeypatch.setattr(ranges.os, "fsync", lambda _: None)
+    head, file = b"head", tmp_path / "file"
+    data, edges = DATA[:4000], range(0, 4001, 250)
+    chunks = [Chunk("url", first, len(head) + first, end - first) for first, end in pairwise(edges)]
+
+    def resume() -> list[int]:
+        reader = Memory()
+        download(reader, chunks, head, file, "test")
+        assert file.read_bytes() == head + data
+        return reader.firsts
+
+    assert resume() == [*edges[:-1]]
+    plan, *lines = journal_path(file).read_text().splitlines(keepends=True)
+    assert sorted(map(int, lines)) == [*range(16)]
+    whole = "".join([plan, *lines])
+    for cut in [0, 1, *range(len(plan) - 1, len(whole) + 1)]:
+        listed = [int(line) for line in whole[:cut].split("\n")[1:-1]]
+        parts = [
+            data[first:end] if i in listed else bytes(end - first) for i, (first, end) in enumerate(pairwise(edges))
+        ]
+        file.write_bytes(head + b"".join(parts))
+        journal_path(file).write_text(whole[:cut])
+        assert resume() == [first for i, first in enumerate(edges[:-1]) if i not in listed]
+        assert resume() == []
