@@ -22,7 +22,7 @@ from qwenvit.preprocess.decode import IMAGE_TYPES, Channels, ImageInput, each_im
 from qwenvit.preprocess.from_checkpoint import read_processors
 from qwenvit.preprocess.image_processor import ImageProcessor
 from qwenvit.preprocess.jpeg import Decoder
-from qwenvit.preprocess.options import ImageOptions, check_image_options
+from qwenvit.preprocess.options import ImageOptions
 from qwenvit.preprocess.prefetch import Prefetched, check_num_workers, prefetch
 from qwenvit.preprocess.prepared import Prepared
 from qwenvit.preprocess.video_file import Clip, VideoFile
@@ -201,7 +201,6 @@ class Encoder:
         options: ImageOptions,
     ) -> Generator[Embeddings]:
         """Check the arguments of `encode`, and return an iterator of the embeddings of each batch."""
-        check_image_options(options)
         check_on_error(on_error)
         workers = check_num_workers(num_workers)
         prepare = self.image_processor.preparer(self.device, decode, **options)
@@ -334,12 +333,10 @@ class Encoder:
         if graphs := graphs_of(self.tower):
             return graphs(pixel_values, grid)
         if not isinstance(pixel_values, Tensor):
-            write, pixel_values = pixel_values, self._new_pixel_values(grid.patches)
+            write = pixel_values
+            pixel_values = torch.empty(grid.patches, self.config.patch_dim, device=self.device, dtype=self.dtype)
             write(pixel_values)
         return self.tower(pixel_values.to(self.device), GridPlan.build(grid, self.config, self.device))
-
-    def _new_pixel_values(self, patches: int) -> Tensor:
-        return torch.empty(patches, self.config.patch_dim, device=self.device, dtype=self.dtype)
 
     def warmup(self, max_tokens: int) -> int:
         """Compile kernels and capture the CUDA graphs of single images before they are needed.

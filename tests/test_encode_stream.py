@@ -635,7 +635,7 @@ def test_nvjpeg_decodes_jpeg_files_and_pillow_the_rest(fast, num_workers):
     smooth = Image.fromarray(noise(20, 30)).resize((300, 200), Image.Resampling.BICUBIC)
     jpeg, png = encoded(smooth, "JPEG"), encoded(smooth)
     prepare = fast.image_processor.preparer(fast.device, "nvjpeg")
-    frames = prepare(0, jpeg).frames
+    frames = prepare(0, jpeg).data
     assert frames.is_cuda
     truth = torch.from_numpy(np.array(Image.open(io.BytesIO(jpeg)))).permute(2, 0, 1)
     difference = (frames[0].cpu().int() - truth.int()).abs().float()

@@ -1,8 +1,8 @@
-"""Matrix products by cuBLAS whose rows have the same bits whatever the number of rows.
+"""Matrix products by cuBLAS whose rows have, in 16 bits, the same bits whatever the number of rows.
 
 For few rows cuBLAS splits K (split-K), and so adds the terms of a sum in another order. It does not from `MIN_ROWS`
-rows on, in the products of the published towers (TUNING.md). So fewer rows are padded: a row of a product depends on
-its own row of the input alone, and the added rows are dropped.
+rows on, in 16 bits and the products of the published towers, on an H200 (TUNING.md). So fewer rows are padded: a row of
+a product depends on its own row of the input alone, and the added rows are dropped.
 """
 
 import torch

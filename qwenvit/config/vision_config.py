@@ -74,6 +74,11 @@ class VisionConfig:
         """Side of the square table of learned positions; 0 in towers without one."""
         return math.isqrt(self.num_position_embeddings or 0)
 
+    @property
+    def window_patches(self) -> int:
+        """Patches of a whole attention window; 0 in towers without windows."""
+        return ((self.window_size or 0) // self.patch_size) ** 2
+
     def is_full_attention(self, block: int) -> bool:
         """Return whether block number `block` attends to whole frames rather than windows."""
         return self.window_size is None or block in self.fullatt_block_indexes

@@ -85,12 +85,11 @@ def compute_plan(
     cos, sin, frames, windows, restore_index, taps, weights = ops.grid_plan(
         table, *angles, config, capacity.patches, capacity.frames, capacity.windows, impl
     )
-    longest_window = (config.window_size or 0) // config.patch_size
     return DevicePlan(
         cos,
         sin,
         Segments(frames, capacity.patches, ()),
-        None if windows is None else Segments(windows, longest_window**2, ()),
+        None if windows is None else Segments(windows, config.window_patches, ()),
         restore_index,
         taps,
         weights,

@@ -28,7 +28,7 @@ from qwenvit.graphs.capacity import (
     pool_patches_for,
     single_image_capacity,
 )
-from qwenvit.graphs.graph import Graph, write_pixels
+from qwenvit.graphs.graph import Graph
 from qwenvit.graphs.sharing import GraphSharing
 from qwenvit.graphs.weight_guard import WeightGuard
 from qwenvit.outputs import TowerOutput
@@ -158,9 +158,9 @@ class GraphedTower:
         weight = self.tower.patch_embed.weight
         with _default_modes(self.device):
             if not isinstance(pixel_values, Tensor):
-                rows = weight.new_empty(grids.needed.patches, self.tower.config.patch_dim)
-                write_pixels(rows, pixel_values)
-                pixel_values = rows
+                write = pixel_values
+                pixel_values = weight.new_empty(grids.needed.patches, self.tower.config.patch_dim)
+                write(pixel_values)
             angles = self._angles_for(next_power_of_two(grids.needed.side))
             table = self._table(grids, grids.needed.items).to(self.device, non_blocking=True)
             plan = device_plan.compute_plan(table, angles, self.tower.config, grids.needed, self.tower.impl)

@@ -10,7 +10,7 @@ from operator import le
 from qwenvit.graphs.capacity import Capacity, coarse_capacity
 
 OCCURRENCES_BEFORE_CAPTURE = 16
-"""A capacity that occurred this often gets a graph of its own: its padding has then cost as much as a capture."""
+"""A capacity that occurred this often gets a graph of its own: its padding has then cost about half a capture."""
 MAX_COUNTED_CAPACITIES = 4096
 """Beyond this many, it is forgotten how often capacities occurred."""
 

@@ -13,7 +13,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, impl: Impl = "
     """Return `x @ weight.T + bias`. 2·S·C·N FLOPs.
 
     I/O: reads S·C + N·C elements and writes S·N. `"triton"` means cuBLAS with few rows padded, so that a row's bits do
-    not depend on S (`qwenvit.kernels.gemm.cublas`).
+    not depend on S in 16 bits (`qwenvit.kernels.gemm.cublas`).
 
     Args:
         x: `[S, C]`, contiguous, bfloat16, float16 or float32.
@@ -40,7 +40,7 @@ def add_linear_(total: Tensor, x: Tensor, weight: Tensor, impl: Impl = "auto") -
     """Add `x @ weight.T` to `total` in place. 2·S·C·N FLOPs.
 
     I/O: reads S·C + N·C + S·N elements and writes S·N. `"triton"` means cuBLAS with few rows padded, so that a row's
-    bits do not depend on S (`qwenvit.kernels.gemm.cublas`).
+    bits do not depend on S in 16 bits (`qwenvit.kernels.gemm.cublas`).
 
     Args:
         total: `[S, N]`, contiguous, bfloat16, float16 or float32. Overwritten.
@@ -79,7 +79,7 @@ def qkv_rope(
     16-bit tensors with `interleaved=True` and few channels use one fused kernel on sm_90
     (`qwenvit.kernels.gemm.qkv_rope`). It reads S·C + 3·H·D·C elements and half of each row of `cos` and `sin`, writes
     3·S·H·D elements, and rotates before it rounds. All other cases use cuBLAS and one in-place pass over Q and K, which
-    moves 4·S·H·D elements more. With `"triton"` a row's bits do not depend on S.
+    moves 4·S·H·D elements more. With `"triton"` a row\'s bits do not depend on S in 16 bits.
 
     Args:
         hidden_states: `[S, C]`, contiguous, bfloat16, float16 or float32.

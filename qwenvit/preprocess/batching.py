@@ -22,8 +22,7 @@ def batches(
     """Group consecutive images into batches of at most `max_patches` patches and `max_bytes`, or of one larger image.
 
     The groups depend on the images alone, not on when they were ready, unless `images` has `WAITING` in it: there a
-    group ends, and an empty one follows. An image that failed takes no room,
-    though a batch has at most `IMAGES_PER_BATCH`.
+    group ends, and an empty one follows. A failed image takes no room, but counts towards `IMAGES_PER_BATCH`.
 
     Args:
         images: drawn one at a time.
@@ -42,10 +41,8 @@ def batches(
         more_patches = more_bytes = 0
         if image.result is not None:
             more_patches, more_bytes = math.prod(image.result.grid), image.result.num_bytes
-        if more_patches and patches and (patches + more_patches > max_patches or num_bytes + more_bytes > max_bytes):
-            yield batch
-            batch, patches, num_bytes = [], 0, 0
-        if len(batch) == IMAGES_PER_BATCH:
+        too_large = patches + more_patches > max_patches or num_bytes + more_bytes > max_bytes
+        if (more_patches and patches and too_large) or len(batch) == IMAGES_PER_BATCH:
             yield batch
             batch, patches, num_bytes = [], 0, 0
         batch.append(image)

@@ -182,7 +182,7 @@ class ImageProcessor(PatchProcessor):
         return pixel_values, grids
 
     def preparer(
-        self, device: torch.device, decode: Decoder = "pillow", **options: Unpack[ImageOptions]
+        self, device: torch.device, decode: Decoder = "pillow", /, **options: Unpack[ImageOptions]
     ) -> "ImagePreparer":
         """Return what opens the images of a call, so that they can be written as rows of pixel values.
 
@@ -242,7 +242,7 @@ class ImagePreparer:
         if opened.is_cuda:
             return frames
         if on_gpu and opened.dtype == torch.uint8:
-            return replace(frames, frames=pinned_copy(frames.frames))
+            return replace(frames, data=pinned_copy(frames.data))
         # On the CPU, torch and Pillow resize in the thread that decoded. So are floats for a GPU: the kernels there
         # would round them differently.
         return compute_on_host(frames, pinned=on_gpu)

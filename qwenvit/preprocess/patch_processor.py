@@ -105,14 +105,6 @@ class PatchProcessor:
             python_bounds["min_pixels"] = min(self.min_pixels, upper)
         return replace(self, **python_bounds)
 
-    def normalise(self, patches: Tensor, backend: Backend) -> Tensor:
-        """Normalise `[patches, C, values]` to `[patches, C · values]` float32, `(x - mean) / std` per channel.
-
-        For uint8 patches `"pillow"` divides the values by 255 first. `"torch"` multiplies mean and deviation by 255
-        instead, as transformers does, which rounds differently in the last bit.
-        """
-        return _normalise(patches, self.image_mean, self.image_std, backend)
-
     def new_pixel_values(self, patches: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Allocate `[patches, C·T·P·P]`.
 
@@ -127,7 +119,7 @@ class PatchProcessor:
         """Cut resized frames `[T, 3, H, W]` into normalised patches `[patches, C·T·P·P]` float32."""
         # Permute bytes: they are a quarter of the memory of float32.
         patches = cut_patches(frames, self.patch_size, self.temporal_patch_size, self.merge_size)
-        return self.normalise(patches, backend)
+        return _normalise(patches, self.image_mean, self.image_std, backend)
 
     def write_patches(self, frames: Tensor, grid: tuple[int, int, int], backend: Backend, out: Tensor) -> None:
         """Resize frames, normalise them and cut them into patches, on the device of the frames.
@@ -165,7 +157,11 @@ class PatchProcessor:
 
 
 def _normalise(patches: Tensor, mean: Channels, std: Channels, backend: Backend) -> Tensor:
-    """See `PatchProcessor.normalise`."""
+    """Normalise `[patches, C, values]` to `[patches, C · values]` float32, `(x - mean) / std` per channel.
+
+    For uint8 patches `"pillow"` divides the values by 255 first. `"torch"` multiplies mean and deviation by 255
+    instead, as transformers does, which rounds differently in the last bit.
+    """
     values = patches.to(torch.float32, copy=True)  # patches may be a view of the user's image
     means, deviations = values.new_tensor((mean, std))[..., None]
     if patches.dtype == torch.uint8:

@@ -1,6 +1,7 @@
 """Images between decoding and the tower: on a GPU, the rest of the preprocessing runs there."""
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -16,60 +17,50 @@ Grid = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
-class PreparedPixels:
-    """Pixel values that were computed on the host."""
+class Prepared(ABC):
+    """An opened image, or frames of a video, that can be written as rows of pixel values."""
 
-    pixel_values: Tensor
-    """`[patches, C·T·P·P]` float32."""
+    data: Tensor
+    """What `write` reads."""
     grid: Grid
 
     @property
     def num_bytes(self) -> int:
         """The memory that this keeps."""
-        return self.pixel_values.nbytes
+        return self.data.nbytes
 
     def to(self, device: torch.device) -> Self:
-        """Copy the pixel values to the device, without waiting for it if they are in pinned memory."""
-        return replace(self, pixel_values=self.pixel_values.to(device, non_blocking=True))
+        """Copy the data to the device, without waiting for it if they are in pinned memory."""
+        return replace(self, data=self.data.to(device, non_blocking=True))
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
         """Keep the memory from being reused before the work that is now queued on a stream is done."""
-        self.pixel_values.record_stream(stream)
+        self.data.record_stream(stream)
 
+    @abstractmethod
     def write(self, out: Tensor) -> None:
-        """Write the rows of the image, `[patches, C·T·P·P]` in any floating dtype."""
-        out.copy_(self.pixel_values)
+        """Write the rows, `[patches, C·T·P·P]` in any floating dtype, on the device of the data."""
 
 
 @dataclass(frozen=True)
-class PreparedFrames:
-    """Decoded frames that are still to be resized, normalised and cut into patches, on the device of `write`."""
+class PreparedPixels(Prepared):
+    """Pixel values `[patches, C·T·P·P]` float32 that were computed on the host."""
 
-    frames: Tensor
-    """`[F, 3, H, W]` uint8, or float32 in [0, 1]."""
-    grid: Grid
+    def write(self, out: Tensor) -> None:
+        """Copy the pixel values."""
+        out.copy_(self.data)
+
+
+@dataclass(frozen=True)
+class PreparedFrames(Prepared):
+    """Decoded frames `[F, 3, H, W]`, uint8 or float32 in [0, 1]: `write` resizes, normalises and cuts them."""
+
     processor: PatchProcessor
     resize: Backend
 
-    @property
-    def num_bytes(self) -> int:
-        """The memory that this keeps."""
-        return self.frames.nbytes
-
-    def to(self, device: torch.device) -> Self:
-        """Copy the frames to the device, without waiting for it if they are in pinned memory."""
-        return replace(self, frames=self.frames.to(device, non_blocking=True))
-
-    def record_stream(self, stream: torch.cuda.Stream) -> None:
-        """Keep the memory from being reused before the work that is now queued on a stream is done."""
-        self.frames.record_stream(stream)
-
     def write(self, out: Tensor) -> None:
-        """Write the rows of the frames, `[patches, C·T·P·P]` in any floating dtype, on the device of the frames."""
-        self.processor.write_patches(self.frames, self.grid, self.resize, out)
-
-
-Prepared = PreparedPixels | PreparedFrames
+        """Compute the pixel values."""
+        self.processor.write_patches(self.data, self.grid, self.resize, out)
 
 
 def compute_on_host(frames: PreparedFrames, pinned: bool = False) -> PreparedPixels:

@@ -210,9 +210,11 @@ def refuse_gradients(tensors: Iterable[Tensor]) -> None:
 class FastTower(nn.Module):
     """Vision tower of any family, for inference.
 
-    An item's outputs depend on the item alone, to the last bit: no kernel is chosen, and no sum ordered, by the number
-    of rows. Blocks work in place, in the memory of their input: a hook must copy what it keeps. `Encoder` runs the
-    tower in CUDA graphs, and refuses hooks.
+    In 16 bits an item's outputs depend on the item alone, to the last bit (tested on an H200): no kernel is chosen, and
+    no sum ordered, by the number of rows. In fp32 cuBLAS orders sums by it.
+
+    Blocks work in place, in the memory of their input: a hook must copy what it keeps. `Encoder` runs the tower in CUDA
+    graphs, and refuses hooks.
 
     Args:
         config: the tower's config. Parameters are not initialised: load a checkpoint or a reference tower's weights.
@@ -286,12 +288,11 @@ class FastTower(nn.Module):
             plan: the plan of the same patches' grids, on the tower's device.
         """
         deepstack_features = []
-        window_patches = ((self.config.window_size or 0) // self.config.patch_size) ** 2
         for index, block in enumerate(self.blocks):
             if plan.windows is None or self.config.is_full_attention(index):
                 x = block(x, plan.cos, plan.sin, plan.frames.cu_seqlens, None)
             else:
-                x = block(x, plan.cos, plan.sin, plan.windows.cu_seqlens, window_patches)
+                x = block(x, plan.cos, plan.sin, plan.windows.cu_seqlens, self.config.window_patches)
             if index in self.config.deepstack_visual_indexes:
                 merger = self.deepstack_mergers[self.config.deepstack_visual_indexes.index(index)]
                 deepstack_features.append(merger(x, None))
