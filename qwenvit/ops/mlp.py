@@ -13,7 +13,7 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, act: str, impl: I
 
     16-bit tensors on sm_90 use one fused kernel, except with exact GELU (`qwenvit.kernels.gemm.mlp`): it reads
     S·C + N·C elements and writes S·N. All other cases use cuBLAS and one in-place pass, which moves 2·S·N more. With
-    `"triton"` a row\'s bits do not depend on S in 16 bits.
+    `"triton"` a row's bits do not depend on S in 16 bits.
 
     Args:
         x: `[S, C]`, contiguous, bfloat16, float16 or float32.
@@ -67,7 +67,7 @@ def swiglu(x: Tensor, gate_up_weight: Tensor, gate_up_bias: Tensor | None, impl:
     """Project to gate and up, and return silu(gate) · up (SwiGLU, arXiv:2002.05202). 4·S·C·I FLOPs.
 
     16-bit tensors on sm_90 use one fused kernel (`qwenvit.kernels.gemm.mlp`): it reads S·C + 2·I·C elements and writes
-    S·I. All other cases use cuBLAS and `swiglu_pass`, which move 4·S·I elements more. With `"triton"` a row\'s bits do
+    S·I. All other cases use cuBLAS and `swiglu_pass`, which move 4·S·I elements more. With `"triton"` a row's bits do
     not depend on S in 16 bits.
 
     Args:

@@ -79,7 +79,7 @@ def qkv_rope(
     16-bit tensors with `interleaved=True` and few channels use one fused kernel on sm_90
     (`qwenvit.kernels.gemm.qkv_rope`). It reads S·C + 3·H·D·C elements and half of each row of `cos` and `sin`, writes
     3·S·H·D elements, and rotates before it rounds. All other cases use cuBLAS and one in-place pass over Q and K, which
-    moves 4·S·H·D elements more. With `"triton"` a row\'s bits do not depend on S in 16 bits.
+    moves 4·S·H·D elements more. With `"triton"` a row's bits do not depend on S in 16 bits.
 
     Args:
         hidden_states: `[S, C]`, contiguous, bfloat16, float16 or float32.
