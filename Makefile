@@ -1,17 +1,19 @@
 # make demo   a virtual environment, the package, and the bundled pictures encoded
 # make test   the environment, then the tests
 # make test-all   also the long ones
+# make test-triton   the kernels' tests with another version of Triton: TRITON=3.9.0
 # make lint   ruff and the type checker
 #
 # PYTHON picks the interpreter (3.11 or later), VENV the environment's folder.
 
 PYTHON ?= python3
 VENV ?= .venv
+TRITON ?= 3.9.0
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 # A strict editable install lists every file, so that type checkers find qwenvit.kernels and qwenvit.weights.
 EDITABLE := --config-settings editable_mode=strict --editable
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all test-triton lint clean
 
 demo: $(VENV)/qwenvit
 	$(VENV)/bin/qwenvit encode scripts/pictures --model demo --output demo-output/embeddings.safetensors
@@ -22,6 +24,13 @@ test: $(VENV)/test
 
 test-all: $(VENV)/test
 	$(VENV)/bin/python -m pytest -n auto
+
+# In front of the installed one: torch requires a version of its own.
+test-triton: $(VENV)/test $(VENV)/triton-$(TRITON)
+	PYTHONPATH=$(abspath $(VENV)/triton-$(TRITON)) $(VENV)/bin/python -m pytest -n auto tests/kernels
+
+$(VENV)/triton-%: $(VENV)/bin/python
+	$(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --target $@ triton==$*
 
 lint: $(VENV)/test
 	$(VENV)/bin/ruff check .

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qwenvit.kernels.compile_options import COMPILE_OPTIONS
+
 COLUMNS = tl.constexpr(5)
 """Columns of the table of items (`qwenvit.graphs.device_plan.grid_table`); the next five constants number them."""
 FIRST_PATCH = tl.constexpr(0)
@@ -213,13 +215,14 @@ def launch_grid_plan(
     with torch.cuda.device_of(table):  # Triton launches on the current device, which need not be the tensor's
         _plan_patches[(triton.cdiv(patches, BLOCK),)](
             table, cos_table, sin_table, cos, sin, restore_index, taps, tap_weights, n_items, patches,
-            D=head_dim, MERGE=merge, WINDOW_SIDE=window_side, TABLE_SIDE=table_side, BLOCK=BLOCK,
+            D=head_dim, MERGE=merge, WINDOW_SIDE=window_side, TABLE_SIDE=table_side, BLOCK=BLOCK, **COMPILE_OPTIONS,
         )  # fmt: skip
         _plan_segments[(frames // BLOCK + 1,)](
-            table, frame_cu_seqlens, n_items, frames, MERGE=merge, WINDOW_SIDE=None, BLOCK=BLOCK
+            table, frame_cu_seqlens, n_items, frames, MERGE=merge, WINDOW_SIDE=None, BLOCK=BLOCK, **COMPILE_OPTIONS
         )
         if window_cu_seqlens is not None:
             _plan_segments[(windows // BLOCK + 1,)](
-                table, window_cu_seqlens, n_items, windows, MERGE=merge, WINDOW_SIDE=window_side, BLOCK=BLOCK
-            )
+                table, window_cu_seqlens, n_items, windows,
+                MERGE=merge, WINDOW_SIDE=window_side, BLOCK=BLOCK, **COMPILE_OPTIONS,
+            )  # fmt: skip
     return cos, sin, frame_cu_seqlens, window_cu_seqlens, restore_index, taps, tap_weights

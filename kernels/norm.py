@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qwenvit.kernels.compile_options import COMPILE_OPTIONS
 from qwenvit.kernels.registration import register
 
 
@@ -141,6 +142,7 @@ def launch_norm(
             norm_rows[(rows,)](
                 x, residual, weight, bias, shift, index, y, total, eps, CENTERED=kind == "layer",
                 GROUP_ROWS=group_rows, C=C, MAIN=config.main, TAIL=config.tail, num_warps=config.num_warps,
+                **COMPILE_OPTIONS,
             )  # fmt: skip
 
 

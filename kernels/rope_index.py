@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qwenvit.kernels.compile_options import COMPILE_OPTIONS
+
 CHUNK = 256
 """Tokens per program. Smaller chunks are faster at moderate lengths, but the sums over earlier chunks grow with the
 square of the number of chunks (TUNING.md)."""
@@ -287,8 +289,8 @@ def launch_rope_index(
     deltas = tokens.new_empty((n_rows, 1), dtype=torch.int64)
     sizes = (S, n_images, n_videos, image_token, video_token, merge, separate_frame_groups)
     with torch.cuda.device_of(tokens):  # Triton launches on the current device, which may not be the tensors'
-        _count_tokens[(n_counts + 1,)](tokens, mask, image_grid, video_grid, counts, deltas, *sizes)
+        _count_tokens[(n_counts + 1,)](tokens, mask, image_grid, video_grid, counts, deltas, *sizes, **COMPILE_OPTIONS)
         _place_tokens[(n_counts,)](
-            tokens, mask, image_grid, video_grid, seconds, counts, positions, deltas, scale, *sizes
+            tokens, mask, image_grid, video_grid, seconds, counts, positions, deltas, scale, *sizes, **COMPILE_OPTIONS
         )
     return positions, deltas

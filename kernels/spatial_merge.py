@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qwenvit.kernels.compile_options import COMPILE_OPTIONS
 from qwenvit.kernels.norm import launch_norm
 from qwenvit.kernels.registration import register
 
@@ -114,7 +115,7 @@ def spatial_merge(x: Tensor, mode: str, merge_size: int) -> Tensor:
     if y.numel():
         with torch.cuda.device_of(x):  # Triton launches on the current device, which need not be the tensor's
             kernel[(rows, triton.cdiv(row_length, block))](
-                x, y, H_out, W_out, *x.stride()[:3], SIZE=merge_size, C=C, BLOCK=block
+                x, y, H_out, W_out, *x.stride()[:3], SIZE=merge_size, C=C, BLOCK=block, **COMPILE_OPTIONS
             )
     return y
 

@@ -2,26 +2,37 @@
 
 The kernel is persistent, one program per multiprocessor, with producer/consumer warp specialization: a producer warp
 and three consumer warpgroups. A *unit* is 64 queries of one head. A *tile* is up to three units, one for each consumer,
-which share the segment's keys, 128 a step. Tiles are scheduled dynamically. For each tile:
+which share the segment's keys, 128 a *step*. A *pair* is what a consumer needs at once: the keys of a step, and the
+values of the step before. Tiles are scheduled dynamically. For each tile:
 
 1. The producer takes the tile's number from a counter in global memory, waits for `q_empty`, starts TMA copies of Q
    that complete `q_full`, writes the tile's work descriptor, its *ticket*, and arrives at `ticket_full`.
-2. For each step the producer starts copies of K and V that complete `k_full` and `v_full`. It waits for `kv_empty`
-   before it overwrites a stage, so it runs up to STAGES steps ahead.
-3. For each step a consumer waits for `v_full` of the step before, `k_full` of this step, and `issue_order`. It issues
-   out += P V of the step before and S = Q Kᵀ of this step, arrives at the next consumer's `issue_order`, and waits for
-   the products. It arrives at `kv_empty`, which frees this step's K and the V of the step before, computes
-   P = 2^(S - maximum), and rescales the output and the sum.
-4. After the last step a consumer reads from the ticket where its rows go, arrives at `q_empty`, which frees Q and the
-   ticket, adds the last P V, and stores the output.
+2. The producer starts copies of the pairs, one more than there are steps: the first has only keys, the last only
+   values. They complete `kv_full`. It waits for `KV_EMPTY` before it overwrites a stage, so it runs up to STAGES pairs
+   ahead.
+3. For each pair a consumer waits for `kv_full` and its turn. It issues out += P V and S = Q Kᵀ, passes the turn to the
+   next consumer, waits for the products, and arrives at `KV_EMPTY`. Then it computes P = 2^(S - maximum).
+4. Before the last pair a consumer reads from the ticket where its rows go and arrives at `q_empty`, which frees Q and
+   the ticket. After it, it stores the output.
 
-There are two buffers for Q and tickets, and STAGES for K and V.
+There are two buffers for Q and tickets, and STAGES for pairs.
 
-A consumer waits for its own products, so by itself it overlaps nothing: the other two keep the tensor cores busy while
-it exponentiates. The issue order keeps a consumer from waiting behind the products of both others.
+A consumer waits for its own products, so by itself it overlaps little: the other two keep the tensor cores busy while
+it exponentiates. Turns keep a consumer from waiting behind the products of both others. At head_dim 64 S = Q Kᵀ is
+issued first, and the consumer looks for the maximum while P V is not complete. At 72 and 80 there are too few registers
+for S beside the P that P V reads, so P V is complete before Q Kᵀ starts.
 
-Where it saves a wave, tiles continue across heads (ACROSS_HEADS). The steps of such a tile alternate between its two
-heads, and a consumer skips the steps of the other head.
+What a step takes is mostly instructions of the softmax, so it has as few as possible (TUNING.md):
+
+- The maximum in use is replaced, and the output rescaled, only where 2^scores exceed 2^maximum by more than
+  2^MAX_GROWTH; P may be as large as that. Warps without such a row, most of them after the first steps, skip the
+  multiplications.
+- At head_dim 72 the tensor cores add up the rows of P: V has 80 channels there, and one that would be zero is one.
+- At 64 and 80 each thread adds up what it holds of a row, and the four sums of a row meet once a tile.
+- Most barriers are named barriers of the hardware.
+
+Where it saves a wave, tiles continue across heads (ACROSS_HEADS). The pairs of such a tile alternate between its two
+heads, and a consumer skips the pairs of the other head.
 
 The last, partial step of the keys comes first, so the loop over the others needs no mask. The order of a segment's sums
 depends on its own length alone: its output has the same bits alone, in any batch, and for any tiles. TUNING.md has the
@@ -32,6 +43,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -39,9 +51,13 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 
 from qwenvit.kernels.attention.hopper_launch import Operand, cached_launch, contiguous_copy, operand_key
 from qwenvit.kernels.attention.hopper_producer import (
+    KV_EMPTY,
+    KV_EMPTY_THREADS,
     STAGES,
     STEP_KEYS,
     allocate_tiles,
+    barrier_arrive,
+    barrier_sync,
     make_barriers,
     produce,
     read_output_location,
@@ -49,10 +65,24 @@ from qwenvit.kernels.attention.hopper_producer import (
 )
 from qwenvit.kernels.attention.hopper_scheduler import CONSUMERS, UNIT_QUERIES, saves_a_wave
 from qwenvit.kernels.attention.varlen import LOG2_E
+from qwenvit.kernels.compile_options import COMPILE_OPTIONS
 from qwenvit.kernels.device import capability, multiprocessors
 
-CONSUMER_REGISTERS = gl.constexpr(152)
-PRODUCER_REGISTERS = gl.constexpr(56)
+FIRST_TURN = gl.constexpr(12)
+"""The first of CONSUMERS named barriers, at which each consumer waits for its turn."""
+MAX_GROWTH = gl.constexpr(0.5)
+"""How far scores may exceed the maximum in use, in powers of two, before it is replaced."""
+_EXP2_UNLESS_ZEROS = gl.constexpr(
+    "{ .reg .pred p, q; setp.neu.f32 p, $2, 0f00000000; setp.neu.or.f32 p, $3, 0f00000000, p; "
+    "vote.sync.any.pred q, p, 0xffffffff; mov.f32 $0, 0f3F800000; mov.f32 $1, 0f3F800000; @!q bra.uni DONE; "
+    "ex2.approx.ftz.f32 $0, $2; ex2.approx.ftz.f32 $1, $3; DONE: }"
+)
+_MULTIPLICATIONS = " ".join(f"mul.f32 ${i}, ${i}, ${64 + i};" for i in range(32))
+_RESCALE = gl.constexpr(  # $64 and $66 are the factors of a thread's two rows
+    "{ .reg .pred p, q; setp.neu.f32 p, $64, 0f3F800000; setp.neu.or.f32 p, $66, 0f3F800000, p; "
+    f"vote.sync.any.pred q, p, 0xffffffff; @!q bra.uni DONE; {_MULTIPLICATIONS} DONE: }}"
+)
+_RESCALE_OPERANDS = gl.constexpr(",".join(["=f"] * 32 + [str(i) for i in range(32)] + ["f"] * 32))
 MAX_REGISTERS = 128
 """Registers per thread at launch. Registers are allotted to four warpgroups (the producer's warp counts as one), and
 3 · 152 + 56 = 4 · 128 uses all of a multiprocessor's."""
@@ -96,17 +126,35 @@ def _scores(b_q, b_q_rest, b_k, b_k_rest, b_zero, D: gl.constexpr):
 
 @gluon.jit
 def _add_values(b_pairs, b_v, b_v_rest, b_out, b_rest, dtype: gl.constexpr, D: gl.constexpr):
-    """Return b_out [UNIT_QUERIES, 64] and b_rest [UNIT_QUERIES, 16] plus P V, after the products are complete."""
+    """Issue b_out [UNIT_QUERIES, 64] and b_rest [UNIT_QUERIES, 16] plus P V; return them and P, all in use."""
     OUT: gl.constexpr = b_out.type.layout
     REST: gl.constexpr = b_rest.type.layout
     b_p = _unpack(b_pairs, dtype, gl.DotOperandLayout(0, OUT, 2))
     b_out = warpgroup_mma(b_p, b_v, b_out, is_async=True)
     if D > 64:
         b_rest = warpgroup_mma(gl.convert_layout(b_p, gl.DotOperandLayout(0, REST, 2)), b_v_rest, b_rest, is_async=True)
-        b_out, b_rest, b_p = warpgroup_mma_wait(0, deps=[b_out, b_rest, b_p])
-    else:
-        b_out, b_p = warpgroup_mma_wait(0, deps=[b_out, b_p])
-    return b_out, b_rest
+    return b_out, b_rest, b_p
+
+
+@gluon.jit
+def _thread_sums(b_p):
+    """Return [rows, 4]: the sums of each row over the columns that a thread holds."""
+    return gl.sum(gl.sum(gl.reshape(b_p, [b_p.shape[0], b_p.shape[1] // 8, 4, 2]), 3), 1)
+
+
+@gluon.jit
+def _exp2_unless_zeros(b_x):
+    """Return 2^b_x [rows], computed in warps that have an exponent other than 0."""
+    return gl.inline_asm_elementwise(_EXP2_UNLESS_ZEROS, "=&f,=&f,f,f", [b_x], dtype=gl.float32, is_pure=True, pack=2)
+
+
+@gluon.jit
+def _rescale(b_out, b_alpha):
+    """Return b_out [rows, 64] times b_alpha [rows], computed in warps that have a factor other than 1."""
+    b_alpha, _ = gl.broadcast(b_alpha[:, None], b_out)
+    return gl.inline_asm_elementwise(
+        _RESCALE, _RESCALE_OPERANDS, [b_out, b_alpha], dtype=gl.float32, is_pure=True, pack=32
+    )
 
 
 @gluon.jit
@@ -123,121 +171,165 @@ def _store(p_out, stride, n_rows, b_out, b_inverse, CHANNELS: gl.constexpr):
 
 
 @gluon.jit
-def _skip_step(i_step, k_full, v_full, kv_empty):
-    """Free a step that belongs to the other consumers.
+def _wait_for_turn(I_CONSUMER: gl.constexpr):
+    barrier_sync(FIRST_TURN + I_CONSUMER, 2 * 128, 4)
 
-    A barrier tells only odd phases from even ones, so a consumer waits for every phase, even of steps it does not use.
+
+@gluon.jit
+def _pass_turn(I_CONSUMER: gl.constexpr):
+    barrier_arrive(FIRST_TURN + (I_CONSUMER + 1) % CONSUMERS, 2 * 128, 4)
+
+
+@gluon.jit
+def _wait_for_pair(kv_full, i_pair):
+    """Wait for a pair's copies, and return its stage."""
+    i_stage = i_pair % STAGES
+    mbarrier.wait(kv_full.index(i_stage), (i_pair // STAGES) & 1)
+    return i_stage
+
+
+@gluon.jit
+def _free_stage(i_stage):
+    barrier_arrive(KV_EMPTY + i_stage, KV_EMPTY_THREADS, 4)
+
+
+@gluon.jit
+def _skip_pair(kv_full, i_pair):
+    """Free a pair that belongs to the other consumers.
+
+    An mbarrier tells only odd phases from even ones, so a consumer waits for all, even of pairs that it does not use.
     """
-    mbarrier.wait(k_full.index(i_step % STAGES), (i_step // STAGES) & 1)
-    mbarrier.arrive(kv_empty.index(i_step % STAGES), count=1)
-    mbarrier.wait(v_full.index(i_step % STAGES), (i_step // STAGES) & 1)
+    _free_stage(_wait_for_pair(kv_full, i_pair))
 
 
 @gluon.jit
 def _consume(I_CONSUMER: gl.constexpr, shared, out_ptr, qk_scale, D: gl.constexpr, ACROSS_HEADS: gl.constexpr):
     """Run consumer I_CONSUMER: compute and store its unit of each tile, until a ticket has no steps."""
     tickets, q_tiles, k_tiles, v_tiles, barriers = shared
-    ticket_full, q_full, q_empty, k_full, v_full, kv_empty, issue_order = barriers
+    ticket_full, q_full, q_empty, kv_full = barriers
     dtype: gl.constexpr = out_ptr.dtype.element_ty
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, STEP_KEYS, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     REST: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 16, 16])
     b_zero = gl.zeros([UNIT_QUERIES, STEP_KEYS], gl.float32, SCORES)
-    i_step = 0
-    i_issue = 0
+    i_pair = 0
     i_ticket = 0
+    if I_CONSUMER == CONSUMERS - 1:
+        _pass_turn(I_CONSUMER)  # the first turn is consumer 0's
     n_steps, n_first_keys, n_rows, n_first_head_units = wait_for_ticket(
         tickets, ticket_full, 0, I_CONSUMER, ACROSS_HEADS
     )
     while n_steps > 0:
         i_slot = i_ticket & 1
         mbarrier.wait(q_full.index(i_slot), (i_ticket >> 1) & 1)
-        step_stride = 1
+        stride = 1
         if ACROSS_HEADS:
-            step_stride = 1 + (n_first_head_units < CONSUMERS).to(gl.int32)
-        step_end = i_step + step_stride * n_steps
+            stride = 1 + (n_first_head_units < CONSUMERS).to(gl.int32)
+        pair_end = i_pair + stride * (n_steps + 1)
         if n_rows > I_CONSUMER * UNIT_QUERIES:
             if ACROSS_HEADS:  # noqa: SIM102 (known when compiling)
                 if n_first_head_units <= I_CONSUMER:
-                    _skip_step(i_step, k_full, v_full, kv_empty)
-                    i_step += 1
-            i_stage = i_step % STAGES
-            phase = (i_step // STAGES) & 1
+                    _skip_pair(kv_full, i_pair)
+                    i_pair += 1
+            i_last_pair = i_pair + stride * n_steps
             b_q = q_tiles[0].index(i_slot * CONSUMERS + I_CONSUMER)
             b_q_rest = q_tiles[1].index(i_slot * CONSUMERS + I_CONSUMER)
-            mbarrier.wait(k_full.index(i_stage), phase)
+            i_stage = _wait_for_pair(kv_full, i_pair)
             b_s = _scores(b_q, b_q_rest, k_tiles[0].index(i_stage), k_tiles[1].index(i_stage), b_zero, D)
             b_s = warpgroup_mma_wait(0, deps=[b_s])
-            mbarrier.arrive(kv_empty.index(i_stage), count=1)
+            _free_stage(i_stage)
             o_key = gl.arange(0, STEP_KEYS, layout=gl.SliceLayout(0, SCORES))
             b_s = gl.where((o_key < n_first_keys)[None, :], b_s, float("-inf"))
             b_max = gl.max(b_s, 1)
             b_p = _exp2(b_s * qk_scale - (b_max * qk_scale)[:, None])
-            b_sum = gl.sum(b_p, 1)
+            b_sums = _thread_sums(b_p)
             b_pairs = _pack(b_p, dtype)
             b_out = gl.zeros([UNIT_QUERIES, 64], gl.float32, OUT)
             b_rest = gl.zeros([UNIT_QUERIES, 16], gl.float32, REST)
-            for i_next_step in range(i_step + step_stride, step_end, step_stride):
-                if not ACROSS_HEADS:
-                    i_issue = i_next_step - 1 - i_ticket  # a tile's first step is not ordered
-                mbarrier.wait(v_full.index(i_stage), phase)
-                i_last_stage = i_stage
-                i_stage = i_next_step % STAGES
-                phase = (i_next_step // STAGES) & 1
-                mbarrier.wait(k_full.index(i_stage), phase)
-                mbarrier.wait(issue_order.index(I_CONSUMER), (i_issue & 1) ^ (1 if I_CONSUMER == 0 else 0))
-                b_out, b_rest = _add_values(
-                    b_pairs, v_tiles[0].index(i_last_stage), v_tiles[1].index(i_last_stage), b_out, b_rest, dtype, D
-                )
-                b_s = _scores(b_q, b_q_rest, k_tiles[0].index(i_stage), k_tiles[1].index(i_stage), b_zero, D)
-                mbarrier.arrive(issue_order.index((I_CONSUMER + 1) % CONSUMERS), count=1)
-                b_s = warpgroup_mma_wait(0, deps=[b_s])
-                if ACROSS_HEADS:
-                    i_issue += 1
-                    if step_stride > 1:
-                        _skip_step(i_next_step - 1, k_full, v_full, kv_empty)
-                mbarrier.arrive(kv_empty.index(i_stage), count=1)
-                b_new_max = gl.maximum(b_max, gl.max(b_s, 1))
-                b_alpha = _exp2((b_max - b_new_max) * qk_scale)
+            for i_next_pair in range(i_pair + stride, i_last_pair, stride):
+                i_stage = _wait_for_pair(kv_full, i_next_pair)
+                b_v, b_v_rest = v_tiles[0].index(i_stage), v_tiles[1].index(i_stage)
+                b_k, b_k_rest = k_tiles[0].index(i_stage), k_tiles[1].index(i_stage)
+                _wait_for_turn(I_CONSUMER)
+                if D > 64:
+                    b_out, b_rest, b_operand = _add_values(b_pairs, b_v, b_v_rest, b_out, b_rest, dtype, D)
+                    b_out, b_rest, b_operand = warpgroup_mma_wait(0, deps=[b_out, b_rest, b_operand])
+                    b_s = _scores(b_q, b_q_rest, b_k, b_k_rest, b_zero, D)
+                else:
+                    b_s = _scores(b_q, b_q_rest, b_k, b_k_rest, b_zero, D)
+                    b_out, b_rest, b_operand = _add_values(b_pairs, b_v, b_v_rest, b_out, b_rest, dtype, D)
+                _pass_turn(I_CONSUMER)
+                if D > 64:
+                    b_s = warpgroup_mma_wait(0, deps=[b_s])
+                    _free_stage(i_stage)
+                else:
+                    b_s = warpgroup_mma_wait(1, deps=[b_s])
+                if ACROSS_HEADS:  # noqa: SIM102
+                    if stride > 1:
+                        _skip_pair(kv_full, i_next_pair - 1)
+                b_row_max = gl.max(b_s, 1)
+                b_new_max = gl.where((b_row_max - b_max) * qk_scale > MAX_GROWTH, b_row_max, b_max)
+                b_decay = (b_max - b_new_max) * qk_scale
                 b_max = b_new_max
                 b_p = _exp2(b_s * qk_scale - (b_max * qk_scale)[:, None])
-                b_sum = b_sum * b_alpha + gl.sum(b_p, 1)
-                b_pairs = _pack(b_p, dtype)
-                b_out *= gl.convert_layout(b_alpha, gl.SliceLayout(1, OUT), assert_trivial=True)[:, None]
+                if D > 64:
+                    b_alpha = _exp2(b_decay)
+                else:
+                    b_pairs = _pack(b_p, dtype)
+                    b_alpha = _exp2_unless_zeros(b_decay)
+                    b_alpha, b_pairs, b_out, b_operand = warpgroup_mma_wait(
+                        0, deps=[b_alpha, b_pairs, b_out, b_operand]
+                    )
+                    _free_stage(i_stage)
+                if D % 16 == 0:
+                    SUMS: gl.constexpr = gl.SliceLayout(1, b_sums.type.layout)
+                    b_sums *= gl.convert_layout(b_alpha, SUMS, assert_trivial=True)[:, None]
+                    b_sums += _thread_sums(b_p)
+                if D > 64:
+                    b_pairs = _pack(b_p, dtype)
+                b_out = _rescale(b_out, gl.convert_layout(b_alpha, gl.SliceLayout(1, OUT), assert_trivial=True))
                 if D > 64:
                     b_rest *= gl.convert_layout(b_alpha, gl.SliceLayout(1, REST), assert_trivial=True)[:, None]
-            n_rows, i_out, stride = read_output_location(tickets, i_ticket, I_CONSUMER, ACROSS_HEADS)
-            stride *= 8
+            n_rows, i_out, row_stride = read_output_location(tickets, i_ticket, I_CONSUMER, ACROSS_HEADS)
+            row_stride *= 8
             mbarrier.arrive(q_empty.index(i_slot), count=1)
-            mbarrier.wait(v_full.index(i_stage), phase)
-            b_out, b_rest = _add_values(
+            if ACROSS_HEADS:  # noqa: SIM102
+                if stride > 1:
+                    _skip_pair(kv_full, i_last_pair - 1)
+            i_stage = _wait_for_pair(kv_full, i_last_pair)
+            b_out, b_rest, b_operand = _add_values(
                 b_pairs, v_tiles[0].index(i_stage), v_tiles[1].index(i_stage), b_out, b_rest, dtype, D
             )
+            b_out, b_rest, b_operand = warpgroup_mma_wait(0, deps=[b_out, b_rest, b_operand])
+            _free_stage(i_stage)
             if ACROSS_HEADS:  # noqa: SIM102
-                if (step_stride > 1) & (n_first_head_units > I_CONSUMER):
-                    _skip_step(step_end - 1, k_full, v_full, kv_empty)
+                if i_last_pair < pair_end - 1:
+                    _skip_pair(kv_full, i_last_pair + 1)
+            if D % 16 != 0:
+                o_rest = gl.arange(0, 16, layout=gl.SliceLayout(0, REST))
+                b_sum = gl.sum(gl.where((o_rest == D - 64)[None, :], b_rest, 0.0), 1)
+            else:
+                b_sum = gl.sum(b_sums, 1)
             b_inverse = 1.0 / b_sum
-            p_out = out_ptr + i_out.to(gl.int64) * 8 + I_CONSUMER * UNIT_QUERIES * stride
-            _store(p_out, stride, n_rows - I_CONSUMER * UNIT_QUERIES, b_out, b_inverse, 64)
+            p_out = out_ptr + i_out.to(gl.int64) * 8 + I_CONSUMER * UNIT_QUERIES * row_stride
+            _store(p_out, row_stride, n_rows - I_CONSUMER * UNIT_QUERIES, b_out, b_inverse, 64)
             if D > 64:
-                _store(p_out + 64, stride, n_rows - I_CONSUMER * UNIT_QUERIES, b_rest, b_inverse, D - 64)
+                _store(p_out + 64, row_stride, n_rows - I_CONSUMER * UNIT_QUERIES, b_rest, b_inverse, D - 64)
         else:  # the tile has no unit for this consumer, which only arrives where the others wait for it
             mbarrier.arrive(q_empty.index(i_slot), count=1)
-            for i_next_step in range(i_step, step_end):
-                _skip_step(i_next_step, k_full, v_full, kv_empty)
-                # First steps have no order. A tile of two heads that lacks this unit has only the first step of each.
-                if (i_next_step > i_step) & (step_stride == 1):
-                    if not ACROSS_HEADS:
-                        i_issue = i_next_step - 1 - i_ticket
-                    mbarrier.wait(issue_order.index(I_CONSUMER), (i_issue & 1) ^ (1 if I_CONSUMER == 0 else 0))
-                    mbarrier.arrive(issue_order.index((I_CONSUMER + 1) % CONSUMERS), count=1)
-                    if ACROSS_HEADS:
-                        i_issue += 1
-        i_step = step_end
+            for i_next_pair in range(i_pair, pair_end):
+                _skip_pair(kv_full, i_next_pair)
+                # A tile's first and last products have no turns. A tile of two heads that lacks a unit has no others.
+                if (i_next_pair > i_pair) & (i_next_pair < pair_end - 1) & (stride == 1):
+                    _wait_for_turn(I_CONSUMER)
+                    _pass_turn(I_CONSUMER)
+        i_pair = pair_end
         i_ticket += 1
         n_steps, n_first_keys, n_rows, n_first_head_units = wait_for_ticket(
             tickets, ticket_full, i_ticket, I_CONSUMER, ACROSS_HEADS
         )
+    if I_CONSUMER == 0:
+        _wait_for_turn(I_CONSUMER)  # leave no arrivals behind
 
 
 @gluon.jit(do_not_specialize=["cu_seqlens_ptr", "counters_ptr", "n_segments", "S", "H"])
@@ -278,7 +370,7 @@ def _hopper_attention(
             ),
         ],
         [4, 4, 1],
-        [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+        [160, 160, 32] if D == 64 else [152, 152, 56],
     )
 
 
@@ -289,6 +381,13 @@ def _multiprocessors(device: torch.device) -> int:
     return multiprocessors(device)
 
 
+def end_with_ones(v: Operand) -> Operand:
+    """Return values whose channels beyond 64 end in ones up to a multiple of 16, from values [S, H, D] if need be."""
+    if not isinstance(v, Tensor) or v.shape[2] % 16 == 0:
+        return v
+    return v[..., :64], F.pad(v[..., 64:], (0, -v.shape[2] % 16), value=1.0)
+
+
 _kernels: dict[tuple, Any] = {}
 """Compiled kernels by device, dtype, head_dim and ACROSS_HEADS."""
 
@@ -297,10 +396,11 @@ def hopper_attention(q: Operand, k: Operand, v: Operand, cu_seqlens: Tensor, sca
     """Write attention within segments of any length into `out [S, H, D]`, in bfloat16 or float16.
 
     `out` is contiguous and starts at a multiple of 16 bytes. Queries, keys (both rotated) and values are `[S, H, D]`
-    each, or two tensors: `[S, H, 64]`, and the other D - 64 channels, which may be padded with zeros to 16. I/O: reads
-    all three once, if K and V stay in L2, and writes `out`. A segment of L tokens takes 4 L² H D FLOPs. Raises
-    ValueError unless `out` is on a GPU of compute capability 9.0.
+    each, or two tensors: `[S, H, 64]`, and the other D - 64 channels, which may be padded to 16, with zeros in queries
+    and keys; those of values are padded with ones. I/O: reads all three once, if K and V stay in L2, and writes `out`.
+    A segment of L tokens takes 4 L² H D FLOPs. Raises ValueError unless `out` is on a GPU of compute capability 9.0.
     """
+    v = end_with_ones(v)
     S, H, D = out.shape
     device, dtype = out.device, out.dtype
     n_segments = len(cu_seqlens) - 1
@@ -315,7 +415,9 @@ def hopper_attention(q: Operand, k: Operand, v: Operand, cu_seqlens: Tensor, sca
         kernel = _kernels.get((device, dtype, D, across_heads))
         if kernel is None:
             arguments = launch.arguments(out, cu_seqlens)
-            kernel = _hopper_attention[programs, 1, 1](*arguments, num_warps=4, maxnreg=MAX_REGISTERS)
+            kernel = _hopper_attention[programs, 1, 1](
+                *arguments, num_warps=4, maxnreg=MAX_REGISTERS, **COMPILE_OPTIONS
+            )
             _kernels[device, dtype, D, across_heads] = kernel
             return
         launch.set_kernel(kernel)

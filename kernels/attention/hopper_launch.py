@@ -137,7 +137,7 @@ class Launch:
     """A launch whose operands are fixed, while its stream, output, cu_seqlens and counters are given each time.
 
     With triton 3.6 it calls the compiled launcher that Triton's Python launcher ends in, and so does not encode the
-    descriptors again (TUNING.md). With other versions it calls Triton's Python launcher.
+    descriptors again (TUNING.md). With other versions, whose launchers differ, it calls Triton's Python launcher.
     """
 
     def __init__(

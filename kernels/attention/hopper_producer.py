@@ -17,8 +17,9 @@ Places and strides of the output are in units of 16 bytes (8 elements).
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
+from qwenvit.kernels.attention.gluon_versions import async_load, reinterpret
 from qwenvit.kernels.attention.hopper_scheduler import (
     CONSUMERS,
     SEGMENTS_PER_LOAD,
@@ -32,9 +33,34 @@ from qwenvit.kernels.attention.hopper_scheduler import (
 STEP_KEYS = gl.constexpr(128)
 """Keys of a step. It sets the order of the sums, so it is the same for all shapes."""
 STAGES = gl.constexpr(3)
-"""Steps of K and V in shared memory. A fourth does not fit beside the outputs that are being stored (TUNING.md)."""
+"""Pairs of K and V in shared memory. A fourth does not fit beside the outputs that are being stored (TUNING.md)."""
+KV_EMPTY = gl.constexpr(8)
+"""The first of STAGES named barriers, one for each stage: the consumers arrive, the producer waits. Triton uses the
+numbers below 8 for partitions of a warp-specialized kernel."""
+KV_EMPTY_THREADS = gl.constexpr(3 * 128 + 32)
 END_COORDINATE = gl.constexpr(2**30)
 """Row coordinate at which every segment ends (`hopper_launch.py`)."""
+
+
+@gluon.jit
+def barrier_sync(i_barrier, THREADS: gl.constexpr, WARPS: gl.constexpr):
+    """Wait at a named barrier of the hardware, with all of a partition's WARPS, until THREADS threads have arrived.
+
+    A named barrier costs a warp one instruction. An arrival at an mbarrier costs a barrier of the partition besides.
+    """
+    o = gl.full([32 * WARPS], i_barrier, gl.int32, gl.BlockedLayout([1], [32], [WARPS], [0]))
+    gl.inline_asm_elementwise(
+        f"bar.sync $1, {THREADS}; mov.u32 $0, 0;", "=r,r", [o], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def barrier_arrive(i_barrier, THREADS: gl.constexpr, WARPS: gl.constexpr):
+    """Arrive at a named barrier of the hardware with all of a partition's WARPS, without waiting."""
+    o = gl.full([32 * WARPS], i_barrier, gl.int32, gl.BlockedLayout([1], [32], [WARPS], [0]))
+    gl.inline_asm_elementwise(
+        f"bar.arrive $1, {THREADS}; mov.u32 $0, 0;", "=r,r", [o], dtype=gl.int32, is_pure=False, pack=1
+    )
 
 
 @gluon.jit
@@ -93,11 +119,11 @@ def _copy_rows(descriptors, b_first, b_rest, full, i_row, end, length, i_head, D
     """
     first, rest = descriptors
     i_coordinate = END_COORDINATE - length + i_row
-    b_first = b_first._reinterpret(first.dtype, first.block_shape, first.layout)
-    tma.async_copy_global_to_shared(first, [END_COORDINATE, end, i_head, i_coordinate, 0], full, b_first)
+    b_first = reinterpret(b_first, first.dtype, first.block_shape, first.layout)
+    async_load(first, [END_COORDINATE, end, i_head, i_coordinate, 0], full, b_first)
     if D > 64:
-        b_rest = b_rest._reinterpret(rest.dtype, rest.block_shape, rest.layout)
-        tma.async_copy_global_to_shared(rest, [END_COORDINATE, end, i_head, i_coordinate, 0], full, b_rest)
+        b_rest = reinterpret(b_rest, rest.dtype, rest.block_shape, rest.layout)
+        async_load(rest, [END_COORDINATE, end, i_head, i_coordinate, 0], full, b_rest)
 
 
 @gluon.jit
@@ -106,7 +132,7 @@ def produce(
 ):
     """Run the producer: take tiles until none are left, write their tickets, and copy their Q, K and V."""
     tickets, q_tiles, k_tiles, v_tiles, barriers = shared
-    ticket_full, q_full, q_empty, k_full, v_full, kv_empty, _ = barriers
+    ticket_full, q_full, q_empty, kv_full = barriers
     ROW_BYTES: gl.constexpr = 128 if D == 64 else 160
     tall_units, n_tall_heads, lengths_differ = tile_heights_of_batch(cu_seqlens_ptr, n_segments, S, H)
     # The longest segments first: the last tiles are then short, and programs end together. Short segments have too few
@@ -121,7 +147,7 @@ def produce(
         cu_seqlens_ptr, n_segments, S, H, i_segment, i_rank, i_first_tile, i_tile, tall_units, n_tall_heads,
         longest_first, ACROSS_HEADS,
     )  # fmt: skip
-    i_step = 0
+    i_pair = 0
     i_ticket = 0
     while i_segment < n_segments:
         start, end, n_tiles, own_tall_heads, n_tall_tiles, n_short_tiles = load_segment(
@@ -185,28 +211,33 @@ def produce(
         )
         mbarrier.arrive(ticket_full.index(i_slot), count=1)
         b_taken = o_lane
-        for i_copy in range(n_steps << has_two_heads):  # steps of two heads alternate
-            i_key = (n_steps - 1 - (i_copy >> has_two_heads)) * STEP_KEYS
+        n_copies = (n_steps + 1) << has_two_heads
+        for i_copy in range(n_copies):  # pairs of two heads alternate
+            i_own_pair = i_copy >> has_two_heads
+            i_key = (n_steps - 1 - i_own_pair) * STEP_KEYS
             i_key_head = i_head + (i_copy & has_two_heads)
-            # `kv_empty` frees a step's keys and the values of the step before. Keys are copied before their values, so
-            # the wait below, one step ahead, was also the wait for these keys.
-            i_stage = i_step % STAGES
-            i_step += 1
+            i_stage = i_pair % STAGES
             # Take the next tile as late as its number can still arrive in time: programs that are behind then take
             # fewer tiles (TUNING.md). The lanes other than the first take nothing.
-            m_take = (o_lane == 0) & (i_copy == (n_steps << has_two_heads) - 1)
+            m_take = (o_lane == 0) & (i_copy == n_copies - 1)
             b_taken = gl.atomic_add(counters_ptr + o_lane, o_lane + 1, mask=m_take, sem="relaxed")
-            mbarrier.expect(k_full.index(i_stage), STEP_KEYS * ROW_BYTES)
-            _copy_rows(
-                k, k_tiles[0].index(i_stage), k_tiles[1].index(i_stage), k_full.index(i_stage), i_key, end, length,
-                i_key_head, D,
-            )  # fmt: skip
-            mbarrier.wait(kv_empty.index(i_step % STAGES), ((i_step // STAGES) & 1) ^ 1)
-            mbarrier.expect(v_full.index(i_stage), STEP_KEYS * ROW_BYTES)
-            _copy_rows(
-                v, v_tiles[0].index(i_stage), v_tiles[1].index(i_stage), v_full.index(i_stage), i_key, end, length,
-                i_key_head, D,
-            )  # fmt: skip
+            if i_pair >= STAGES:
+                barrier_sync(KV_EMPTY + i_stage, KV_EMPTY_THREADS, 1)
+            if (i_own_pair > 0) & (i_own_pair < n_steps):
+                mbarrier.expect(kv_full.index(i_stage), 2 * STEP_KEYS * ROW_BYTES)
+            else:
+                mbarrier.expect(kv_full.index(i_stage), STEP_KEYS * ROW_BYTES)
+            if i_own_pair > 0:
+                _copy_rows(
+                    v, v_tiles[0].index(i_stage), v_tiles[1].index(i_stage), kv_full.index(i_stage), i_key + STEP_KEYS,
+                    end, length, i_key_head, D,
+                )  # fmt: skip
+            if i_own_pair < n_steps:
+                _copy_rows(
+                    k, k_tiles[0].index(i_stage), k_tiles[1].index(i_stage), kv_full.index(i_stage), i_key,
+                    end, length, i_key_head, D,
+                )  # fmt: skip
+            i_pair += 1
         i_ticket += 1
         i_tile = gl.num_programs(0) + gl.sum(gl.where(o_lane == 0, b_taken, 0), 0)
         i_segment, i_rank, i_first_tile = find_segment(
@@ -216,6 +247,8 @@ def produce(
     mbarrier.wait(q_empty.index(i_ticket & 1), ((i_ticket >> 1) & 1) ^ 1)
     _write_ticket(tickets.index(i_ticket & 1), 0, 0, 0, 0, 0, 0, 0, 0)
     mbarrier.arrive(ticket_full.index(i_ticket & 1), count=1)
+    for i_last_pair in range(gl.maximum(i_pair - STAGES, 0), i_pair):  # leave no arrivals behind
+        barrier_sync(KV_EMPTY + i_last_pair % STAGES, KV_EMPTY_THREADS, 1)
     # The last program to finish resets the counters for the next launch: no program takes tiles any more.
     if gl.atomic_add(counters_ptr + 1, 1, sem="acq_rel") == gl.num_programs(0) - 1:
         gl.store(counters_ptr, 0)
@@ -224,27 +257,20 @@ def produce(
 
 @gluon.jit
 def make_barriers():
-    """Allocate and initialise the barriers: ticket_full, q_full, q_empty, k_full, v_full, kv_empty, issue_order."""
+    """Allocate and initialise the barriers: ticket_full, q_full, q_empty and kv_full."""
     LAYOUT: gl.constexpr = mbarrier.MBarrierLayout()
     ticket_full = gl.allocate_shared_memory(gl.int64, [2, 1], LAYOUT)
     q_full = gl.allocate_shared_memory(gl.int64, [2, 1], LAYOUT)
     q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], LAYOUT)
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], LAYOUT)
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], LAYOUT)
-    kv_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], LAYOUT)
-    issue_order = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], LAYOUT)
+    kv_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], LAYOUT)
     # Triton synchronises all threads between two initialisations in the same array, so arrays are interleaved.
     for i in gl.static_range(STAGES):
         if i < 2:
             mbarrier.init(ticket_full.index(i), count=1)
             mbarrier.init(q_full.index(i), count=1)
             mbarrier.init(q_empty.index(i), count=CONSUMERS)
-        mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(kv_empty.index(i), count=CONSUMERS)
-        if i < CONSUMERS:
-            mbarrier.init(issue_order.index(i), count=1)
-    return ticket_full, q_full, q_empty, k_full, v_full, kv_empty, issue_order
+        mbarrier.init(kv_full.index(i), count=1)
+    return ticket_full, q_full, q_empty, kv_full
 
 
 @gluon.jit

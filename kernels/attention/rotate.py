@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qwenvit.kernels.compile_options import COMPILE_OPTIONS
+
 
 @triton.jit
 def load_angles(
@@ -106,14 +108,14 @@ def _rotate_tile(
     FIRST_CHANNEL: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Copy CHANNELS channels of a tile from FIRST_CHANNEL on, zeros past D; rotate them unless they are values."""
+    """Copy CHANNELS channels of a tile from FIRST_CHANNEL on: values with ones past D, others rotated, with zeros."""
     mask = m_row[:, None]
     o_channel = tl.arange(0, CHANNELS)
     o_pair = tl.arange(0, CHANNELS // 2)
     p_out = out_ptr + (o_out * CHANNELS)[:, None]
     if is_value:
         m_x = mask & (FIRST_CHANNEL + o_channel < D)[None, :]
-        b_x = tl.load(x_ptr + FIRST_CHANNEL + (o_x[:, None] + o_channel[None, :]), mask=m_x, other=0.0)
+        b_x = tl.load(x_ptr + FIRST_CHANNEL + (o_x[:, None] + o_channel[None, :]), mask=m_x, other=1.0)
         tl.store(p_out + o_channel[None, :], b_x, mask=mask)
     else:
         b_cos, b_sin = load_angles(cos_ptr, sin_ptr, o_row, m_row, D, ANGLE_STRIDE, FIRST_CHANNEL // 2, CHANNELS // 2)
@@ -225,10 +227,11 @@ def rotate_by_head(
 ) -> list[tuple[Tensor, Tensor]]:
     """Return queries and keys `[S, H, D]` rotated, and the values, each as two tensors, in one launch.
 
-    The two are `[S, H, 64]` and, for D > 64, `[S, H, 16]` with the other channels and zeros past D, both stored head by
-    head: so rows fill whole sectors of 32 bytes, and neighbouring rows fill cache lines. Queries and keys have their
-    channels in another order, the same for both. Values are copied only if their rows do not fill sectors (head_dim 72
-    in 16 bits); otherwise they are views. I/O: reads and writes Q and K once, and V if it is copied.
+    The two are `[S, H, 64]` and, for D > 64, `[S, H, 16]` with the other channels, both stored head by head: so rows
+    fill whole sectors of 32 bytes, and neighbouring rows fill cache lines. Past D queries and keys have zeros, and
+    values ones. Queries and keys have their channels in another order, the same for both. Values are copied only if
+    their rows do not fill sectors (head_dim 72 in 16 bits); otherwise they are views. I/O: reads and writes Q and K
+    once, and V if it is copied.
     """
     S, H, D = q.shape
     n_tensors = 2 if D * q.element_size() % 32 == 0 else 3
@@ -239,7 +242,7 @@ def rotate_by_head(
     _rotate_by_head[(triton.cdiv(S, ROTATE.rows), n_tensors * triton.cdiv(H, ROTATE.heads))](
         q, k, v, out, out_rest, cos, sin, *strides, S, H,
         D=D, STRIDE_UNIT=unit, ANGLE_STRIDE=cos.stride(0), INTERLEAVED=interleaved,
-        ROWS=ROTATE.rows, HEADS=ROTATE.heads, num_warps=ROTATE.num_warps,
+        ROWS=ROTATE.rows, HEADS=ROTATE.heads, num_warps=ROTATE.num_warps, **COMPILE_OPTIONS,
     )  # fmt: skip
     pairs = list(zip(out.transpose(1, 2), out_rest.transpose(1, 2), strict=True))
     return pairs if n_tensors == 3 else [*pairs, split_channels(v)]

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qwenvit.kernels.attention.rotate import rotate_by_head, split_channels, stride_unit, with_small_strides
+from qwenvit.kernels.compile_options import COMPILE_OPTIONS
 from qwenvit.kernels.device import capability, tuning
 
 LOG2_E = 1.4426950408889634
@@ -295,7 +296,7 @@ def varlen_attention(
     config = varlen_config(out.dtype, major, D, S, H)
     views = (*q, *k, *v)
     unit = stride_unit(*views)
-    options = {} if config.maxnreg is None else {"maxnreg": config.maxnreg}
+    options = COMPILE_OPTIONS if config.maxnreg is None else COMPILE_OPTIONS | {"maxnreg": config.maxnreg}
     _varlen_attention[(S // config.block_m + n_segments, H)](
         *views, out, cu_seqlens, *(x.stride(i) // unit for x in views for i in (0, 1)), out.stride(0),
         n_segments, S, scale * LOG2_E,

@@ -22,6 +22,7 @@ from qwenvit.kernels.attention.varlen import (
     softmax_step,
     store_tiles,
 )
+from qwenvit.kernels.compile_options import COMPILE_OPTIONS
 from qwenvit.kernels.device import capability, tuning
 
 MAX_WINDOW = 64
@@ -124,7 +125,7 @@ def _window_attention(
             keys = _load_and_rotate(p_k, o_row * stride_ks, m_row, angles, D, INTERLEAVED)
             b_v, b_v_rest = load_tiles(p_v, p_v + 64, o_row * stride_vs, o_row * stride_vs, m_row, D - 64)
             b_s = tl.where(m_row[None, :], scores(queries, keys, D), float("-inf"))
-            b_p, _, _ = softmax_step(b_s, tl.full([BLOCK], float("-inf"), tl.float32), qk_scale, dtype)
+            b_p = softmax_step(b_s, tl.full([BLOCK], float("-inf"), tl.float32), qk_scale, dtype)[0]
             b_inverse = (1.0 / tl.sum(b_p, 1))[:, None]
             b_out = product(b_p.to(dtype), tl.trans(b_v), None) * b_inverse
             b_out_rest = b_out
@@ -214,7 +215,7 @@ def window_attention(
     config = window_config(q.dtype, major, H, min(n_segments, triton.cdiv(S, MAX_WINDOW)))
     unit = stride_unit(q, k, v)
     n_groups = H // config.heads
-    options = {} if config.maxnreg is None else {"maxnreg": config.maxnreg}
+    options = COMPILE_OPTIONS if config.maxnreg is None else COMPILE_OPTIONS | {"maxnreg": config.maxnreg}
     _window_attention[(n_segments * n_groups,)](
         q, k, v, out, cos, sin, cu_seqlens,
         q.stride(0) // unit, q.stride(1) // unit, k.stride(0) // unit, k.stride(1) // unit,

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qwenvit.kernels.compile_options import COMPILE_OPTIONS
 from qwenvit.kernels.device import multiprocessors
 from qwenvit.kernels.gemm.cublas import linear, linear_gelu_tanh
 from qwenvit.kernels.gemm.tiles import (
@@ -207,7 +208,7 @@ def project_and_activate(
             x_operand, w_operand, bias, out, M,
             N=N, K=K, ACT=act, GATED=gated,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, BAND=tile.band, TMA=tma,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+            num_warps=tile.num_warps, num_stages=tile.num_stages, **COMPILE_OPTIONS,
         )  # fmt: skip
     return out
 
@@ -223,7 +224,7 @@ def activation_(x: Tensor, act: str) -> None:
     config = ACTIVATION_PASS
     with torch.cuda.device_of(x):
         _activate[(triton.cdiv(M * N, config.block),)](
-            x, M, N=N, ACT=act, BLOCK=config.block, num_warps=config.num_warps
+            x, M, N=N, ACT=act, BLOCK=config.block, num_warps=config.num_warps, **COMPILE_OPTIONS
         )
 
 
@@ -239,8 +240,9 @@ def swiglu_pass(gate_up: Tensor) -> Tensor:
     config = GATE_PASS
     with torch.cuda.device_of(out):
         _swiglu[(triton.cdiv(M, config.rows) * triton.cdiv(N, config.cols),)](
-            gate_up, out, M, N=N, ACT="silu", BLOCK_M=config.rows, BLOCK_N=config.cols, num_warps=config.num_warps
-        )
+            gate_up, out, M,
+            N=N, ACT="silu", BLOCK_M=config.rows, BLOCK_N=config.cols, num_warps=config.num_warps, **COMPILE_OPTIONS,
+        )  # fmt: skip
     return out
 
 

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qwenvit.kernels.compile_options import COMPILE_OPTIONS
 from qwenvit.kernels.gemm.cublas import add_linear_, linear
 from qwenvit.kernels.norm import load_row, row_config, store_row
 from qwenvit.kernels.registration import register
@@ -99,7 +100,7 @@ def _convert_and_reorder(
         with torch.cuda.device_of(rows):
             _convert_rows[(S,)](
                 pixel_values, restore_index, rows, rows.stride(0), MERGE_UNIT=merge_unit, K=K, MAIN=config.main,
-                TAIL=config.tail, num_warps=PASS_WARPS,
+                TAIL=config.tail, num_warps=PASS_WARPS, **COMPILE_OPTIONS,
             )  # fmt: skip
     return rows[:, :K]
 
@@ -121,7 +122,7 @@ def _launch_add_positions(
         with torch.cuda.device_of(y):
             _add_position_rows[(S,)](
                 x, table, taps, tap_weights, bias, restore_index, y, MERGE_UNIT=merge_unit, C=C, MAIN=config.main,
-                TAIL=config.tail, num_warps=PASS_WARPS,
+                TAIL=config.tail, num_warps=PASS_WARPS, **COMPILE_OPTIONS,
             )  # fmt: skip
     return y
 

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qwenvit.kernels.compile_options import COMPILE_OPTIONS
 from qwenvit.kernels.device import capability, multiprocessors, tuning
 from qwenvit.kernels.gemm.cublas import linear
 from qwenvit.kernels.gemm.tiles import (
@@ -208,7 +209,7 @@ def project_and_rotate(
             x, w, bias, cos, sin, out, M,
             H=num_heads, D=D, K=K, UNIT=unit, GROUP=group,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, BAND=tile.band, TMA=tma,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+            num_warps=tile.num_warps, num_stages=tile.num_stages, **COMPILE_OPTIONS,
         )  # fmt: skip
     return out
 
@@ -227,6 +228,7 @@ def rotate_qk_(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, interleave
             qkv, cos, sin, M,
             H=num_heads, D=width // (3 * num_heads), INTERLEAVED=interleaved,
             BLOCK_M=ROTATE_PASS.rows, BLOCK_P=ROTATE_PASS.pairs, num_warps=ROTATE_PASS.num_warps,
+            **COMPILE_OPTIONS,
         )  # fmt: skip
 
 

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qwenvit.kernels.compile_options import COMPILE_OPTIONS
+
 ROW_BLOCK = 512
 """Elements of a row that a program of `_resize_rows` writes (TUNING.md)."""
 PATCHES_PER_PROGRAM = 4
@@ -193,6 +195,7 @@ def resize_patches(
                 *frames.stride(),
                 VERTICAL=vertical,
                 BLOCK=ROW_BLOCK,
+                **COMPILE_OPTIONS,
             )
             frames = resized
         vertical, precision, table = passes[-1]
@@ -217,4 +220,5 @@ def resize_patches(
             M=merge_size,
             BLOCK_N=PATCHES_PER_PROGRAM,
             BLOCK_V=VALUES_PER_STEP,
+            **COMPILE_OPTIONS,
         )

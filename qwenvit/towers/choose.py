@@ -12,7 +12,7 @@ from qwenvit.towers.fast import ACTIVATIONS, FastTower
 from qwenvit.towers.reference import ReferenceTower
 
 Tower = ReferenceTower | FastTower
-MIN_TRITON = (3, 4)
+MIN_TRITON = (3, 5)
 MIN_CAPABILITY = (8, 0)
 """Compute capability of the first GPUs with bfloat16."""
 

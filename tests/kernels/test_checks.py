@@ -89,8 +89,9 @@ CALLS = {
     "swiglu_pass": {"gate_up": floats(PATCHES, WIDTH)},
 }
 """A valid call of each operation, with all of its tensors."""
-CHECKED_ELSEWHERE = {"rope_index"}
-"""`qwenvit.rope_index` checks these arguments, under the names that its callers know."""
+CHECKED_ELSEWHERE = {"rope_index", "clone_rows"}
+"""`qwenvit.rope_index` checks its arguments under the names that its callers know; test_clone_rows.py covers the list
+of tensors that `clone_rows` takes."""
 ARGUMENTS = [
     (operation, name) for operation, call in CALLS.items() for name, x in call.items() if isinstance(x, torch.Tensor)
 ]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from support import gluon_on_cpu
-from support.rope_attention_cases import HEAD_DIMS, error, packed, truth
+from support.rope_attention_cases import DRIFTS, HEAD_DIMS, error, packed, packed_with_drift, truth
 
 LAYOUTS = {
     "one": [450],
@@ -21,10 +21,12 @@ LAYOUTS = {
 }
 
 
-def attend(lengths, heads, head_dim, programs, across_heads, seed=0, padding=0, dtype=torch.bfloat16):
+def attend(lengths, heads, head_dim, programs, across_heads, seed=0, padding=0, dtype=torch.bfloat16, drift=None):
     bounds = torch.tensor([0, *lengths]).cumsum(0)
     end = int(bounds[-1])
     q, k, v = packed(end + padding, heads, head_dim, dtype, "cpu")
+    if drift is not None:
+        q, k, v = packed_with_drift(end + padding, heads, head_dim, dtype, drift, "cpu")
     out = torch.full((end + padding, heads, head_dim), torch.nan, dtype=dtype)
     gluon_on_cpu.attend(q, k, v, bounds.int(), head_dim**-0.5, out, programs, across_heads, seed)
     assert out[end:].isnan().all()
@@ -37,6 +39,13 @@ def attend(lengths, heads, head_dim, programs, across_heads, seed=0, padding=0, 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_layouts(head_dim, case):
     attend(LAYOUTS[case], 2, head_dim, 3, False, padding=70, dtype=torch.float16)
+
+
+@pytest.mark.parametrize("drift", DRIFTS)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_scores_that_drift(head_dim, drift):
+    """Maxima are replaced where scores outgrow them, and sums and outputs rescaled."""
+    attend([600], 1, head_dim, 1, False, drift=drift)
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,18 @@
 """Compile every kernel for a GPU architecture without such a GPU: `python compile_ahead.py sm_90 [DTYPE …]`.
 
 Call each operation on CPU tensors, with a Triton driver that reports a GPU of the architecture and with launches
-replaced by compilation. Print a JSON line for each compiled kernel: name, dtype, shared memory and spilled bytes.
+replaced by compilation. Print a JSON line for each compiled kernel: `compile_calls` says what is in it.
 """
 
+import hashlib
 import json
 import re
 import sys
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 from unittest import mock
 
 import torch
-import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
@@ -21,9 +22,7 @@ from qwenvit.config.published import PUBLISHED
 from qwenvit.graphs.device_plan import grid_table
 from qwenvit.kernels.gemm import tiles
 from qwenvit.kernels.grid_plan import launch_grid_plan
-from support.ptxas import ptxas_report, retry_once
-
-PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin"
+from support.ptxas import compile_with_report
 
 
 class AbsentGPU:
@@ -42,12 +41,36 @@ class AbsentGPU:
         return 0
 
 
-def spilled_bytes(ptx: str, capability: int) -> int:
-    """Return the bytes of spill stores that ptxas reports for a kernel's PTX."""
-    arch = re.search(r"\.target (\w+)", ptx)[1]
-    program = PTXAS / ("ptxas-blackwell" if capability >= 100 and (PTXAS / "ptxas-blackwell").exists() else "ptxas")
-    report = retry_once(lambda: ptxas_report(program, ptx, arch))
-    return sum(int(count) for count in re.findall(r"(\d+) bytes spill stores", report))
+def compile_calls(capability: int, call: Callable[[], None]) -> list[dict[str, Any]]:
+    """Call `call` with launches replaced by compilation for a GPU of the capability; describe each compiled kernel.
+
+    A description has the kernel's name, bytes of shared memory, bytes that ptxas spills, ptxas' report, whether
+    multiplications and additions are contracted, the named barriers that Triton uses, and a digest of the PTX.
+    """
+    rows = {}
+    run = JITFunction.run
+
+    def compile_only(kernel: JITFunction, *args: object, **options: object) -> None:
+        compiled, report = compile_with_report(lambda: run(kernel, *args, **options | {"warmup": True}))
+        ptx = compiled.asm["ptx"]
+        if compiled.hash not in rows:
+            rows[compiled.hash] = {
+                "kernel": kernel.__name__,
+                "shared": compiled.metadata.shared,
+                "spilled": sum(int(count) for count in re.findall(r"(\d+) bytes spill stores", report)),
+                "fp_fusion": compiled.metadata.enable_fp_fusion,
+                "barriers": sorted({int(number) for number in re.findall(r"\bbar(?:rier)?\.sync\s+(\d+)", ptx)}),
+                "ptx": hashlib.sha256(ptx.encode()).hexdigest(),
+                "report": report,
+            }
+
+    driver.set_active(AbsentGPU(capability))
+    with (
+        mock.patch.object(JITFunction, "run", compile_only),
+        mock.patch.object(tiles, "capability", return_value=divmod(capability, 10)),
+    ):
+        call()
+    return list(rows.values())
 
 
 def call_everything(dtype: torch.dtype) -> None:
@@ -75,6 +98,7 @@ def call_everything(dtype: torch.dtype) -> None:
             project_and_rotate(zeros(256, width), zeros(3 * width, width), zeros(3 * width), angles, angles, 16)
         ops.add_norm(zeros(256, width), zeros(256, width), zeros(width), shift=zeros(width), impl="triton")
         ops.merge_norm(zeros(256, width), zeros(width), zeros(width), torch.arange(64), "layer", impl="triton")
+    ops.clone_rows([zeros(64, 4608), *[zeros(64, 4096)] * 4], 64, impl="triton")
     for mode in ("concat", "average"):
         ops.spatial_merge(zeros(16, 16, 1280), mode, impl="triton")
     for act in ("gelu_tanh", "quick_gelu", "gelu"):
@@ -110,24 +134,9 @@ def call_everything(dtype: torch.dtype) -> None:
 
 def main() -> None:
     capability = int(sys.argv[1].removeprefix("sm_"))
-    compiled_kernels = {}
-    launch = JITFunction.run
-
-    def compile_only(kernel: JITFunction, *args: object, **options: object) -> None:
-        compiled = launch(kernel, *args, **options | {"warmup": True})
-        compiled_kernels[compiled.hash] = (kernel.__name__, str(dtype), compiled)
-
-    driver.set_active(AbsentGPU(capability))
-    with (
-        mock.patch.object(JITFunction, "run", compile_only),
-        mock.patch.object(tiles, "capability", return_value=divmod(capability, 10)),
-    ):
-        for dtype in (getattr(torch, name) for name in sys.argv[2:] or ("bfloat16", "float32")):
-            call_everything(dtype)
-    for name, dtype_name, compiled in compiled_kernels.values():
-        spilled = spilled_bytes(compiled.asm["ptx"], capability)
-        row = {"kernel": name, "dtype": dtype_name, "shared": compiled.metadata.shared, "spilled": spilled}
-        print(json.dumps(row))
+    for dtype in sys.argv[2:] or ("bfloat16", "float32"):
+        for row in compile_calls(capability, lambda dtype=dtype: call_everything(getattr(torch, dtype))):
+            print(json.dumps({"dtype": dtype, **row}))
 
 
 if __name__ == "__main__":

@@ -91,10 +91,30 @@ class Barrier:
             raise RuntimeError("deadlock")
 
 
+class NamedBarrier:
+    """A barrier of the hardware: `sync` and `arrive` add threads, and a phase ends when as many as needed have come."""
+
+    def __init__(self):
+        self.phase = self.arrived = 0
+
+    def arrive(self, machine, needed, threads, waits):
+        with machine.changed:
+            phase = self.phase
+            self.arrived += threads
+            assert self.arrived <= needed, "more arrivals than a phase has"
+            if self.arrived == needed:
+                self.phase, self.arrived = phase + 1, 0
+                machine.changed.notify_all()
+            elif waits:
+                passed = machine.changed.wait_for(lambda: machine.failures or self.phase != phase, DEADLOCK_SECONDS)
+                if machine.failures or not passed:
+                    raise RuntimeError("deadlock")
+
+
 class Machine:
     """A GPU: its programs in threads, and a thread that makes the asynchronous copies.
 
-    `local` has the running thread's program number and the number of programs.
+    `local` has the running thread's program number, the number of programs, and the program's named barriers.
     """
 
     def __init__(self, seed):
@@ -109,12 +129,12 @@ class Machine:
 
         def make_copy():
             x = descriptors[0]
-            tile = torch.zeros(rows, head_dim, dtype=x.dtype)
+            tile = torch.zeros(rows, x.shape[2], dtype=x.dtype)
             inside = x[min(start, end) : min(start + rows, end), head]
             tile[: len(inside)] = inside
             first.values.copy_(tile[:, :64])
             if head_dim > 64:
-                rest.values[:, : head_dim - 64] = tile[:, 64:]
+                rest.values[:, : x.shape[2] - 64] = tile[:, 64:]
             full.change(more_bytes=-rows * (128 if head_dim == 64 else 160))
 
         with self.changed:
@@ -169,7 +189,10 @@ class Machine:
 
         def program(number):
             self.local.program, self.local.programs = number, programs
+            self.local.named_barriers = [NamedBarrier() for _ in range(16)]
             self.run(kernel, *arguments)
+            if any(barrier.arrived for barrier in self.local.named_barriers):
+                self.failures.append(AssertionError("arrivals are left at a named barrier"))
 
         run_in_threads(partial(program, number) for number in range(programs))
         with self.changed:
@@ -178,6 +201,14 @@ class Machine:
         copier.join()
         if self.failures:
             raise self.failures[0]
+
+    def named_barrier(self, waits):
+        """Return the stand-in for `hopper_producer.barrier_sync` or `barrier_arrive`."""
+
+        def call(i_barrier, needed, warps):
+            self.local.named_barriers[int(i_barrier)].arrive(self, needed, 32 * warps, waits)
+
+        return call
 
     def gluon(self):
         """Return the stand-in for the kernel's module `gl`."""
@@ -213,7 +244,7 @@ class Machine:
             minimum=lambda a, b: as_block(torch.minimum(torch.as_tensor(a), torch.as_tensor(b))),
             maximum=lambda a, b: as_block(torch.maximum(torch.as_tensor(a), torch.as_tensor(b))),
             sum=lambda x, axis: x.sum(axis), max=lambda x, axis: x.amax(axis),
-            convert_layout=lambda x, *_, **__: x,
+            convert_layout=lambda x, *_, **__: x, reshape=torch.reshape,
             load=load, store=store, atomic_add=self.atomic_add,
             allocate_shared_memory=shared, warp_specialize=self.specialize,
         )  # fmt: skip
@@ -239,7 +270,11 @@ def attend(q, k, v, cu_seqlens, scale, out, programs, across_heads, seed=0):
         "gl": machine.gluon(),
         "mbarrier": barriers,
         "_copy_rows": machine.copy,
+        "barrier_sync": machine.named_barrier(waits=True),
+        "barrier_arrive": machine.named_barrier(waits=False),
+        "_rescale": lambda x, factors: x * factors[:, None],
         "_exp2": torch.exp2,
+        "_exp2_unless_zeros": torch.exp2,
         "_pack": lambda x, dtype: x.to(dtype),
         "_unpack": lambda x, *_: x,
         "warpgroup_mma": _product,
@@ -255,7 +290,9 @@ def attend(q, k, v, cu_seqlens, scale, out, programs, across_heads, seed=0):
                 elif type(value).__name__ == "constexpr":
                     stack.enter_context(mock.patch.object(module, name, value.value))
         counters = torch.zeros(2, dtype=torch.int32)
-        tensors = (x for one in (q, k, v) for x in (one, one))
+        values = hopper.end_with_ones(v)
+        values = values if isinstance(values, torch.Tensor) else torch.cat(values, 2)
+        tensors = (x for one in (q, k, values) for x in (one, one))
         machine.launch(
             programs, hopper._hopper_attention.fn, *tensors, Pointer(out.view(-1)), Pointer(cu_seqlens),
             Pointer(counters), len(cu_seqlens) - 1, tokens, heads, scale * hopper.LOG2_E, head_dim,

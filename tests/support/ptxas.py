@@ -1,31 +1,19 @@
-"""Run ptxas: report why it failed, and try again where the machine may have been short of memory for a moment."""
+"""Compile kernels and keep ptxas' reports; try again where the machine may have been short of memory for a moment."""
 
 import contextlib
+import io
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from triton import knobs
 from triton.runtime.errors import PTXASError
 
 T = TypeVar("T")
-
-
-def ptxas_report(program: Path, ptx: str, arch: str) -> str:
-    """Compile PTX and return ptxas' report; raise PTXASError with its command, return code and stderr if it fails."""
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
-        source.write_text(ptx)
-        command = [str(program), "-v", f"-arch={arch}", str(source), "-o", f"{folder}/kernel.cubin"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        text = f"ptxas ended with {done.returncode}\nstderr: {done.stderr or '(empty)'}\ncommand: {' '.join(command)}"
-        raise PTXASError(text)
-    return done.stderr
 
 
 def describe(failure: PTXASError) -> str:
@@ -38,12 +26,12 @@ def ended_without_a_reason(failure: PTXASError) -> bool:
     """Return whether ptxas ended with 255 and named no error in the PTX."""
     text = describe(failure)
     return "ptxas ended with 255" in text and not re.search(
-        r"; (?:error|fatal)\s*:|ptxas error\s*:|Ptx assembly aborted", text
+        r"; (?:error|fatal)\s*:|ptxas\S* error\s*:|Ptx assembly aborted", text
     )
 
 
-def retry_once(call: Callable[[], T]) -> T:
-    """Return the result of `call`, which runs ptxas.
+def compile_with_report(compile_kernel: Callable[[], T]) -> tuple[T, str]:
+    """Return the result of `compile_kernel`, and what ptxas reported, with the options that Triton gave it.
 
     ptxas ends with 255 for errors in the PTX, which it names, and also, without a message, when a busy machine denies
     it memory or disk. Only the latter can succeed on a second try, so it is tried once more.
@@ -51,10 +39,13 @@ def retry_once(call: Callable[[], T]) -> T:
     Raises:
         RuntimeError: ptxas failed; the message has its output and the free disk and memory.
     """
+    knobs.compilation.always_compile = True  # a kernel from the cache has no report
+    knobs.nvidia.dump_ptxas_log = True
     for is_last in (False, True):
+        printed = io.StringIO()
         try:
-            with contextlib.redirect_stdout(sys.stderr):  # Triton prints the PTX of a failure
-                return call()
+            with contextlib.redirect_stdout(printed):
+                return compile_kernel(), printed.getvalue()
         except PTXASError as failure:
             if is_last or not ended_without_a_reason(failure):
                 raise RuntimeError(f"{describe(failure)}\n{free_disk_and_memory()}") from failure

@@ -1,5 +1,6 @@
 """Inputs, the fp64 truth, and the error measure for the tests of `qwenvit.ops.rope_attention`."""
 
+import math
 from contextlib import contextmanager
 from itertools import pairwise
 
@@ -11,6 +12,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HEAD_DIMS = (64, 72, 80)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16) if DEVICE == "cuda" else (torch.float32, torch.float16)
 """Triton's interpreter cannot multiply bfloat16 matrices."""
+DRIFTS = (0.3, 3, -40, 200)
+"""For `packed_with_drift`: below and above the growth that a maximum allows, and beyond fp32's range."""
 
 
 @contextmanager
@@ -33,6 +36,19 @@ def packed(tokens, heads, head_dim, dtype, device=DEVICE, outliers=True, seed=0)
         qkv[..., 3] *= 10
         qkv[:, 2, :, 5] *= 100
     return qkv.to(dtype).unbind(1)
+
+
+def packed_with_drift(tokens, heads, head_dim, dtype, drift, device=DEVICE):
+    """Return Q, K and V; scores rise by `drift` powers of two every 128 keys towards the first, and fall in odd rows.
+
+    Attention on Hopper goes through the keys in this direction.
+    """
+    q, k, v = packed(tokens, heads, head_dim, torch.float32, device, outliers=False)
+    rise = drift * torch.arange(tokens, 0, -1, device=device) / 128
+    direction = 1 - 2 * (torch.arange(tokens, device=device) % 2)
+    q[..., 0] = direction[:, None] * head_dim**0.5
+    k[..., 0] = rise[:, None] * math.log(2)
+    return q.to(dtype), k.to(dtype), v.to(dtype)
 
 
 def angles(tokens, head_dim, device=DEVICE):

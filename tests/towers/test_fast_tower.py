@@ -235,9 +235,9 @@ def test_which_tower_runs(monkeypatch):
     with pytest.raises(ValueError, match=r"head_dim 32 is none of \(64, 72, 80\)"):
         tower_class("triton", odd, torch.device("cuda"))
     with monkeypatch.context() as older:
-        older.setattr("triton.__version__", "3.3.1")
+        older.setattr("triton.__version__", "3.4.0")
         assert tower_class("auto", config, torch.device("cuda")) is ReferenceTower
-        with pytest.raises(ValueError, match=r"triton 3\.3\.1 is older than 3\.4"):
+        with pytest.raises(ValueError, match=r"triton 3\.4\.0 is older than 3\.5"):
             tower_class("triton", config, torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     with pytest.raises(ValueError, match=r"compute capability \(7, 5\), below \(8, 0\)"):
