@@ -29,7 +29,7 @@ from qwenvit.preprocess.decode import snapshot
 from qwenvit.towers.fast import FastTower
 from qwenvit.towers.reference import ReferenceTower
 from support.prefetch_threads import assert_no_prefetch_threads, prefetch_threads
-from support.towers import narrow
+from support.towers import SMALL, narrow
 
 ROOT = Path(__file__).parents[1]
 SMALL_IMAGES = {"min_pixels": 1024}
@@ -389,7 +389,7 @@ def part(sizes, skipped=(), width=4, seed=0):
     tokens = sum(size * size for size in sizes)
     packed, layer = torch.randn(2, tokens, width, generator=torch.Generator().manual_seed(seed))
     grid = torch.tensor([[1, 2 * size, 2 * size] for size in sizes], dtype=torch.int64).view(-1, 3)
-    return Embeddings(packed, grid, [layer] if sizes else [], 2, skipped=skipped)
+    return Embeddings(packed, grid, [layer] if sizes else [], SMALL["qwen2_vl"], skipped=skipped)
 
 
 @pytest.mark.parametrize(
@@ -407,7 +407,7 @@ def test_concatenation_keeps_the_places_of_skipped_images(parts):
     for (sizes, skipped), one in zip(parts, embeddings, strict=True):
         assert len(one) == len(sizes) + len(skipped)
         assert [index for index, item in enumerate(one) if item is None] == list(skipped)
-    whole = Embeddings.concatenate(embeddings, 2)
+    whole = Embeddings.concatenate(embeddings)
     items = [item for one in embeddings for item in one]
     assert len(whole) == len(items)
     for item, expected in zip(whole, items, strict=True):
@@ -602,7 +602,7 @@ def pinned_bytes_in_use():
     """Return the bytes of pinned blocks that tensors or copies use; 0 where torch does not say."""
     gc.collect()
     torch.cuda.synchronize()
-    torch.empty(1, pin_memory=True)  # torch notices at the next allocation that copies are done
+    torch._C._host_emptyCache()  # torch notices that copies are done when it needs memory, or when it gives it back
     stats = torch.cuda.host_memory_stats() if hasattr(torch.cuda, "host_memory_stats") else {}
     return stats.get("active_bytes.current", 0)
 

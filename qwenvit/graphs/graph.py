@@ -1,16 +1,16 @@
 """One forward pass of the fast tower at a capacity, and its capture in a CUDA graph whose pool other graphs share."""
 
-import gc
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from qwenvit import ops
 from qwenvit.graphs import device_plan
 from qwenvit.graphs.capacity import Capacity
+from qwenvit.graphs.capture import capturing, garbage_collection_paused
+from qwenvit.graphs.workspace import reserve_workspaces
 from qwenvit.outputs import TowerOutput
 from qwenvit.plan.inputs import WritePixels
 from qwenvit.towers.fast import FastTower
@@ -95,14 +95,15 @@ class Graph:
             outputs = [output.last_hidden_state, output.pooler_output, *output.deepstack_features]
             return [unowned_input, *map(UnownedTensor.of, outputs)]
 
-        # Run on another stream than the capture's: the capture then allocates its cuBLAS workspace in the pool, where
-        # nobody else frees it.
         if run_first:
-            run()
+            run()  # not on the capture's stream: its workspaces must come from `reserve_workspaces`
         self.graph = torch.cuda.CUDAGraph()
-        with garbage_collection_paused(), torch.cuda.stream(stream), capturing(self.graph, pool):
-            unowned = run()
-        self.pixel_values, *self.outputs = (part.tensor(weight.device) for part in unowned)
+        with garbage_collection_paused(), torch.cuda.stream(stream):
+            reserve_workspaces(stream, weight)
+            with capturing(self.graph, pool):
+                unowned = run()
+        self.pixel_values, *outputs = (part.tensor(weight.device) for part in unowned)
+        self.outputs = [output.view(capacity.patches // self.merge_unit, -1) for output in outputs]  # a row a token
         self._input_rows = self.pixel_values  # the rows of `pixel_values` that the last batch had
 
     def replay(self, table: Tensor, pixel_values: Tensor | WritePixels, patches: int) -> TowerOutput:
@@ -127,38 +128,5 @@ class Graph:
             self._input_rows = self.pixel_values[:patches]
         write_pixels(self._input_rows, pixel_values)
         self.graph.replay()
-        tokens = patches // self.merge_unit
-        hidden, *merged = self.outputs
-        unpadded = [hidden[:patches], *(layer[:tokens] for layer in merged)]
-        copies = [torch.empty_like(x) for x in unpadded]
-        torch._foreach_copy_(copies, unpadded)
-        return TowerOutput(copies[0], copies[1], copies[2:])
-
-
-@contextmanager
-def capturing(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
-    """Capture the current stream's work in a graph.
-
-    `torch.cuda.graph` also waits for the GPU and empties torch's caches; here the GPU works on, and its next batches
-    find the memory they had. In relaxed mode, kernels that no pass has needed yet may be compiled during the capture.
-    """
-    graph.capture_begin(pool=pool, capture_error_mode="relaxed")
-    try:
-        yield
-    except BaseException:
-        with suppress(RuntimeError):  # it says that the capture is invalid; the reason is the error to raise
-            graph.capture_end()
-        raise
-    graph.capture_end()
-
-
-@contextmanager
-def garbage_collection_paused() -> Iterator[None]:
-    """Pause Python's collector of cycles: CUDA aborts a capture during which it frees another CUDA graph."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
+        hidden, pooled, *deepstack = ops.clone_rows(self.outputs, patches // self.merge_unit)
+        return TowerOutput(hidden.view(patches, -1), pooled, deepstack)

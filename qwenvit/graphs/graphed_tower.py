@@ -58,6 +58,7 @@ class GraphedTower:
         self._lock = threading.Lock()
         self._prepared = OrderedDict[bytes, PreparedGrids]()
         self._sharing = GraphSharing(tower.config.merge_unit)
+        self._capture_streams: dict[torch.device, torch.cuda.Stream] = {}
         self._reset()
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
@@ -79,8 +80,9 @@ class GraphedTower:
         self._pool_patches = 0
         self._has_captured = False
         with torch.cuda.device(self.device):
-            # High priority: torch hands out a few streams in rotation, and those of low priority to everyone.
-            self._capture_stream = torch.cuda.Stream(self.device, priority=-1)
+            if self.device not in self._capture_streams:  # a stream's workspaces stay allocated
+                # High priority: torch hands out a few streams in rotation, and those of low priority to everyone.
+                self._capture_streams[self.device] = torch.cuda.Stream(self.device, priority=-1)
             self._last_call_done = torch.cuda.Event()
 
     def __call__(self, pixel_values: Tensor | WritePixels, grid: CheckedGrid) -> TowerOutput:
@@ -264,7 +266,8 @@ class GraphedTower:
             self._graphs.popitem(last=False)
         angles = self._angles_for(capacity.side)
         run_first = not self._has_captured
-        graph = Graph(self.tower, capacity, angles, self._capture_stream, self._pool, run_first)
+        stream = self._capture_streams[self.device]
+        graph = Graph(self.tower, capacity, angles, stream, self._pool, run_first)
         self._has_captured = True
         self._graphs[self._graph_key(capacity)] = graph
 

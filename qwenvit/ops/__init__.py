@@ -9,6 +9,7 @@ Kernels are imported when they are first called: triton exists on Linux only and
 """
 
 from qwenvit.ops.attention import rope_attention
+from qwenvit.ops.cloning import clone_rows
 from qwenvit.ops.merging import merge_norm, spatial_merge
 from qwenvit.ops.mlp import activation_, linear_act, swiglu, swiglu_pass
 from qwenvit.ops.mrope import rope_index
@@ -24,6 +25,7 @@ __all__ = [
     "add_norm",
     "add_norm_",
     "add_positions",
+    "clone_rows",
     "grid_plan",
     "interpolate_positions",
     "linear",

@@ -3,6 +3,7 @@
 Shapes: S tokens, C input channels, N output channels, I channels inside the MLP, H heads of head_dim D.
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -116,6 +117,11 @@ def spatial_merge(x: Tensor, mode: str, merge_size: int) -> Tensor:
     """Merge blocks: `[..., H, W, C]` -> `[..., H / merge_size, W / merge_size, C']` (`qwenvit.ops.spatial_merge`)."""
     blocks = x.unflatten(-2, (-1, merge_size)).unflatten(-4, (-1, merge_size)).transpose(-4, -3)
     return blocks.flatten(-3) if mode == "concat" else blocks.mean((-3, -2))
+
+
+def clone_rows(tensors: Sequence[Tensor], rows: int) -> list[Tensor]:
+    """Copy the first rows of matrices, each `[at least rows, C]` -> `[rows, C]` (`qwenvit.ops.clone_rows`)."""
+    return [x[:rows].clone() for x in tensors]
 
 
 def interpolate_positions(table: Tensor, taps: Tensor, tap_weights: Tensor) -> Tensor:

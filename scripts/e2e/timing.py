@@ -61,7 +61,8 @@ def free_cached_memory() -> None:
     """Free all GPU memory that no tensor uses.
 
     Pools of deleted CUDA graphs stay allocated until the next capture, and cuBLAS keeps a workspace for every stream it
-    ran on. No CUDA graph may be alive: it would go on to use the freed workspace of its stream.
+    ran on. No CUDA graph may be alive: it would go on to use the freed workspace of its stream. The pools of
+    workspaces that qwenvit's graphs use stay (`qwenvit/graphs/workspace.py`).
     """
     gc.collect()
     torch.cuda.synchronize()

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwenvit.graphs import device_plan, graphed_tower, sharing
+from qwenvit.graphs import device_plan, graph, graphed_tower, sharing
 from qwenvit.graphs.capacity import (
     MIN_GRAPH_PATCHES,
     Capacity,
@@ -23,7 +23,8 @@ from qwenvit.graphs.capacity import (
     coarse_capacity,
     pool_patches_for,
 )
-from qwenvit.graphs.graph import Graph, UnownedTensor, capturing, garbage_collection_paused, write_pixels
+from qwenvit.graphs.capture import capturing, garbage_collection_paused
+from qwenvit.graphs.graph import Graph, UnownedTensor, write_pixels
 from qwenvit.graphs.graphed_tower import CAPTURE_LOCK, GraphedTower, graphs_of
 from qwenvit.kernels.gemm.cublas import MIN_ROWS
 from qwenvit.outputs import TowerOutput
@@ -426,25 +427,61 @@ def test_garbage_collection_is_paused_during_a_capture_and_then_as_before(enable
         (gc.enable if before else gc.disable)()
 
 
-@pytest.mark.parametrize("run_first", [True, False])
-def test_garbage_is_collected_before_and_after_a_capture_but_not_during_one(no_cuda, monkeypatch, run_first):
-    """CUDA aborts a capture during which another graph is freed."""
-    no_cuda.CUDAGraph, no_cuda.stream = Mock(), contextlib.nullcontext
+@pytest.fixture
+def make_graph(no_cuda, monkeypatch):
+    """Return a function that makes a graph of a tower; the capture runs on the CPU, and replays do nothing.
+
+    Its argument `transform` replaces the tower's. The graph has a stub for CUDA's in `graph`.
+    """
+    no_cuda.CUDAGraph, no_cuda.stream, no_cuda.device_of = Mock(), contextlib.nullcontext, contextlib.nullcontext
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda table: table)
-    monkeypatch.setattr(UnownedTensor, "tensor", Mock())
-    tower, graph, collects = cpu_tower("reference"), no_cuda.CUDAGraph.return_value, []
+    monkeypatch.setattr(UnownedTensor, "of", lambda x: SimpleNamespace(tensor=lambda _: x))
+
+    def make(tower, transform, run_first=False):
+        monkeypatch.setattr(tower, "transform", transform)
+        capacity = capacity_for(Capacity(16, 1, 0, 1, 4), 4)
+        angles = device_plan.angle_tables(tower.config, 512, "cpu")
+        with torch.no_grad():
+            return Graph(tower, capacity, angles, "stream", "pool", run_first)
+
+    return make
+
+
+@pytest.mark.parametrize("run_first", [True, False])
+def test_garbage_is_collected_around_a_capture_but_not_during_one(no_cuda, monkeypatch, make_graph, run_first):
+    """CUDA aborts a capture during which another graph is freed; workspaces are reserved in a capture of their own."""
+    steps = []
+    monkeypatch.setattr(graph, "reserve_workspaces", lambda *arguments: steps.append((arguments[0], gc.isenabled())))
 
     def transform(x, plan):
-        collects.append((graph.capture_begin.called, gc.isenabled()))
+        steps.append((no_cuda.CUDAGraph.return_value.capture_begin.called, gc.isenabled()))
         return TowerOutput(x, x, [])
 
-    tower.transform = transform
-    capacity = capacity_for(Capacity(16, 1, 0, 1, 4), 4)
-    with torch.no_grad():
-        Graph(tower, capacity, device_plan.angle_tables(tower.config, 512, "cpu"), None, None, run_first)
-    assert collects == [(False, True)] * run_first + [(True, False)]
-    assert graph.capture_end.called
+    made = make_graph(cpu_tower("reference"), transform, run_first)
+    assert steps == [(False, True)] * run_first + [("stream", False), (True, False)]
+    assert made.graph.capture_begin.call_args.kwargs["pool"] == "pool"
+    assert made.graph.capture_end.called
     assert gc.isenabled()
+
+
+@pytest.mark.parametrize("deepstack", [0, 3])
+def test_a_replay_returns_copies_of_the_rows_of_the_batch(monkeypatch, make_graph, deepstack):
+    monkeypatch.setattr(graph, "reserve_workspaces", Mock())
+    captured = []
+
+    def transform(x, plan):
+        captured.extend([torch.randn_like(x), *(torch.randn(len(x) // 4, 24) for _ in range(1 + deepstack))])
+        return TowerOutput(captured[0], captured[1], captured[2:])
+
+    made = make_graph(cpu_tower("reference", torch.float32), transform)
+    table = torch.zeros_like(made.table)
+    for patches in (16, 40, len(captured[0])):
+        output = made.replay(table, torch.zeros(patches, made.pixel_values.shape[1]), patches)
+        outputs = [output.last_hidden_state, output.pooler_output, *output.deepstack_features]
+        for copied, x, rows in zip(outputs, captured, [patches, *[patches // 4] * (1 + deepstack)], strict=True):
+            assert torch.equal(copied, x[:rows])
+            assert copied.untyped_storage().nbytes() == copied.nbytes
+            assert copied.data_ptr() != x.data_ptr()
 
 
 def test_an_error_in_a_capture_is_raised_itself():
