@@ -4,7 +4,7 @@ Weights are seeded, shapes are those of published models. Results are compared w
 above 1.05 times transformers', no speedup is printed. Prints markdown; progress goes to stderr. With several models,
 each runs in a process of its own, one after another, a few minutes each.
 
-    python scripts/bench_e2e.py --fa3 fa3.so --timm FOLDER --vllm FOLDER --json towers.json
+    python scripts/bench_e2e.py --fa3 fa3.so --fa4 FOLDER --timm FOLDER --vllm FOLDER --json towers.json
     python scripts/bench_e2e.py --read scripts/readme/towers.json --page BENCHMARKS.md --readme README.md
     python scripts/bench_e2e.py --read scripts/readme/towers.json --chart scripts/readme/towers.png
 """
@@ -22,7 +22,7 @@ from e2e.chart import draw
 from e2e.model_run import case_names, run_in_new_process, run_model
 from e2e.report import SPEED_MARKERS, TOWERS_MARKERS, block, profile_tables, speed_table
 from e2e.verdicts import Result
-from peers.attention import load_fa3
+from peers.attention import load_libraries
 from peers.rivals import RIVAL_NAMES
 
 
@@ -35,8 +35,7 @@ def measure(options: argparse.Namespace) -> list[Result]:
             save(options.json, results)
         return results
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    if options.fa3:
-        load_fa3(options.fa3)
+    load_libraries(options.fa3, options.fa4)
     return [run_model(options.models[0], options, measure_ceilings(), lambda result: save(options.json, [result]))]
 
 
@@ -46,6 +45,7 @@ def main() -> None:
     parser.add_argument("--rivals", nargs="*", choices=RIVAL_NAMES, default=list(RIVAL_NAMES), metavar="RIVAL",
                         help=f"of {', '.join(RIVAL_NAMES)}; default: all")  # fmt: skip
     parser.add_argument("--fa3", type=Path, help="library with FlashAttention 3 (_vllm_fa3_C)")
+    parser.add_argument("--fa4", type=Path, help="folder to import flash-attn-4 from")
     parser.add_argument("--timm", type=Path, help="folder to import timm 1.0.31 from")
     parser.add_argument("--vllm", type=Path, help="JSON files of vLLM's own bench on the same machine")
     parser.add_argument("--readme", type=Path, help="rewrite the speed table of README.md between its two markers")

@@ -1,9 +1,10 @@
 """Time every kernel against the best that others offer for the same work, on one GPU, in one run.
 
-Rivals: attention by cuDNN (through SDPA), FlashAttention 2 (torch's) and, if `--fa3` gives its library, FlashAttention
-3, each after RoPE in torch or in a fused Triton pass; cuBLAS followed by the rest of the operation; the plain torch
-sequence, and torch.compile of it. Results are compared with fp64 first: a case whose relative error is more than 1.05
-times that of plain torch in bf16 is not timed. Prints markdown tables; progress goes to stderr.
+Rivals: attention by cuDNN (through SDPA), FlashAttention 2 (torch's) and, if `--fa3` and `--fa4` give them,
+FlashAttention 3 and 4, each after RoPE in torch or in a fused Triton pass; cuBLAS followed by the rest of the
+operation; the plain torch sequence, and torch.compile of it. Results are compared with fp64 first: a case whose
+relative error is more than 1.05 times that of plain torch in bf16 is not timed. Prints markdown tables; progress goes
+to stderr.
 
 qwenvit's kernels rotate channel pairs (2i, 2i + 1), as in towers whose QKV weights are permuted at load. Rivals with
 RoPE in torch rotate pairs (i, i + D/2), as in transformers; rivals with a Triton pass get the faster layout for it. In
@@ -32,9 +33,18 @@ from kernel_bench.compile_time import MODELS, measure_compile_times
 from kernel_bench.pass_cases import pass_cases
 from kernel_bench.patch_cases import patch_cases
 from kernel_bench.projection_cases import projection_cases
-from kernel_bench.report import SECTIONS, Row, compile_table, draw_chart, table_header, table_row
+from kernel_bench.report import (
+    SECTIONS,
+    Row,
+    bar_text,
+    compile_table,
+    draw_chart,
+    mean_over_fa4,
+    table_header,
+    table_row,
+)
 from kernel_bench.timing import header, input_set_count, launched_kernels, median_seconds, peak_extra_bytes
-from peers.attention import HOW_RIVALS_RUN, load_fa3
+from peers.attention import HOW_RIVALS_RUN, Attention, load_libraries
 from peers.torch_compile import set_up_compile
 
 MAX_ERROR_RATIO = 1.05
@@ -43,16 +53,16 @@ MAX_RIVAL_ERROR_RATIO = 3.0
 """The same for rivals: they must do the same work, but need not reach our accuracy."""
 
 
-def all_cases(only: list[str], fa3: Path | None) -> list[Case]:
-    """Return the cases of these sections, in the order of SECTIONS."""
-    cases = attention_cases(fa3) + projection_cases() + pass_cases() + patch_cases()
+def all_cases(only: list[str], libraries: dict[str, Attention]) -> list[Case]:
+    """Return the cases of these sections, in the order of SECTIONS, with these attention libraries as rivals."""
+    cases = attention_cases(libraries) + projection_cases() + pass_cases() + patch_cases()
     return sorted((case for case in cases if case.section in only), key=lambda case: list(SECTIONS).index(case.section))
 
 
 def compile_case(only: list[str], number: int) -> None:
     """Run the implementations of one case that compile, to fill the caches on disk."""
     set_up_compile()
-    case = all_cases(only, None)[number]
+    case = all_cases(only, load_libraries())[number]
     inputs = case.make_inputs(torch.device("cuda"), DTYPE)
     for name, implementation in {**case.rivals, **case.implementations}.items():
         if "Triton" in name or "compile" in name or name in case.implementations:
@@ -164,6 +174,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS), metavar="SECTION",
                         help=f"sections to run, of {', '.join(SECTIONS)}; default: all")  # fmt: skip
     parser.add_argument("--fa3", type=Path, help="library of FlashAttention 3 (_vllm_fa3_C), for its columns")
+    parser.add_argument("--fa4", type=Path, help="folder to import flash-attn-4 from, for the columns of FA4")
     parser.add_argument("--chart", type=Path, help="write a chart to this file (PNG; needs matplotlib)")
     parser.add_argument("--json", type=Path, help="write all results to this file")
     parser.add_argument("--commit", help="commit to print where the checkout has no .git")
@@ -172,29 +183,31 @@ def main() -> None:
         raise SystemExit("bench_kernels.py: needs a GPU, and torch sees none")
     set_up_compile()
     start = time.monotonic()
-    cases = all_cases(options.only, options.fa3)
+    libraries = load_libraries(options.fa3, options.fa4)
+    cases = all_cases(options.only, libraries)
     compile_times = measure_compile_times(MODELS) if "compile" in options.only else []
     run_in_processes(compile_case, options.only, len(cases))  # `measure_all` reports the cases that fail here
     compiled = time.monotonic()
     ceilings = measure_ceilings()
     print(f"{header(ceilings, options.commit)}\n\n{HOW_RIVALS_RUN}")
-    if options.fa3:
-        load_fa3(options.fa3)
-    elif {"windows", "full", "lengths", "segments"} & set(options.only):
-        print("\nFlashAttention 3 is left out: no library was given (--fa3).")
+    if {"windows", "full", "lengths", "segments"} & set(options.only):
+        for library in (name for name in ("FA3", "FA4") if name not in libraries):
+            print(f"\n{library} is left out: it was not given (--{library.lower()}).")
     if compile_times:
         print(compile_table(compile_times))
     rows, failed = measure_all(cases, ceilings)
     if "compile" in options.only:
         failed += [f"compile: {name}: not timed" for name in set(MODELS) - {row["model"] for row in compile_times}]
-    met = [target["met"] for row in rows for target in row["bars"]]
+    means = mean_over_fa4(rows, cases)
+    met = [bar["met"] for bar in (*(bar for row in rows for bar in row["bars"]), *means)]
     measured = f"{len(cases) - len(failed)} of {len(cases)} cases measured"
     took = f"{time.monotonic() - start:.0f} s, of which {compiled - start:.0f} s compiling"
-    print(f"\n{sum(met)} of {len(met)} targets met; {measured} in {took}.")
+    print("".join(f"\n{bar_text(mean)}\n" for mean in means))
+    print(f"{sum(met)} of {len(met)} targets met; {measured} in {took}.")
     print("\n".join(failed))
     if options.json:
         results = {"header": header(ceilings, options.commit), "compile": compile_times}
-        options.json.write_text(json.dumps(results | {"rows": rows, "failed": failed}, indent=1))
+        options.json.write_text(json.dumps(results | {"rows": rows, "means": means, "failed": failed}, indent=1))
     if options.chart:
         draw_chart(rows, torch.cuda.get_device_name(), options.chart)
     if failed:

@@ -4,6 +4,7 @@ import platform
 import subprocess
 from dataclasses import dataclass
 from datetime import date
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -35,15 +36,10 @@ def describe_machine(measured: Ceilings, commit: str | None) -> str:
     driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()[0]
     checkout = Path(__file__).parent
     commit = commit or _output("git", "-C", str(checkout), "describe", "--always", "--dirty") or "unknown"
-    try:
-        import transformers
-
-        transformers_version = f", transformers {transformers.__version__}"
-    except ImportError:
-        transformers_version = ""
     versions = (
         f"torch {torch.__version__}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}, "
-        f"triton {triton.__version__}{transformers_version}, Python {platform.python_version()}"
+        f"triton {triton.__version__}{_version_of('transformers')}{_version_of('flash-attn-4')}, "
+        f"Python {platform.python_version()}"
     )
     return (
         f"{torch.cuda.get_device_name()}, driver {driver}; {versions}; commit {commit}; "
@@ -51,6 +47,14 @@ def describe_machine(measured: Ceilings, commit: str | None) -> str:
         f"Ceilings: device copy {measured.copy_bandwidth / 1e12:.2f} TB/s (read + written), "
         f"8192³ product {measured.gemm_throughput / 1e12:.0f} TFLOP/s"
     )
+
+
+def _version_of(package: str) -> str:
+    """Return a package's name and version after a comma; "" where it is not installed."""
+    try:
+        return f", {package} {metadata.version(package)}"
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def _output(*command: str) -> str:

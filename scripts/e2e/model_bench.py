@@ -58,8 +58,9 @@ class ModelBench:
         self.parity_checks = self.check_parity(fp32_encoder)
         weight_bytes = sum(parameter.nbytes for parameter in self.tower.parameters())
         self.padding_bytes = weight_bytes - cost.parameters(self.config) * DTYPE.itemsize
-        self.rivals = transformers_rivals(self.hf, self.config, options.rivals, options.fa3 is not None)
-        given = {"fa3": options.fa3, "timm": options.timm}
+        given = {"fa3": options.fa3, "fa4": options.fa4, "timm": options.timm}
+        loaded = [kind for kind in ("fa3", "fa4") if given[kind]]
+        self.rivals = transformers_rivals(self.hf, self.config, options.rivals, loaded)
         self.missing = {
             RIVAL_NAMES[kind]: f"not given {OMITTED_BY_OPTION}{kind})"
             for kind in options.rivals

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from kernel_bench.length_cases import (
     length_case,
     portable_attention,
 )
-from peers.attention import Attention, cudnn, fa2, fa3, split_qkv, torch_rope, triton_rope
+from peers.attention import Attention, split_qkv, torch_rope, triton_rope
 from qwenvit import ops
 from qwenvit.config.vision_config import VisionConfig
 from qwenvit.ops.packing import adjacent_pairs
@@ -147,11 +146,8 @@ def _targets(
     return targets
 
 
-def attention_cases(fa3_library: Path | None) -> list[Case]:
-    """Return the cases of the sections `windows`, `full`, `lengths` and `segments`; FA3 needs its library's path."""
-    libraries: dict[str, Attention] = {"cuDNN": cudnn, "FA2": fa2}
-    if fa3_library is not None:
-        libraries["FA3"] = fa3
+def attention_cases(libraries: dict[str, Attention]) -> list[Case]:
+    """Return the cases of the sections `windows`, `full`, `lengths` and `segments`, with these rivals by name."""
     cases = []
     for windows in (True, False):
         for head_dim in MODEL_BY_HEAD_DIM:

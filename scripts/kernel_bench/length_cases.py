@@ -9,7 +9,7 @@ from torch import Tensor
 
 from common.kernel_inputs import Inputs
 from kernel_bench.cases import ELEMENT_BYTES, Case, Implementation, Target, normal
-from peers.attention import Attention, split_qkv
+from peers.attention import Attention, fa4, fa4_dense, split_qkv
 from qwenvit import ops
 from qwenvit.kernels.attention import dispatch
 from qwenvit.plan.grid_plan import Segments
@@ -22,6 +22,13 @@ SEGMENT_LENGTHS = (
     tuple(4 + 7919 * i % 1997 for i in range(40)),
 )
 """Lengths of the segments of each case in the section `segments`."""
+FA4_LENGTHS = (
+    *((tokens,) for tokens in (1024, 1764, 3136, 4096, 7056, 9216, 15376, 24336)),
+    (1024,) * 16,
+)
+"""Those whose speed over FlashAttention 4 has a limit, at every head_dim."""
+OVER_FA4 = "over FA4"
+"""Text of that target. The speed is over the fastest of FlashAttention 4's ways to run."""
 
 
 def portable_attention(*arguments: object, **options: object) -> Tensor:
@@ -62,7 +69,8 @@ def length_case(
 
     def make_inputs(device: torch.device, dtype: torch.dtype) -> Inputs:
         qkv = normal(tokens, 3 * heads * head_dim, device=device, dtype=dtype)
-        return {"qkv": qkv, "cu_seqlens": cu_seqlens.to(device, copy=True)}
+        inputs = {"qkv": qkv, "cu_seqlens": cu_seqlens.to(device, copy=True)}
+        return inputs | ({"contiguous": torch.stack(split_qkv(qkv, heads))} if "FA4" in libraries else {})
 
     def run_qwenvit(x: Inputs, impl: str = "auto", attend: Callable[..., Tensor] = ops.rope_attention) -> Tensor:
         return attend(*split_qkv(x["qkv"], heads), None, None, x["cu_seqlens"], max_seqlen, impl=impl)
@@ -70,14 +78,30 @@ def length_case(
     def targets(name: str) -> tuple[Target, ...]:
         if section == "lengths":
             return (Target("over cuDNN", lambda m: m.speedup(name, "cuDNN"), 0.9),)
-        if name != "qwenvit" or "FA3" not in libraries:
+        if name != "qwenvit":
             return ()
         found: tuple[Target, ...] = ()
-        if head_dim > 64 or tokens >= 4096:
+        if "FA4" in rivals and tuple(lengths) in FA4_LENGTHS:
+            forms = [rival for rival in rivals if rival.startswith("FA4")]
+            found += (Target(OVER_FA4, lambda m: m.speedup(name, *forms), 1.0),)
+        if "FA3" in rivals and (head_dim > 64 or tokens >= 4096):
             found += (Target("over FA3", lambda m: m.speedup(name, "FA3"), _fa3_limit(lengths, head_dim)),)
-        if equal_lengths:
+        if "cuDNN" in rivals:
             found += (Target("over cuDNN", lambda m: m.speedup(name, "cuDNN"), 1.05),)
         return found
+
+    def rival(attend: Attention, contiguous: bool = False) -> Implementation:
+        def call(x: Inputs) -> Tensor:
+            q, k, v = x["contiguous"].unbind() if contiguous else split_qkv(x["qkv"], heads)
+            return attend(q, k, v, x["cu_seqlens"], max_seqlen)
+
+        return Implementation(call)
+
+    rivals = {name: rival(attend) for name, attend in libraries.items() if equal_lengths or name != "cuDNN"}
+    if "FA4" in libraries:
+        rivals["FA4 contiguous"] = rival(fa4, contiguous=True)
+        if equal_lengths:
+            rivals["FA4 dense"] = rival(fa4_dense, contiguous=True)
 
     implementations = {
         "qwenvit": Implementation(run_qwenvit),
@@ -91,13 +115,7 @@ def length_case(
         head_dim=head_dim,
         make_inputs=make_inputs,
         implementations=implementations,
-        rivals={
-            name: Implementation(
-                lambda x, attend=attend: attend(*split_qkv(x["qkv"], heads), x["cu_seqlens"], max_seqlen)
-            )
-            for name, attend in libraries.items()
-            if equal_lengths or name != "cuDNN"
-        },
+        rivals=rivals,
         truth=lambda x: attention_fp64(*split_qkv(x["qkv"].double(), heads), segments),
         baseline=Implementation(functools.partial(run_qwenvit, impl="reference")),
         minimum_bytes=4 * tokens * heads * head_dim * ELEMENT_BYTES + cu_seqlens.nbytes,

@@ -1,5 +1,8 @@
 """Rivals of the attention kernels: attention libraries after RoPE by torch or by a fused Triton pass."""
 
+import importlib
+import site
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,9 +17,11 @@ from qwenvit.plan.rope import apply_rope
 
 HOW_RIVALS_RUN = (
     "Rivals: cuDNN is `scaled_dot_product_attention` under `sdpa_kernel(CUDNN_ATTENTION)`, segments of one length as a "
-    "batch; FA2 is `torch.nn.attention.varlen.varlen_attn`; FA3 is `_vllm_fa3_C.fwd` with `cu_seqlens`; each reads "
-    "views of the packed projection, rotated before. torch RoPE is transformers' sequence in fp32. cuBLAS is "
-    "`F.linear`. `torch.compile` runs with `fullgraph=True, dynamic=False`, anew for each shape."
+    "batch; FA2 is `torch.nn.attention.varlen.varlen_attn`; FA3 is `_vllm_fa3_C.fwd` with `cu_seqlens`; FA4 is "
+    "`flash_attn.cute.flash_attn_varlen_func`; each reads views of the packed projection, rotated before. FA4 "
+    "contiguous reads contiguous tensors instead, and FA4 dense is `flash_attn.cute.flash_attn_func` on those, "
+    "segments of one length as a batch. torch RoPE is transformers' sequence in fp32. cuBLAS is `F.linear`. "
+    "`torch.compile` runs with `fullgraph=True, dynamic=False`, anew for each shape."
 )
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
 """Queries, keys, values `[S, H, D]`, cu_seqlens and max_seqlen -> `[S, H, D]`."""
@@ -45,9 +50,52 @@ def fa3(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) ->
     return out
 
 
-def load_fa3(path: Path) -> None:
-    """Load vLLM's FlashAttention 3 library (`_vllm_fa3_C`)."""
-    torch.ops.load_library(str(path))
+def fa4(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    """Run FlashAttention 4 over segments of any lengths, from the package that `load_libraries` imported."""
+    from flash_attn.cute import flash_attn_varlen_func
+
+    out = flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen,
+        softmax_scale=q.shape[2] ** -0.5,
+    )  # fmt: skip
+    return _output_of(out)
+
+
+def fa4_dense(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    """Run FlashAttention 4 without `cu_seqlens`, with segments of equal length as a batch."""
+    from flash_attn.cute import flash_attn_func
+
+    batch = (len(cu_seqlens) - 1, max_seqlen)
+    out = flash_attn_func(*(x.unflatten(0, batch) for x in (q, k, v)), softmax_scale=q.shape[2] ** -0.5)
+    return _output_of(out).flatten(0, 1)
+
+
+def _output_of(returned: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """Return the output alone: FlashAttention 4 returns it with the log-sum-exp, or by itself in some versions."""
+    return returned[0] if isinstance(returned, tuple) else returned
+
+
+def load_libraries(fa3_library: Path | None = None, fa4_folder: Path | None = None) -> dict[str, Attention]:
+    """Return the attention libraries by name: cuDNN and FA2, which torch has, and FA3 and FA4 where they are given.
+
+    Args:
+        fa3_library: vLLM's FlashAttention 3 library (`_vllm_fa3_C`), which is loaded.
+        fa4_folder: folder that flash-attn-4 was installed into; it is imported from there.
+
+    Raises:
+        OSError: FlashAttention 3 does not load.
+        ImportError: the folder has no flash-attn-4, or not all that it needs.
+    """
+    libraries: dict[str, Attention] = {"cuDNN": cudnn, "FA2": fa2}
+    if fa3_library is not None:
+        torch.ops.load_library(str(fa3_library))
+        libraries["FA3"] = fa3
+    if fa4_folder is not None:
+        sys.path.insert(0, str(fa4_folder))
+        site.addsitedir(str(fa4_folder))  # reads the folder's .pth files: cutlass-dsl is found through one
+        importlib.import_module("flash_attn.cute")
+        libraries["FA4"] = fa4
+    return libraries
 
 
 def split_qkv(qkv: Tensor, num_heads: int) -> tuple[Tensor, ...]:

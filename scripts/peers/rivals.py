@@ -4,13 +4,14 @@
 """
 
 SDPA, TIMM = "transformers sdpa", "timm"
-RIVAL_NAMES = {"sdpa": SDPA, "fa2": "transformers FA2", "fa3": "transformers FA3", "compiled": "transformers compiled",
-               "timm": TIMM}  # fmt: skip
+RIVAL_NAMES = {"sdpa": SDPA, "fa2": "transformers FA2", "fa3": "transformers FA3", "fa4": "transformers FA4",
+               "compiled": "transformers compiled", "timm": TIMM}  # fmt: skip
 """By the word that `--rivals` takes."""
 HOW_RIVALS_RUN = (
     "transformers: its tower in eager mode, `tower(pixel_values, grid_thw)`; FA2 is "
-    "`torch.nn.attention.varlen.varlen_attn`, FA3 is `_vllm_fa3_C.fwd`, either as an attention function named "
-    "`flash_…`. compiled: `torch.compile(tower, fullgraph=True, dynamic=True)` with FA3 (FA2 without it), positions, "
+    "`torch.nn.attention.varlen.varlen_attn`, FA3 is `_vllm_fa3_C.fwd`, FA4 is "
+    "`flash_attn.cute.flash_attn_varlen_func`, each as an attention function named `flash_…`. compiled: "
+    "`torch.compile(tower, fullgraph=True, dynamic=True)` with the attention named as a custom operation, positions, "
     "`cu_seqlens` and `max_seqlen` computed before; + graph: the same in a CUDA graph of exactly this input. timm: "
     "`qwen3_vit_*_enc` (no DeepStack, one image), each block compiled for this size, in a CUDA graph. vLLM: its tower, "
     "timed in another process on the same machine; + graph: the faster of a CUDA graph of exactly this input and "

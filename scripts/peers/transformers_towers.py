@@ -1,4 +1,4 @@
-"""transformers' tower in five ways: eager under three attention functions, compiled, and compiled in a CUDA graph.
+"""transformers' tower: eager under each attention function, compiled, and compiled in a CUDA graph.
 
 The tower receives pixel values and the grid, and computes every position inside the call, as its users run it. The
 compiled tower receives everything that depends on the grid alone as precomputed inputs; torch.compile breaks the graph
@@ -7,7 +7,7 @@ otherwise.
 
 import copy
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -16,21 +16,23 @@ from torch import Tensor, nn
 
 from common.hf_towers import forward
 from common.tower_inputs import Case, Outputs, PrepareCall, TowerCall
-from peers.attention import fa2, fa3
+from peers.attention import Attention, fa2, fa3, fa4
 from peers.cuda_graph import capture
 from peers.rivals import RIVAL_NAMES
 from qwenvit.config.vision_config import VisionConfig
 
 
-@torch.library.custom_op("bench_e2e::fa3", mutates_args=())
-def fa3_op(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-    """Run FlashAttention 3 as an operation that torch.compile does not trace into."""
-    return fa3(q, k, v, cu_seqlens, max_seqlen)
+def custom_operation(attention: Attention) -> Attention:
+    """Return an attention function as an operation that torch.compile does not trace into."""
+    operation = torch.library.custom_op(f"bench_e2e::{attention.__name__}", attention, mutates_args=())
+    operation.register_fake(lambda q, *_: torch.empty_like(q, memory_format=torch.contiguous_format))
+    return operation
 
 
-@fa3_op.register_fake
-def _(q: Tensor, *_: object) -> Tensor:
-    return torch.empty_like(q, memory_format=torch.contiguous_format)
+EAGER = {"fa2": fa2, "fa3": fa3, "fa4": fa4}
+"""Attention functions by the word that `--rivals` takes."""
+COMPILED = {"fa2": fa2, "fa3": custom_operation(fa3), "fa4": custom_operation(fa4)}
+"""The same for a compiled tower. torch.compile knows FA2's operation, which is torch's own."""
 
 
 def register_attention(name: str, attention: Callable[..., Tensor]) -> str:
@@ -117,15 +119,16 @@ def compiled(tower: Callable[..., Any], config: VisionConfig, in_graph: bool) ->
 
 
 def transformers_rivals(
-    tower: nn.Module, config: VisionConfig, kinds: Iterable[str], with_fa3: bool
+    tower: nn.Module, config: VisionConfig, kinds: Iterable[str], loaded: Collection[str]
 ) -> dict[str, PrepareCall]:
     """Return transformers' tower in the ways named by `kinds`, by the rival's name.
 
     Args:
         tower: transformers' tower.
         config: its config.
-        kinds: keys of `RIVAL_NAMES`; timm is built elsewhere, and FlashAttention 3 is left out without its library.
-        with_fa3: whether that library is loaded.
+        kinds: keys of `RIVAL_NAMES`; timm is built elsewhere, and `fa3` and `fa4` are left out where not loaded.
+            `compiled` is built with each of the two that is loaded, and with FlashAttention 2 where neither is.
+        loaded: those of `fa3` and `fa4` that `peers.attention.load_libraries` has loaded.
 
     Raises:
         ValueError: a kind that nothing builds.
@@ -134,14 +137,15 @@ def transformers_rivals(
     for kind in kinds:
         if kind == "sdpa":
             rivals[RIVAL_NAMES[kind]] = eager(tower, "sdpa")
-        elif kind == "fa2" or (kind == "fa3" and with_fa3):
-            rivals[RIVAL_NAMES[kind]] = eager(
-                tower, register_attention(f"flash_{kind}", {"fa2": fa2, "fa3": fa3}[kind])
-            )
+        elif kind == "fa2" or kind in loaded:
+            rivals[RIVAL_NAMES[kind]] = eager(tower, register_attention(f"flash_{kind}", EAGER[kind]))
         elif kind == "compiled":
-            compiled_tower = compile_tower(tower, register_attention("flash_op", fa3_op if with_fa3 else fa2))
-            rivals[RIVAL_NAMES[kind]] = compiled(compiled_tower, config, in_graph=False)
-            rivals[f"{RIVAL_NAMES[kind]} + graph"] = compiled(compiled_tower, config, in_graph=True)
-        elif kind not in ("fa3", "timm"):
+            for library in loaded or ["fa2"]:
+                name = register_attention(f"flash_{library}_compiled", COMPILED[library])
+                compiled_tower = compile_tower(tower, name)
+                rival = f"{RIVAL_NAMES[kind]} {library.upper()}"
+                rivals[rival] = compiled(compiled_tower, config, in_graph=False)
+                rivals[f"{rival} + graph"] = compiled(compiled_tower, config, in_graph=True)
+        elif kind not in RIVAL_NAMES:
             raise ValueError(f"kinds: expected some of {', '.join(RIVAL_NAMES)}, got {kind!r}")
     return rivals

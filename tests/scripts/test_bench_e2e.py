@@ -90,18 +90,17 @@ def test_rivals_do_the_same_work(family):
 def test_rivals_asked_for():
     tower = build_tower(NARROW["qwen3_vl"])
     config = NARROW["qwen3_vl"]
-    names = list(transformers_towers.transformers_rivals(tower, config, RIVAL_NAMES, with_fa3=True))
-    assert names == [
-        "transformers sdpa",
-        "transformers FA2",
-        "transformers FA3",
-        "transformers compiled",
-        "transformers compiled + graph",
-    ]
-    without_fa3 = transformers_towers.transformers_rivals(tower, config, RIVAL_NAMES, with_fa3=False)
-    assert "transformers FA3" not in without_fa3
+    compiled = [f"compiled {library}{graph}" for library in ("FA2", "FA3", "FA4") for graph in ("", " + graph")]
+    for loaded, expected in (
+        (["fa3", "fa4"], ["sdpa", "FA2", "FA3", "FA4", *compiled[2:]]),
+        (["fa3"], ["sdpa", "FA2", "FA3", *compiled[2:4]]),
+        (["fa4"], ["sdpa", "FA2", "FA4", *compiled[4:]]),
+        ([], ["sdpa", "FA2", *compiled[:2]]),
+    ):
+        names = list(transformers_towers.transformers_rivals(tower, config, RIVAL_NAMES, loaded))
+        assert names == [f"transformers {name}" for name in expected]
     with pytest.raises(ValueError, match=r"kinds: expected some of .* got 'flashy'"):
-        transformers_towers.transformers_rivals(tower, config, ["flashy"], with_fa3=True)
+        transformers_towers.transformers_rivals(tower, config, ["flashy"], ["fa3"])
 
 
 def test_timm_without_a_tower_says_so(tmp_path):

@@ -106,7 +106,7 @@ def test_flops_are_those_that_torch_counts(case):
 
 
 def test_cases_cover_the_published_shapes():
-    cases = bench_kernels.all_cases(list(kernel_report.SECTIONS), None)
+    cases = bench_kernels.all_cases(list(kernel_report.SECTIONS), peer_attention.load_libraries())
     found = Counter((case.section, case.head_dim, case.tokens) for case in cases)
     sizes = (1024, 2304, 4096, 9216, 784, 1764, 3136, 7056)
     for section in ("windows", "full"):
@@ -171,7 +171,7 @@ def test_kernel_labels_and_names_of_passes():
     assert kernel_label("nvjet_tst_128x256_64x4_2x1_v_bz_coopA_bias_TNN") == "cuBLAS"
     assert kernel_label("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16") == "cuDNN"
     assert kernel_label("_window_attention") == "_window_attention"
-    cases = TINY_CASES + bench_kernels.all_cases(list(kernel_report.SECTIONS), None)
+    cases = TINY_CASES + bench_kernels.all_cases(list(kernel_report.SECTIONS), peer_attention.load_libraries())
     passes = {name for case in cases for name in case.pass_bytes}
     assert passes
     assert passes <= kernel_cases.own_kernels()
