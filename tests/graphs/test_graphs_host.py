@@ -3,9 +3,12 @@
 import contextlib
 import copy
 import gc
+import pickle
 import random
 import subprocess
 import sys
+import threading
+import time
 import weakref
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -275,6 +278,76 @@ def test_pixel_values_reach_the_graph_as_they_are(calls):
         assert calls[-1][2] is pixel_values
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_call_waits_for_the_one_before_on_the_gpu(calls, no_cuda, fails):
+    """Its work starts after the event of the last call, and its own event is recorded even after a failure."""
+    streams = [Mock(), Mock()]
+    no_cuda.Event = lambda: SimpleNamespace(record=lambda stream: calls.append(("recorded", stream)))
+    for stream in streams:
+        stream.wait_event.side_effect = lambda event, stream=stream: calls.append(("waited", stream, event))
+    tower = cpu_tower()
+    graphs = GraphedTower(tower)
+    event = graphs._last_call_done
+    for stream in streams:
+        no_cuda.current_stream.return_value = stream
+        images(graphs, 4)
+    first, second = ([call for call in calls if call[0] != "captured"][start : start + 3] for start in (0, 3))
+    for made, stream in zip((first, second), streams, strict=True):
+        assert made[0] == ("waited", stream, event)
+        assert made[1][0] == "replayed"
+        assert made[2] == ("recorded", stream)
+    if fails:
+        for stub in graphs._graphs.values():
+            stub.replay = Mock(side_effect=MemoryError)
+        with pytest.raises(MemoryError):
+            images(graphs, 4)
+        assert calls[-1] == ("recorded", streams[1])
+
+
+def test_calls_of_several_threads_run_one_after_another(calls, monkeypatch):
+    tower = cpu_tower()
+    graphs = GraphedTower(tower)
+    images(graphs, 4, 4)
+    running, together = [], []
+
+    def replay(*_):
+        running.append(1)
+        time.sleep(0.01)
+        together.append(len(running))
+        running.pop()
+
+    for stub in graphs._graphs.values():
+        monkeypatch.setattr(stub, "replay", replay)
+    threads = [threading.Thread(target=images, args=(graphs, 4, 4)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert together == [1] * 8
+
+
+def test_one_capture_at_a_time_in_a_process(calls, monkeypatch):
+    towers = [cpu_tower() for _ in range(3)]
+    capturing_now, together = [], []
+
+    class SlowGraph(graphed_tower.Graph):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            capturing_now.append(1)
+            time.sleep(0.01)
+            together.append(len(capturing_now))
+            capturing_now.pop()
+
+    monkeypatch.setattr(graphed_tower, "Graph", SlowGraph)
+    threads = [threading.Thread(target=images, args=(GraphedTower(tower), 4, 8, 12)) for tower in towers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(together) >= 6
+    assert set(together) == {1}
+
+
 def test_a_batch_too_large_for_a_graph_takes_pixel_values_or_a_callable(no_cuda, monkeypatch):
     no_cuda.current_stream = Mock()
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda table: table)
@@ -386,6 +459,16 @@ def test_no_thread_synchronizes_with_the_gpu_during_a_capture(no_cuda):
     assert not CAPTURE_LOCK.locked()
 
 
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda tower: pickle.loads(pickle.dumps(tower))])
+def test_copies_start_without_graphs(no_cuda, duplicate):
+    tower = cpu_tower()
+    tower.graphs = GraphedTower(tower)
+    twin = duplicate(tower)
+    assert twin.graphs is None
+    assert tower.graphs.tower is tower
+    assert torch.equal(twin.patch_embed.weight, tower.patch_embed.weight)
+
+
 def test_a_shallow_copy_has_graphs_of_its_own(no_cuda, monkeypatch):
     tower = cpu_tower()
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
@@ -462,6 +545,27 @@ def test_garbage_is_collected_around_a_capture_but_not_during_one(no_cuda, monke
     assert made.graph.capture_begin.call_args.kwargs["pool"] == "pool"
     assert made.graph.capture_end.called
     assert gc.isenabled()
+
+
+def test_a_replay_reads_the_table_of_its_batch(monkeypatch, make_graph):
+    monkeypatch.setattr(graph, "reserve_workspaces", Mock())
+    made = make_graph(cpu_tower("reference", torch.float32), lambda x, _: TowerOutput(x, x[::4].clone(), []))
+    seen = []
+    monkeypatch.setattr(made.graph, "replay", lambda: seen.append(made.table.clone()))
+    first, second = torch.full_like(made.table, 1), torch.full_like(made.table, 2)
+    rows = torch.zeros(16, made.pixel_values.shape[1])
+    order = [first, first, second, second, first]
+    for table in order:
+        made.replay(table, rows, 16)
+    assert all(map(torch.equal, seen, order))
+    # A table whose copy failed is copied again, even if it is the one from before.
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "copy_", Mock(side_effect=RuntimeError("copy")))
+        with pytest.raises(RuntimeError, match="copy"):
+            made.replay(second, rows, 16)
+    made.table.fill_(3)  # what a copy that failed halfway may leave
+    made.replay(first, rows, 16)
+    assert torch.equal(seen[-1], first)
 
 
 @pytest.mark.parametrize("deepstack", [0, 3])

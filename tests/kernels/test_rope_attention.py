@@ -145,6 +145,10 @@ def test_mistakes_exceed_the_tolerance():
         ({"max_seqlen": 64.0}, ValueError, "max_seqlen: expected"),
         ({"scale": 0.0}, ValueError, "scale: expected"),
         ({"impl": "cuda"}, ValueError, "impl: expected"),
+        *(
+            ({name: torch.zeros(20, 2, 64, requires_grad=True)}, ValueError, "impl: 'triton' means Triton here")
+            for name in "qkv"
+        ),
     ],
 )
 def test_bad_input_is_named(change, kind, message):
