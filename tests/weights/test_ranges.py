@@ -74,6 +74,15 @@ class Memory(RangeReader):
         yield DATA[first : first + length]
 
 
+def test_a_chunk_that_ends_early_is_refused_and_not_recorded(tmp_path):
+    """The file on the server may have become shorter since its header was read."""
+    file, end = tmp_path / "file", len(DATA)
+    chunks = [Chunk("url", 0, 4, 100), Chunk("url", end - 100, 104, 110)]
+    with pytest.raises(ValueError, match=f"url: truncated: expected 110 bytes at byte {end - 100}, got 100"):
+        download(Memory(), chunks, b"head", file, "")
+    assert "1" not in journal_path(file).read_text().split("\n")[1:]
+
+
 def test_after_a_power_cut_at_any_byte_of_the_journal_only_listed_chunks_count(tmp_path, monkeypatch):
     monkeypatch.setattr(ranges, "THREADS", 1)
     monkeypatch.setattr(ranges.os, "fsync", lambda _: None)

@@ -1,0 +1,113 @@
+"""The mistakes that `mutate.py` makes, each with the tests that should notice it."""
+
+from typing import NamedTuple
+
+
+class Mutant(NamedTuple):
+    """One change: `before` occurs once in `function` of `file`, and becomes `after`."""
+
+    file: str
+    function: str
+    before: str
+    after: str
+    tests: tuple[str, ...]
+
+    def __str__(self) -> str:
+        change = f"{' '.join(self.before.split())} -> {' '.join(self.after.split())}"
+        return f"{self.file} {self.function}: {change}"
+
+
+def _mutants(file: str, tests: str, *changes: tuple[str, str, str]) -> list[Mutant]:
+    return [Mutant(file, *change, tuple(tests.split())) for change in changes]
+
+
+MUTANTS = [
+    *_mutants(
+        "kernels/attention/hopper.py", "tests/kernels/test_hopper_on_cpu.py",
+        ("_consume", "> MAX_GROWTH, b_row_max, b_max)", "> 1e9, b_row_max, b_max)"),
+        ("_consume", "b_sums *= ", "_ = "),
+        ("_consume", "b_rest *= ", "_ = "),
+        ("_consume", "if I_CONSUMER == 0:", "if I_CONSUMER == 9:"),
+        ("_consume", " & (i_next_pair < pair_end - 1)", ""),
+        ("_consume", "if i_last_pair < pair_end - 1:", "if i_last_pair < pair_end - 5:"),
+        ("_skip_pair", "_wait_for_pair(kv_full, i_pair)", "i_pair % STAGES"),
+        ("_pass_turn", "(I_CONSUMER + 1)", "(I_CONSUMER + 2)"),
+        ("end_with_ones", "value=1.0", "value=0.0"),
+    ),
+    *_mutants(
+        "kernels/attention/hopper_producer.py", "tests/kernels/test_hopper_on_cpu.py",
+        ("produce", "if i_pair >= STAGES:", "if i_pair >= STAGES + 1:"),
+        ("produce", "gl.maximum(i_pair - STAGES, 0)", "i_pair"),
+        ("produce", "i_key + STEP_KEYS", "i_key"),
+        ("produce", "(512 * n_segments <= S)", "(512 * n_segments > S)"),
+    ),
+    *_mutants(
+        "qwenvit/graphs/graphed_tower.py", "tests/graphs/test_graphs_host.py",
+        ("GraphedTower._serialized", "stream.wait_event(self._last_call_done)", "pass"),
+        ("GraphedTower._serialized", "self._last_call_done.record(stream)", "pass"),
+        ("GraphedTower._encode", "with self._lock:", "if True:"),
+        ("GraphedTower._graph_for", "with CAPTURE_LOCK, ", "with "),
+        ("GraphedTower._graph_for", "self._graphs.move_to_end(key)", "pass"),
+        ("GraphedTower._graph_for", "self._pool_patches = 0", "pass"),
+        ("GraphedTower._capture", "self._graphs.popitem(last=False)", "self._graphs.popitem()"),
+        ("GraphedTower._prepare", "self._prepared.popitem(last=False)", "self._prepared.popitem()"),
+        ("GraphedTower.warm_up", "next_size < patches + unit", "next_size < patches"),
+        ("GraphedTower.__reduce__", "return type(None), ()", "return object.__reduce_ex__(self, 2)"),
+    ),
+    *_mutants(
+        "qwenvit/graphs/graph.py", "tests/graphs/test_graphs_host.py",
+        ("Graph.replay", "if table is not self._host_table:", "if self._host_table is None:"),
+        ("Graph.replay", "self._host_table = None", "pass"),
+    ),
+    *_mutants(
+        "qwenvit/graphs/capture.py", "tests/graphs/test_graphs_host.py",
+        ("garbage_collection_paused", "if enabled:", "if not enabled:"),
+    ),
+    *_mutants(
+        "weights/ranges.py", "tests/weights/test_ranges.py",
+        ("_RETRYABLE_STATUSES", "429, ", ""),
+        ("_file_size", ' or begin.partition("-")[0] != str(first)', ""),
+        ("_finished_chunks", '.split("\\n")[:-1]', '.split("\\n")'),
+        ("download.fetch", "if written != chunk.length:", "if False:"),
+    ),
+    *_mutants(
+        "weights/header.py", "tests/weights/test_local.py",
+        ("parse_header", "and file_size != position:", "and file_size < position:"),
+        ("parse_header", "if entry.start != position:", "if entry.start < position:"),
+    ),
+    *_mutants(
+        "weights/hub.py", "tests/weights/test_hub_refs.py tests/weights/test_hub.py",
+        ("_pin", "os.replace(temporary, file)", "file.write_text(temporary.read_text()); temporary.unlink()"),
+        ("_is_complete", " and (directory / CONFIG).is_file()", ""),
+    ),
+    *_mutants(
+        "weights/local.py", "tests/weights/test_local.py",
+        ("write_safetensors", "os.replace(temporary, target)", "target.write_bytes(temporary.read_bytes())"),
+    ),
+    *_mutants(
+        "qwenvit/preprocess/resize.py", "tests/preprocess/test_image_processor.py",
+        ("smart_resize", "if area > max_pixels:", "if area >= max_pixels:"),
+        ("smart_resize", "elif area < min_pixels:", "elif area <= min_pixels:"),
+    ),
+    *_mutants(
+        "qwenvit/preprocess/batching.py", "tests/preprocess/test_batching.py",
+        ("batches", "patches + more_patches > max_patches", "patches + more_patches >= max_patches"),
+        ("batches", "num_bytes + more_bytes > max_bytes", "num_bytes + more_bytes >= max_bytes"),
+        ("batches", "len(batch) == IMAGES_PER_BATCH", "False"),
+    ),
+    *_mutants(
+        "qwenvit/preprocess/prefetch.py", "tests/preprocess/test_prefetch.py",
+        ("prefetch", "ready_bytes -= size(head)", "pass"),
+        ("prefetch", "if source_error is not None:", "if False:"),
+        ("prefetch", "and ready_bytes < MAX_READY_BYTES", ""),
+    ),
+    *_mutants(
+        "qwenvit/ops/attention.py", "tests/kernels/test_checks.py",
+        ("_passes_fast_check", "k.shape == shape == v.shape", "k.shape == shape"),
+        ("_passes_fast_check", "q.stride(2) == k.stride(2) == v.stride(2) == 1", "q.stride(2) == k.stride(2) == 1"),
+    ),
+    *_mutants(
+        "qwenvit/cli/commands.py", "tests/cli/test_cli.py",
+        ("_image_files", "p.suffix.lower() in IMAGE_SUFFIXES", "p.suffix in IMAGE_SUFFIXES"),
+    ),
+]  # fmt: skip
