@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from qwenvit import ops, packing, registry
     from qwenvit.config import VisionConfig
     from qwenvit.default_encoder import encode
+    from qwenvit.embedding_file import load_embeddings
     from qwenvit.encoder import Encoder
     from qwenvit.mrope.positions import rope_index
-    from qwenvit.outputs import Embeddings, ItemEmbeddings, TowerOutput
+    from qwenvit.outputs import Embeddings, ItemEmbeddings, TowerOutput, VideoTimes
     from qwenvit.preprocess.sampling import sample_frames
     from qwenvit.towers.attention import VisionAttention
 
@@ -27,9 +28,11 @@ __all__ = [
     "Encoder",
     "ItemEmbeddings",
     "TowerOutput",
+    "VideoTimes",
     "VisionAttention",
     "VisionConfig",
     "encode",
+    "load_embeddings",
     "ops",
     "packing",
     "registry",
@@ -43,9 +46,11 @@ _MODULE_OF = {
     "Encoder": "qwenvit.encoder",
     "ItemEmbeddings": "qwenvit.outputs",
     "TowerOutput": "qwenvit.outputs",
+    "VideoTimes": "qwenvit.outputs",
     "VisionAttention": "qwenvit.towers.attention",
     "VisionConfig": "qwenvit.config",
     "encode": "qwenvit.default_encoder",
+    "load_embeddings": "qwenvit.embedding_file",
     "rope_index": "qwenvit.mrope.positions",
     "sample_frames": "qwenvit.preprocess.sampling",
 }

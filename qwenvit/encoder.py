@@ -1,7 +1,7 @@
 """The encoder: turns images, videos or pixel values into embeddings."""
 
 import os
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from qwenvit.arguments import Impl, check_device, check_dtype
 from qwenvit.graphs.graphed_tower import graphs_of
-from qwenvit.outputs import Embeddings, ItemEmbeddings, TowerOutput
+from qwenvit.outputs import Embeddings, ItemEmbeddings, TowerOutput, VideoTimes
 from qwenvit.pipeline import OnError, check_on_error, embed_batches, handle_errors
 from qwenvit.plan.grid_plan import GridPlan
 from qwenvit.plan.inputs import CheckedGrid, WritePixels, check_grid, check_pixel_values
@@ -26,6 +26,7 @@ from qwenvit.preprocess.options import ImageOptions
 from qwenvit.preprocess.prefetch import Prefetched, check_num_workers, prefetch
 from qwenvit.preprocess.prepared import Prepared
 from qwenvit.preprocess.video_file import Clip, VideoFile
+from qwenvit.preprocess.video_frames import sized_frames
 from qwenvit.preprocess.video_processor import VideoProcessor
 from qwenvit.towers import demo
 from qwenvit.towers.checkpoint import directory_of, load_tower, locate, save_tower
@@ -160,7 +161,7 @@ class Encoder:
             OverflowError: the features exceed the range of float16.
         """
         batches = self._encode_batches(images, num_workers, on_error, progress, decode, options)
-        return Embeddings.concatenate(list(batches), self.config.spatial_merge_size)
+        return Embeddings.concatenate(list(batches))
 
     def iter_encode(
         self,
@@ -237,10 +238,10 @@ class Encoder:
     ) -> Generator[Embeddings]:
         empty = torch.empty(0, self.config.out_hidden_size, device=self.device, dtype=self.dtype)
         layers = [empty] * (1 + len(self.config.deepstack_visual_indexes))
-        merge_size, may_split = self.config.spatial_merge_size, self._is_batch_invariant()
+        may_split = self._is_batch_invariant()
         with closing(prefetched), progress_bar() if progress_bar else nullcontext() as bar:
             usable = handle_errors(prefetched, on_error)
-            for batch in embed_batches(usable, self._run, self.device, merge_size, layers, max_patches, may_split):
+            for batch in embed_batches(usable, self._run, self.device, self.config, layers, max_patches, may_split):
                 if bar is not None:
                     bar.update(len(batch))
                 yield batch
@@ -251,6 +252,7 @@ class Encoder:
         *,
         fps: float | None = None,
         num_frames: int | None = None,
+        frame_times: Sequence[float] | None = None,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         size: Mapping[str, int] | None = None,
@@ -267,6 +269,8 @@ class Encoder:
             fps: frames per second to take of a video file.
             num_frames: frames to take of a video file in all. Where neither is passed, the checkpoint's own settings
                 sample the frames; `sample_frames` does the same for frames that you decode.
+            frame_times: seconds from the start of the video for each frame of a list or array, ascending, as some
+                language models need them (`ItemEmbeddings.times`). Those of a video file are known.
             min_pixels: lower bound of the area of each frame (Qwen2 and 2.5) or of all frames together (Qwen3 and
                 later). None: the video processor's own.
             max_pixels: upper bound of that area. None: the video processor's own.
@@ -287,22 +291,32 @@ class Encoder:
             OverflowError: the features exceed the range of float16.
         """
         workers = check_num_workers(num_workers)
-        processor = self.video_processor.with_bounds(min_pixels, max_pixels, size)
+        processor, times = self.video_processor.with_bounds(min_pixels, max_pixels, size), None
+        group = processor.temporal_patch_size
         if isinstance(frames, str | os.PathLike):
             if channels is not None:
                 raise ValueError(f"channels: expected None with a video file, got {channels!r}")
+            if frame_times is not None:
+                raise ValueError("frame_times: expected None with a video file, whose times are known")
             video = VideoFile(frames)
             indices = processor.sample(video.num_frames, video.fps, fps=fps, num_frames=num_frames)
             frames, channels = Clip(video, indices), "last"
+            frame_times = [index / video.fps for index in indices]
+            # As transformers counts it, over the whole file rather than from the first frame to the last.
+            second_per_grid = group / (len(indices) / video.num_frames * video.fps)
+            times = VideoTimes.of_frames(frame_times, len(indices), group, second_per_grid)
         elif fps is not None or num_frames is not None:
             raise ValueError("fps, num_frames: expected None with frames, which are all encoded; see sample_frames")
+        elif frame_times is not None:
+            sized: Collection[ImageInput] = sized_frames(frames)
+            times = VideoTimes.of_frames(frame_times, len(sized), group)
+            frames = sized
         prepare = processor.preparer(frames, self.device, channels=channels, cap_pixels_per_frame=cap_pixels_per_frame)
         pieces = self._prefetch(prepare.pieces(), prepare, workers)
         max_patches = PATCHES_PER_VIDEO_BATCH if self.device.type == "cuda" else PATCHES_PER_BATCH
-        merge_size = self.config.spatial_merge_size
-        parts = Embeddings.concatenate(list(self._run_batches(pieces, "raise", max_patches)), merge_size)
+        parts = Embeddings.concatenate(list(self._run_batches(pieces, "raise", max_patches)))
         grid_thw = torch.tensor([prepare.grid], device="cpu")
-        return Embeddings(parts.packed, grid_thw, parts.deepstack, merge_size, video=True)
+        return Embeddings(parts.packed, grid_thw, parts.deepstack, self.config, video=True, times=times)
 
     def __call__(self, pixel_values: Tensor, grid_thw: Tensor) -> TowerOutput:
         """Run the tower on the tensors that a Hugging Face processor returns.

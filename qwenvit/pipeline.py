@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from qwenvit.config.vision_config import VisionConfig
 from qwenvit.outputs import Embeddings, TowerOutput
 from qwenvit.plan.inputs import CheckedGrid, WritePixels, check_grid
 from qwenvit.preprocess.batching import BYTES_PER_BATCH, batches
@@ -48,7 +49,7 @@ def embed_batches(
     images: Iterable[Prefetched[Prepared]],
     run: RunTower,
     device: torch.device,
-    spatial_merge_size: int,
+    config: VisionConfig,
     empty: Sequence[Tensor],
     max_patches: int,
     may_split: bool,
@@ -62,7 +63,7 @@ def embed_batches(
         images: drawn one at a time.
         run: runs the tower on a batch.
         device: the tower's device.
-        spatial_merge_size: side of a merged token in patches.
+        config: the tower's config.
         empty: the tokens and the DeepStack features of no image, each `[0, out_hidden_size]`.
         max_patches: most patches of a batch.
         may_split: whether an item's bits are the same in every batch. Then images do not wait in a batch, or their
@@ -97,7 +98,7 @@ def embed_batches(
         if has_images := bool(batch):
             if len(unfinished) == BATCHES_IN_FLIGHT:
                 unfinished.popleft().synchronize()
-            launched.append(_launch(batch, run, spatial_merge_size, empty, streams))
+            launched.append(_launch(batch, run, config, empty, streams))
             if (done := launched[-1][1]) is not None:
                 unfinished.append(done)
         del batch  # its frames would stay in memory while the next are collected
@@ -126,15 +127,15 @@ def _upload(image: Prefetched[Prepared], device: torch.device, streams: Streams)
 
 
 def _launch(
-    batch: list[Prefetched[Prepared]], run: RunTower, spatial_merge_size: int, empty: Sequence[Tensor], streams: Streams
+    batch: list[Prefetched[Prepared]], run: RunTower, config: VisionConfig, empty: Sequence[Tensor], streams: Streams
 ) -> tuple[Embeddings, torch.cuda.Event | None]:
     """Queue a batch, and return its embeddings and the event after which they are there."""
     prepared = [image.result for image in batch if image.result is not None]
     skipped = [position for position, image in enumerate(batch) if image.result is None]
     if not prepared:
         no_grids = torch.empty(0, 3, dtype=torch.int64, device="cpu")
-        return Embeddings(empty[0], no_grids, list(empty[1:]), spatial_merge_size, skipped=skipped), None
-    grid = check_grid([one.grid for one in prepared], spatial_merge_size)
+        return Embeddings(empty[0], no_grids, list(empty[1:]), config, skipped=skipped), None
+    grid = check_grid([one.grid for one in prepared], config.spatial_merge_size)
     patches = [math.prod(one.grid) for one in prepared]
 
     def write(pixel_values: Tensor) -> None:
@@ -154,9 +155,7 @@ def _launch(
             for one in prepared:
                 one.record_stream(compute)
             done = compute.record_event(torch.cuda.Event(blocking=True))
-        embeddings = Embeddings(
-            output.pooler_output, grid.tensor, output.deepstack_features, spatial_merge_size, skipped=skipped
-        )
+        embeddings = Embeddings(output.pooler_output, grid.tensor, output.deepstack_features, config, skipped=skipped)
     return embeddings, done
 
 

@@ -10,6 +10,7 @@ from qwenvit import pipeline
 from qwenvit.encoder import Encoder
 from qwenvit.outputs import TowerOutput
 from qwenvit.preprocess.prefetch import WAITING, Prefetched
+from support.towers import SMALL
 
 EMPTY = [torch.empty(0, 3)]
 GPU = torch.device("cuda", 0)
@@ -98,7 +99,7 @@ def run_on(cuda):
 
 def embed(cuda, images, max_patches=8, may_split=False):
     """Yield what `embed_batches` yields, and log when."""
-    found = pipeline.embed_batches(images, run_on(cuda), GPU, 2, EMPTY, max_patches, may_split)
+    found = pipeline.embed_batches(images, run_on(cuda), GPU, SMALL["qwen2_vl"], EMPTY, max_patches, may_split)
     for batch in found:
         cuda.log.append(("yielded", len(batch)))
         yield batch

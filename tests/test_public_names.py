@@ -20,6 +20,8 @@ TOP_LEVEL = (
     "Embeddings",
     "ItemEmbeddings",
     "TowerOutput",
+    "VideoTimes",
+    "load_embeddings",
     "ops",
     "packing",
     "registry",
@@ -29,7 +31,7 @@ MODULES = {
     "qwenvit.packing": PACKING,
     "qwenvit.registry": ("PUBLISHED", "published_config"),
     "qwenvit.config": ("VisionConfig",),
-    "qwenvit.integrations.transformers": ("use_rope_index",),
+    "qwenvit.integrations.transformers": ("use_attention", "use_qwenvit", "use_rope_index", "use_tower"),
 }
 
 
@@ -46,6 +48,9 @@ def test_every_public_path():
     imports += [f"import {module}; [getattr({module}, name) for name in {names}]" for module, names in MODULES.items()]
     code = (
         "import sys\n"
+        "sys.path.insert(0, 'scripts')\n"  # transformers imports torchvision
+        "from common.torchvision_cpu import define_torchvision_schemas\n"
+        "define_torchvision_schemas()\n"
         f"for code in {imports}:\n"
         "    for name in [name for name in sys.modules if name.partition('.')[0] == 'qwenvit']:\n"
         "        del sys.modules[name]\n"

@@ -1,12 +1,11 @@
 """The subcommands of `qwenvit`: each takes the parsed arguments and returns the exit code."""
 
 import argparse
-import json
 import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,11 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import tqdm
 from PIL import Image
-from torch import Tensor
 
 from qwenvit.cli.feature_map import patch_features, pca_picture, side_by_side
 from qwenvit.config.published import PUBLISHED, published_config
 from qwenvit.config.vision_config import VisionConfig
+from qwenvit.embedding_file import save_embeddings
 from qwenvit.encoder import Encoder
 from qwenvit.outputs import ItemEmbeddings
 from qwenvit.plan.grid_plan import GridPlan
@@ -29,7 +28,6 @@ from qwenvit.preprocess.image_processor import ImageProcessor
 from qwenvit.towers import demo
 from qwenvit.towers.checkpoint import directory_of, locate, read_config
 from qwenvit.towers.cost import flops, parameters
-from qwenvit.weights.local import write_safetensors
 
 IMAGE_SUFFIXES = {
     ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg",
@@ -65,8 +63,7 @@ def encode(arguments: argparse.Namespace) -> int:
     to_folder = _prepare_output(arguments.output)
     encoder = _load(arguments)
     encoder.image_processor.with_bounds(**_pixel_bounds(arguments))  # fail on impossible bounds here, not at every file
-    all_tensors: dict[str, Tensor] = {}
-    grids: dict[str, tuple[int, ...]] = {}
+    items: dict[str, ItemEmbeddings] = {}
     encoded = 0
     print(f"{'image':<32} {'grid':>9} {'tokens':>7} {'ms':>9} {'norm':>9}")
     try:
@@ -82,14 +79,15 @@ def encode(arguments: argparse.Namespace) -> int:
             grid = f"{item.grid[1]}x{item.grid[2]}"
             tqdm.write(f"{name[-32:]:<32} {grid:>9} {len(item.tokens):>7} {milliseconds:>9.1f} {norm:>9.2f}")
             if to_folder:
-                _save(_named_tensors(item, ""), {name: item.grid}, arguments, arguments.output / f"{name}.safetensors")
+                target = arguments.output / f"{name}.safetensors"
+                target.parent.mkdir(parents=True, exist_ok=True)
+                save_embeddings(target, {name: item}, arguments.model, prefixed=False)
             else:
-                all_tensors |= _named_tensors(item, f"{name}/")
-                grids[name] = item.grid
+                items[name] = item.cpu()
             encoded += 1
     finally:  # an interrupted run keeps what it has encoded
-        if all_tensors:
-            _save(all_tensors, grids, arguments, arguments.output)
+        if items:
+            save_embeddings(arguments.output, items, arguments.model)
         print(f"{encoded} of {len(files)} images -> {arguments.output if encoded else 'nothing written'}")
     return 0 if encoded == len(files) else 1
 
@@ -216,19 +214,6 @@ def _prepare_output(target: Path) -> bool:
         raise CommandError(f"--output: expected a folder or a file called *.safetensors, got {target}")
     target.parent.mkdir(parents=True, exist_ok=True)
     return False
-
-
-def _named_tensors(item: ItemEmbeddings, prefix: str) -> dict[str, Tensor]:
-    tensors = {f"{prefix}tokens": item.tokens}
-    tensors |= {f"{prefix}deepstack.{level}": layer for level, layer in enumerate(item.deepstack)}
-    return {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
-
-
-def _save(
-    tensors: dict[str, Tensor], grids: Mapping[str, tuple[int, ...]], arguments: argparse.Namespace, target: Path
-) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_safetensors(target, tensors, {"grids": json.dumps(grids), "model": json.dumps(arguments.model)})
 
 
 def _one_line(error: Exception) -> str:

@@ -50,8 +50,9 @@ def _parser() -> argparse.ArgumentParser:
         help="images in, embeddings out",
         description="Embed image files. Prints each image's grid of tokens (rows x columns), their number, the time "
         "and the mean norm of its tokens.",
-        epilog="The .safetensors file has NAME/tokens and NAME/deepstack.K for every image, and the grids in its "
-        "metadata. With a folder as output, every image gets a file of its own.",
+        epilog="The .safetensors file has NAME/tokens and NAME/deepstack.K for every image, and the grids and the "
+        "tower's config in its metadata. With a folder as output, every image gets a file of its own. "
+        "qwenvit.load_embeddings reads both.",
     )
     command.add_argument(
         "inputs", nargs="+", type=Path, metavar="FILE_OR_FOLDER", help="folders are searched recursively"

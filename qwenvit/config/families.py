@@ -24,6 +24,8 @@ class Family:
     """Whether patches get learned positions besides RoPE."""
     deepstack: bool = False
     """Whether chosen blocks emit DeepStack features (arXiv:2406.04334)."""
+    video_times: Literal["unused", "positions", "text"] = "unused"
+    """How the language model learns when frames are shown: by temporal positions, or by timestamps in the prompt."""
 
     @property
     def patch_bias(self) -> bool:
@@ -33,7 +35,9 @@ class Family:
 
 FAMILIES: dict[str, Family] = {
     "qwen2_vl": Family(("qwen2_vl_vision", "qwen2_vl"), "quick_gelu"),
-    "qwen2_5_vl": Family(("qwen2_5_vl_vision", "qwen2_5_vl"), "silu", "rms", gated_mlp=True, windowed=True),
+    "qwen2_5_vl": Family(
+        ("qwen2_5_vl_vision", "qwen2_5_vl"), "silu", "rms", gated_mlp=True, windowed=True, video_times="positions"
+    ),
     "qwen2_5_omni": Family(
         ("qwen2_5_omni_vision_encoder", "qwen2_5_omni", "qwen2_5_omni_thinker"),
         "silu",
@@ -41,23 +45,27 @@ FAMILIES: dict[str, Family] = {
         gated_mlp=True,
         separate_qkv=True,
         windowed=True,
+        video_times="positions",
     ),
     "qwen3_vl": Family(
         ("qwen3_vl_vision", "qwen3_vl", "qwen3_vl_moe_vision", "qwen3_vl_moe"),
         "gelu_pytorch_tanh",
         learned_positions=True,
         deepstack=True,
+        video_times="text",
     ),
     "qwen3_omni": Family(
         ("qwen3_omni_moe_vision_encoder", "qwen3_omni_moe", "qwen3_omni_moe_thinker"),
         "gelu_pytorch_tanh",
         learned_positions=True,
         deepstack=True,
+        video_times="positions",
     ),
     "qwen3_5": Family(
         ("qwen3_5_vision", "qwen3_5", "qwen3_5_moe_vision", "qwen3_5_moe"),
         "gelu_pytorch_tanh",
         learned_positions=True,
+        video_times="text",
     ),
 }
 """Families by name."""

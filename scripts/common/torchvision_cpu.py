@@ -5,6 +5,7 @@ Python code names. transformers' image processors call none of these operators, 
 """
 
 import importlib.util
+from importlib.metadata import version
 
 import torch
 
@@ -15,6 +16,8 @@ def define_torchvision_schemas() -> None:
     """Define the operators that `import torchvision` refers to. Call it before anything imports torchvision."""
     global _library
     if _library is not None or torch.version.cuda or importlib.util.find_spec("torchvision") is None:
+        return
+    if version("torchvision").endswith("+cpu"):  # a build for the CPU defines them itself
         return
     _library = torch.library.Library("torchvision", "DEF")
     for name in ("nms", "qnms"):

@@ -1,0 +1,1 @@
+"""Embeddings in the forms that transformers, vLLM and SGLang take."""
