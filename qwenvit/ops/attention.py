@@ -80,7 +80,7 @@ def rope_attention(
         scale = q.shape[2] ** -0.5
     elif not isinstance(scale, int | float) or not 0 < scale < math.inf:
         raise ValueError(f"scale: expected None or a positive number, got {scale!r}")
-    if not all(use_triton(impl, x) for x in (q, k, v)):  # one device, but gradients may be asked of any
+    if not use_triton(impl, q, k, v, cos, sin):
         return reference.rope_attention(q, k, v, cos, sin, cu_seqlens, scale, interleaved)
     from qwenvit.kernels.attention.dispatch import rope_attention_op
 

@@ -33,7 +33,7 @@ def clone_rows(tensors: Sequence[Tensor], rows: int, impl: Impl = "auto") -> lis
         check_matrix(f"tensors[{i}]", tensor)
         check_tensor(f"tensors[{i}]", tensor, (None, None), first.dtype, first)
         check(0 <= rows <= len(tensor), "rows", f"0 to the {len(tensor)} rows of tensors[{i}]", rows)
-    if not all(use_triton(impl, tensor) for tensor in tensors):  # all are on one device
+    if not use_triton(impl, *tensors):
         return reference.clone_rows(tensors, rows)
     from qwenvit.kernels.clone_rows import clone_rows_op
 

@@ -58,7 +58,7 @@ def merge_norm(
     if restore_index is not None:
         check_tensor("restore_index", restore_index, (patches // merge_unit,), torch.int64, x)
     arguments = (x, weight, bias, restore_index, kind, eps, norm_merged, merge_unit)
-    if not use_triton(impl, x):
+    if not use_triton(impl, x, weight, bias):
         return reference.merge_norm(*arguments)
     from qwenvit.kernels.spatial_merge import merge_norm_op
 

@@ -31,7 +31,7 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, act: str, impl: I
     """
     check_projection("x", x, weight, bias)
     check_act(act)
-    if not use_triton(impl, x):
+    if not use_triton(impl, x, weight, bias):
         return reference.linear_act(x, weight, bias, act)
     from qwenvit.kernels.gemm.mlp import linear_act_op
 
@@ -86,7 +86,7 @@ def swiglu(x: Tensor, gate_up_weight: Tensor, gate_up_bias: Tensor | None, impl:
     """
     check_projection("x", x, gate_up_weight, gate_up_bias, "gate_up_")
     check(gate_up_weight.shape[0] % 2 == 0, "gate_up_weight", "an even number of rows", gate_up_weight.shape[0])
-    if not use_triton(impl, x):
+    if not use_triton(impl, x, gate_up_weight, gate_up_bias):
         return reference.swiglu(x, gate_up_weight, gate_up_bias)
     from qwenvit.kernels.gemm.mlp import swiglu_op
 

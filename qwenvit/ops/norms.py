@@ -57,7 +57,7 @@ def norm(
     """
     check_floating("x", x, "[..., C]")
     check_norm(x, weight, bias, kind, x.shape[-1] if x.ndim else 1)
-    if not use_triton(impl, x):
+    if not use_triton(impl, x, weight, bias):
         return reference.norm(x, weight, bias, kind, eps)
     from qwenvit.kernels.norm import norm_op
 
@@ -99,7 +99,7 @@ def add_norm(
             `"triton"` is asked for gradients.
     """
     _check_add_norm(x, residual, weight, bias, kind, shift)
-    if not use_triton(impl, x):
+    if not use_triton(impl, x, residual, weight, bias, shift):
         return reference.add_norm(x, residual, weight, bias, shift, kind, eps)
     from qwenvit.kernels.norm import add_norm_op
 
@@ -141,7 +141,7 @@ def add_norm_(
             `"triton"` is asked for gradients.
     """
     _check_add_norm(x, residual, weight, bias, kind, shift)
-    if not use_triton(impl, x):
+    if not use_triton(impl, x, residual, weight, bias, shift):
         y, total = reference.add_norm(x, residual, weight, bias, shift, kind, eps)
         residual.copy_(total)
         return y

@@ -46,7 +46,7 @@ def interpolate_positions(table: Tensor, taps: Tensor, tap_weights: Tensor, impl
     """
     check_floating("table", table, "[entries, C]")
     _check_positions(table, taps, tap_weights, None, None, table)
-    if not use_triton(impl, table):
+    if not use_triton(impl, table, tap_weights):
         return reference.interpolate_positions(table, taps, tap_weights)
     from qwenvit.kernels.gemm.patch_embed import interpolate_positions_op
 
@@ -89,7 +89,7 @@ def add_positions(
     check_tensor("x", x, (None, None), None, x)
     _check_positions(table, taps, tap_weights, x.shape[0], x.shape[1], x)
     _check_order(restore_index, x.shape[0], merge_unit, x)
-    if not use_triton(impl, x):
+    if not use_triton(impl, x, table, tap_weights):
         return reference.add_positions(x, table, taps, tap_weights, restore_index, merge_unit)
     from qwenvit.kernels.gemm.patch_embed import add_positions_op
 
@@ -154,7 +154,7 @@ def patch_embed(
         raise ValueError(f"table, taps, tap_weights: expected all three or none, got {', '.join(given)}")
     _check_order(restore_index, patches, merge_unit, weight)
     arguments = (pixel_values, weight, bias, table, taps, tap_weights, restore_index, merge_unit)
-    if not use_triton(impl, weight):
+    if not use_triton(impl, weight, pixel_values, bias, table, tap_weights):
         return reference.patch_embed(*arguments)
     from qwenvit.kernels.gemm.patch_embed import patch_embed_op
 

@@ -58,7 +58,7 @@ def grid_plan(
         raise ValueError(f"config: expected a head_dim of at most 128, got {config.head_dim}")
     if patches % config.merge_unit:
         raise ValueError(f"patches: expected a multiple of {config.merge_unit}, got {patches}")
-    if not use_triton(impl, table):
+    if not use_triton(impl, table, cos_table, sin_table):
         return reference.grid_plan(table, config, patches, frames, windows)
     from qwenvit.kernels.grid_plan import launch_grid_plan
 

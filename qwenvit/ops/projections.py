@@ -29,7 +29,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, impl: Impl = "
         ValueError: shapes, devices or strides do not fit together; `"triton"` is asked for gradients.
     """
     check_projection("x", x, weight, bias)
-    if not use_triton(impl, x):
+    if not use_triton(impl, x, weight, bias):
         return F.linear(x, weight, bias)
     from qwenvit.kernels.gemm import cublas
 
@@ -57,7 +57,7 @@ def add_linear_(total: Tensor, x: Tensor, weight: Tensor, impl: Impl = "auto") -
     """
     check_projection("x", x, weight, None)
     check_tensor("total", total, (x.shape[0], weight.shape[0]), x.dtype, x)
-    if not use_triton(impl, x):
+    if not use_triton(impl, x, weight, total):
         return total.addmm_(x, weight.T)
     from qwenvit.kernels.gemm import cublas
 
@@ -101,7 +101,7 @@ def qkv_rope(
     """
     check_projection("hidden_states", hidden_states, weight, bias)
     check_rotation("weight", weight.shape[0], cos, sin, num_heads, hidden_states)
-    if not use_triton(impl, hidden_states):
+    if not use_triton(impl, hidden_states, weight, bias, cos, sin):
         return reference.qkv_rope(hidden_states, weight, bias, cos, sin, num_heads, interleaved)
     from qwenvit.kernels.gemm.qkv_rope import qkv_rope_op
 
@@ -132,7 +132,7 @@ def rotate_qk_(
     """
     check_matrix("qkv", qkv)
     check_rotation("qkv", qkv.shape[1], cos, sin, num_heads, qkv)
-    if not use_triton(impl, qkv):
+    if not use_triton(impl, qkv, cos, sin):
         return reference.rotate_qk_(qkv, cos, sin, num_heads, interleaved)
     from qwenvit.kernels.gemm.qkv_rope import rotate_qk_op
 

@@ -78,7 +78,7 @@ def resize_patches(
     if frames.is_cuda and torch.cuda.is_current_stream_capturing():
         raise ValueError("frames: expected no capture in a CUDA graph, which would keep the address of a cached table")
     plan = resize_plan((frames.shape[2], frames.shape[3]), (height, width), rule, vertical_first, pinned=frames.is_cuda)
-    if not use_triton(impl, levels):
+    if not use_triton(impl, levels, out):
         return out.copy_(reference.resize_patches(frames, plan, levels, patch_size, temporal_patch_size, merge_size))
     from qwenvit.kernels.preprocess import resize as kernels
 

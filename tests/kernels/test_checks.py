@@ -181,6 +181,17 @@ def test_what_does_not_fit_is_refused(operation, argument):
     assert not misnamed
 
 
+DIFFERENTIABLE = [(operation, name) for operation, name in ARGUMENTS if CALLS[operation][name].is_floating_point()]
+
+
+@pytest.mark.parametrize(("operation", "argument"), DIFFERENTIABLE)
+def test_gradients_of_any_argument_are_refused_by_triton(operation, argument):
+    """Autograd would give none, and warn at most."""
+    call = CALLS[operation] | {argument: CALLS[operation][argument].clone().requires_grad_()}
+    with pytest.raises(ValueError, match=r"^impl: 'triton' means Triton here, which gives no gradients"):
+        getattr(ops, operation)(**call, impl="triton")
+
+
 @pytest.mark.parametrize("operation", ["qkv_rope", "rotate_qk_"])
 def test_heads_of_a_multiple_of_four_channels(operation):
     """RoPE in two dimensions rotates as many pairs by the row as by the column."""
