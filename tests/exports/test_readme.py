@@ -1,4 +1,4 @@
-"""The README's snippets on embeddings for other programs, executed: with a tiny model, and stand-ins for engines."""
+"""The snippets of `qwenvit/exports/README.md`, executed: with a tiny model, and stand-ins for engines."""
 
 import re
 from pathlib import Path
@@ -18,8 +18,7 @@ from support.pinned import needs_pinned_transformers
 from support.tiny_models import IMAGE, VIDEO, VISION_END, VISION_START
 from support.whole_models import encoder_of, whole_model
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
-SECTION = re.search(r"^## Embeddings for other programs\n(.*?)^## ", README, re.MULTILINE | re.DOTALL)[1]
+SECTION = (Path(__file__).parents[2] / "qwenvit/exports/README.md").read_text()
 SNIPPETS = re.findall(r"^```python\n(.*?)^```", SECTION, re.MULTILINE | re.DOTALL)
 TEMPLATE = """{% for message in messages %}{% for part in message['content'] %}{% if part['type'] == 'image' %}
 <|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"""

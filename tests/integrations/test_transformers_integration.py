@@ -1,7 +1,6 @@
 """use_rope_index on tiny models of transformers: equal tokens and logits, with it and after its removal."""
 
 import copy
-import importlib
 import pickle
 from types import SimpleNamespace
 
@@ -9,54 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from qwenvit.integrations import transformers as integration
 from qwenvit.integrations.transformers import RopeIndexHandle, use_rope_index
+from qwenvit.integrations.transformers import rope_index as integration
+from support import tiny_models
 from support.pinned import needs_pinned_transformers
-from support.rope_index_truth import sequence
+from support.tiny_models import build
 
-CLASSES = {
-    "qwen2_vl": ("Qwen2VLConfig", "Qwen2VLForConditionalGeneration"),
-    "qwen2_5_vl": ("Qwen2_5_VLConfig", "Qwen2_5_VLForConditionalGeneration"),
-    "qwen3_vl": ("Qwen3VLConfig", "Qwen3VLForConditionalGeneration"),
-    "qwen3_vl_moe": ("Qwen3VLMoeConfig", "Qwen3VLMoeForConditionalGeneration"),
-    "qwen3_5": ("Qwen3_5Config", "Qwen3_5ForConditionalGeneration"),
-}
-IMAGE, VIDEO, VOCABULARY = 300, 301, 320
-TEXT = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": 0,
-    "initializer_range": 0.2,  # large enough that generated tokens vary
-}
-VISION = {"depth": 1, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}
-CONFIG_CHANGES = {
-    "qwen2_vl": ({}, {"embed_dim": 32, "hidden_size": 64}),
-    "qwen2_5_vl": ({}, {"tokens_per_second": 3, "fullatt_block_indexes": [0], "window_size": 16}),
-    "qwen3_vl": ({"head_dim": 16}, {"deepstack_visual_indexes": [0], "num_position_embeddings": 64}),
-    "qwen3_vl_moe": (
-        {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
-        {"deepstack_visual_indexes": [0], "num_position_embeddings": 64},
-    ),
-    "qwen3_5": (
-        {
-            "head_dim": 16,
-            "partial_rotary_factor": 1.0,
-            "layer_types": ["linear_attention", "full_attention"],
-            "linear_key_head_dim": 16,
-            "linear_value_head_dim": 16,
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 2,
-        },
-        {"num_position_embeddings": 64},
-    ),
-}
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5")
 BATCHES = {
     "an image": [[("text", 3), ("image", (1, 6, 8)), ("text", 4)]],
     "a video": [[("text", 3), ("video", (3, 4, 6)), ("text", 4)]],
@@ -68,21 +26,6 @@ BATCHES = {
 }
 
 
-def build(family):
-    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
-    configs = importlib.import_module(f"transformers.models.{family}.configuration_{family}")
-    config_class, model_class = CLASSES[family]
-    text, vision = CONFIG_CHANGES[family]
-    vision = {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 48} | VISION | vision
-    if family == "qwen2_vl":
-        vision = {key: value for key, value in vision.items() if key not in ("out_hidden_size", "intermediate_size")}
-    config = getattr(configs, config_class)(
-        text_config=TEXT | text, vision_config=vision, image_token_id=IMAGE, video_token_id=VIDEO
-    )
-    torch.manual_seed(0)
-    return getattr(module, model_class)(config).eval()
-
-
 @pytest.fixture(autouse=True)
 def _one_thread():
     """Use one thread: at these sizes, several threads only wait for each other."""
@@ -91,10 +34,10 @@ def _one_thread():
 
 @pytest.fixture(scope="module")
 def models():
-    return {family: build(family) for family in CLASSES}
+    return {family: build(family) for family in FAMILIES}
 
 
-@pytest.fixture(params=CLASSES)
+@pytest.fixture(params=FAMILIES)
 def model(request, models):
     return models[request.param]
 
@@ -114,18 +57,7 @@ def calls(monkeypatch):
 
 
 def inputs_for(model, batch, padding="left"):
-    family = model.config.model_type
-    inputs = sequence(BATCHES[batch], family, padding=padding, junk=False)
-    inputs["input_ids"] %= IMAGE
-    inputs["input_ids"][inputs["mm_token_type_ids"] == 1] = IMAGE
-    inputs["input_ids"][inputs["mm_token_type_ids"] == 2] = VIDEO
-    generator = torch.Generator().manual_seed(1)
-    for grid, pixels in (("image_grid_thw", "pixel_values"), ("video_grid_thw", "pixel_values_videos")):
-        if inputs[grid] is not None:
-            inputs[pixels] = torch.randn(int(inputs[grid].prod(-1).sum()), 3 * 2 * 4 * 4, generator=generator)
-    if family == "qwen2_5_vl" and inputs["video_grid_thw"] is not None:
-        inputs["second_per_grid_ts"] = torch.full((len(inputs["video_grid_thw"]),), 0.7)
-    return {key: value for key, value in inputs.items() if value is not None}
+    return tiny_models.inputs_for(model, BATCHES[batch], padding)
 
 
 def generate(model, inputs, **options):

@@ -8,27 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qwenvit.integrations.transformers.handle import Handle
 from qwenvit.mrope.positions import rope_index
 from qwenvit.mrope.rules import resolve_rules
 
 
-class RopeIndexHandle:
+class RopeIndexHandle(Handle):
     """Undo `use_rope_index`: `remove()`, or leaving a `with` block, restores the model's own method."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module: nn.Module | None = module
-
-    def remove(self) -> None:
-        """Restore the model's own `get_rope_index`; a second call does nothing."""
-        if self._module is not None:
-            del self._module.get_rope_index
-            self._module = None
-
-    def __enter__(self) -> "RopeIndexHandle":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.remove()
 
 
 def use_rope_index(model: nn.Module) -> RopeIndexHandle:
@@ -70,7 +56,7 @@ def use_rope_index(model: nn.Module) -> RopeIndexHandle:
             "`del` the attribute)"
         )
     module.get_rope_index = functools.partial(_get_rope_index, module.config, has_time_scale)
-    return RopeIndexHandle(module)
+    return RopeIndexHandle(functools.partial(delattr, module, "get_rope_index"))
 
 
 def _get_rope_index(
