@@ -1,5 +1,6 @@
 """Build, run, load and save transformers' own vision towers, which tests and scripts compare qwenvit with."""
 
+import copy
 import importlib
 import json
 import re
@@ -119,6 +120,11 @@ def seed_weights(tower: nn.Module, seed: int, outliers: bool = True) -> None:
         else:
             values = 0.1 * normal(parameter)
         parameter.copy_(values)
+
+
+def sharing_copy(module: nn.Module) -> nn.Module:
+    """Return a copy with configs and buffers of its own that shares the module's parameters."""
+    return copy.deepcopy(module, {id(parameter): parameter for parameter in module.parameters()})
 
 
 def load_weights(tower: nn.Module, source: Path) -> None:

@@ -11,15 +11,18 @@ import torch
 Results = list[dict[str, Any]]
 
 
-def add_arguments(parser: argparse.ArgumentParser, models: Collection[str], cases: Collection[str]) -> None:
-    """Add the arguments that every such benchmark has."""
+def add_arguments(
+    parser: argparse.ArgumentParser, models: Collection[str], cases: Collection[str], *, chart: bool = True
+) -> None:
+    """Add the arguments that every such benchmark has, and `--chart` for those that draw one."""
     parser.add_argument("--models", nargs="+", choices=models, default=list(models), metavar="MODEL",
                         help=f"of {', '.join(models)}; default: all")  # fmt: skip
     parser.add_argument("--cases", nargs="+", choices=cases, default=cases, metavar="CASE",
                         help=f"of {', '.join(cases)}; default: all")  # fmt: skip
     parser.add_argument("--read", type=Path, nargs="+", metavar="JSON", help="measure nothing: report earlier figures")
     parser.add_argument("--json", type=Path, help="write all figures there")
-    parser.add_argument("--chart", type=Path, help="write a chart there (PNG; needs matplotlib)")
+    if chart:
+        parser.add_argument("--chart", type=Path, help="write a chart there (PNG; needs matplotlib)")
     parser.add_argument("--page", type=Path, help="rewrite the block of BENCHMARKS.md between its two markers")
     parser.add_argument("--commit", help="what to print as the commit where the checkout has no .git")
 

@@ -16,6 +16,16 @@ Step = Callable[[str], AbstractContextManager[None]]
 """Surrounds one step, given its name."""
 
 
+class ParityError(Exception):
+    """Results differ that must not: no time is reported."""
+
+
+def raise_on(failures: list[str]) -> None:
+    """Raise ParityError with the failures, if there are any."""
+    if failures:
+        raise ParityError("; ".join(failures))
+
+
 def steps_of(result: dict[str, Any], save: Callable[[dict[str, Any]], None]) -> Step:
     """Return the context manager of a step: it shows progress, times the step and saves all figures so far.
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from common.encoders import fresh_encoder
 from common.hf_towers import forward
+from common.steps import ParityError, raise_on
 from common.timing import Call, synchronize, wall_seconds
 from encode_bench.folders import Folder
 from encode_bench.parity import layers_of, pixel_failures, same, token_failures, tower_layers
@@ -30,16 +31,6 @@ LATENCY_CALLS = 20
 FRAMES = 64
 MANY_IMAGES, FIRST_IMAGES = 5000, 500
 """Images of the generator whose memory is measured, and after how many the measurement begins."""
-
-
-class ParityError(Exception):
-    """Something that has to be equal is not: no time is reported."""
-
-
-def raise_on(failures: list[str]) -> None:
-    """Raise ParityError with the failures, if there are any."""
-    if failures:
-        raise ParityError("; ".join(failures))
 
 
 def median_seconds(

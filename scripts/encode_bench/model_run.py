@@ -10,9 +10,9 @@ import torch
 from common.hf_towers import build_tower, save_tower
 from common.machine import Ceilings, describe_machine
 from common.progress import progress
-from common.steps import Step, steps_of
+from common.steps import Step, raise_on, steps_of
 from encode_bench.folders import FOLDERS, FULL_HD, PHOTOS, Folder
-from encode_bench.measure import EncodeBench, raise_on
+from encode_bench.measure import EncodeBench
 from encode_bench.parity import pixel_failures
 from encode_bench.stages import DECODING_THREADS, preprocessing_figures
 from encode_bench.verdicts import Result

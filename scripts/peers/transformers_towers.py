@@ -5,7 +5,6 @@ compiled tower receives everything that depends on the grid alone as precomputed
 otherwise.
 """
 
-import copy
 import importlib
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 import torch.fx.experimental._config
 from torch import Tensor, nn
 
-from common.hf_towers import forward
+from common.hf_towers import forward, sharing_copy
 from common.tower_inputs import Case, Outputs, PrepareCall, TowerCall
 from peers.attention import Attention, fa2, fa3, fa4
 from peers.cuda_graph import capture
@@ -93,7 +92,7 @@ def precomputed_inputs(case: Case, config: VisionConfig, device: torch.device) -
 
 def compile_tower(tower: nn.Module, attention: str, **options: Any) -> Callable[..., Any]:
     """Compile a copy of transformers' tower that shares its weights and has a config of its own."""
-    twin = copy.deepcopy(tower, {id(parameter): parameter for parameter in tower.parameters()})
+    twin = sharing_copy(tower)
     twin.config._attn_implementation = attention
     # A single image's sequence length equals its number of patches; a batch's does not.
     torch.fx.experimental._config.use_duck_shape = False
