@@ -85,7 +85,7 @@ def _load_file(path: Path) -> dict[str, ItemEmbeddings]:
             )
             for name, grid in grids.items()
         }
-    except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except (SafetensorError, json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: expected a file of `qwenvit encode`, got {error!r}; encode again") from error
 
 

@@ -50,13 +50,13 @@ class VideoTimes:
             second_per_grid: None: from the mean distance of the frames.
 
         Raises:
-            ValueError: another number of times, or times that are not finite, not ascending or below 0.
+            ValueError: another number of times, or times that are not finite, not strictly ascending or below 0.
         """
         seconds = [float(second) for second in frame_times]
         if len(seconds) != num_frames:
             raise ValueError(f"frame_times: expected one for each of {num_frames} frames, got {len(seconds)}")
-        if not all(map(math.isfinite, seconds)) or seconds != sorted(seconds) or seconds[0] < 0:
-            raise ValueError(f"frame_times: expected ascending seconds from 0, got {seconds[:8]}")
+        if not all(map(math.isfinite, seconds)) or seconds != sorted(set(seconds)) or seconds[0] < 0:
+            raise ValueError(f"frame_times: expected strictly ascending seconds from 0, got {seconds[:8]}")
         if second_per_grid is None:
             second_per_grid = group * (seconds[-1] - seconds[0]) / max(num_frames - 1, 1)
         last = [seconds[min(start + group, num_frames) - 1] for start in range(0, num_frames, group)]

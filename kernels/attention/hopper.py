@@ -10,8 +10,9 @@ values of the step before. Tiles are scheduled dynamically. For each tile:
 2. The producer starts copies of the pairs, one more than there are steps: the first has only keys, the last only
    values. They complete `kv_full`. It waits for `KV_EMPTY` before it overwrites a stage, so it runs up to STAGES pairs
    ahead.
-3. For each pair a consumer waits for `kv_full` and its turn. It issues out += P V and S = Q Kᵀ, passes the turn to the
-   next consumer, waits for the products, and arrives at `KV_EMPTY`. Then it computes P = 2^(S - maximum).
+3. For each pair a consumer waits for `kv_full` and, except for a tile's first and last, for its turn. It issues
+   out += P V and S = Q Kᵀ, passes the turn to the next consumer, waits for the products, arrives at `KV_EMPTY`, and
+   computes P = 2^(S - maximum); at head_dim 64 it does so before it has waited for P V.
 4. Before the last pair a consumer reads from the ticket where its rows go and arrives at `q_empty`, which frees Q and
    the ticket. After it, it stores the output.
 
@@ -19,8 +20,9 @@ There are two buffers for Q and tickets, and STAGES for pairs.
 
 A consumer waits for its own products, so by itself it overlaps little: the other two keep the tensor cores busy while
 it exponentiates. Turns keep a consumer from waiting behind the products of both others. At head_dim 64 S = Q Kᵀ is
-issued first, and the consumer looks for the maximum while P V is not complete. At 72 and 80 there are too few registers
-for S beside the P that P V reads, so P V is complete before Q Kᵀ starts.
+issued first, and P V may still run when the softmax starts; ptxas of triton 3.6 waits for it after a quarter of the
+comparisons, newer ones earlier (TUNING.md). At 72 and 80 there are too few registers for S beside the P that P V reads,
+so P V is complete before Q Kᵀ starts.
 
 What a step takes is mostly instructions of the softmax, so it has as few as possible (TUNING.md):
 
@@ -29,7 +31,8 @@ What a step takes is mostly instructions of the softmax, so it has as few as pos
   multiplications.
 - At head_dim 72 the tensor cores add up the rows of P: V has 80 channels there, and one that would be zero is one.
 - At 64 and 80 each thread adds up what it holds of a row, and the four sums of a row meet once a tile.
-- Most barriers are named barriers of the hardware.
+- Barriers between partitions are named barriers of the hardware where no copy has to arrive. Before a wait for copies
+  Triton adds a barrier of the partition, one a step.
 
 Where it saves a wave, tiles continue across heads (ACROSS_HEADS). The pairs of such a tile alternate between its two
 heads, and a consumer skips the pairs of the other head.
@@ -383,7 +386,11 @@ def _multiprocessors(device: torch.device) -> int:
 
 def end_with_ones(v: Operand) -> Operand:
     """Return values whose channels beyond 64 end in ones up to a multiple of 16, from values [S, H, D] if need be."""
-    if not isinstance(v, Tensor) or v.shape[2] % 16 == 0:
+    if not isinstance(v, Tensor):
+        if v[1].shape[2] % 16:
+            raise ValueError(f"v: expected a second tensor padded to 16 channels, got {v[1].shape[2]}")
+        return v
+    if v.shape[2] % 16 == 0:
         return v
     return v[..., :64], F.pad(v[..., 64:], (0, -v.shape[2] % 16), value=1.0)
 
@@ -396,9 +403,10 @@ def hopper_attention(q: Operand, k: Operand, v: Operand, cu_seqlens: Tensor, sca
     """Write attention within segments of any length into `out [S, H, D]`, in bfloat16 or float16.
 
     `out` is contiguous and starts at a multiple of 16 bytes. Queries, keys (both rotated) and values are `[S, H, D]`
-    each, or two tensors: `[S, H, 64]`, and the other D - 64 channels, which may be padded to 16, with zeros in queries
-    and keys; those of values are padded with ones. I/O: reads all three once, if K and V stay in L2, and writes `out`.
-    A segment of L tokens takes 4 L² H D FLOPs. Raises ValueError unless `out` is on a GPU of compute capability 9.0.
+    each, or two tensors: `[S, H, 64]`, and the other D - 64 channels. Those of queries and keys may be padded to 16
+    with zeros, those of values must be padded to 16 with ones. I/O: reads all three once, if K and V stay in L2, and
+    writes `out`. A segment of L tokens takes 4 L² H D FLOPs. Raises ValueError unless `out` is on a GPU of compute
+    capability 9.0, and for values in two tensors without the ones' channels.
     """
     v = end_with_ones(v)
     S, H, D = out.shape

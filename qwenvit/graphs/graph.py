@@ -99,9 +99,10 @@ class Graph:
             run()  # not on the capture's stream: its workspaces must come from `reserve_workspaces`
         self.graph = torch.cuda.CUDAGraph()
         with garbage_collection_paused(), torch.cuda.stream(stream):
-            reserve_workspaces(stream, weight)
+            reserved = reserve_workspaces(stream, weight)
             with capturing(self.graph, pool):
                 unowned = run()
+            del reserved
         self.pixel_values, *outputs = (part.tensor(weight.device) for part in unowned)
         self.outputs = [output.view(capacity.patches // self.merge_unit, -1) for output in outputs]  # a row a token
         self._input_rows = self.pixel_values  # the rows of `pixel_values` that the last batch had

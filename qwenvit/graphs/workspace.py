@@ -21,7 +21,7 @@ _all_owners = set[torch.cuda.CUDAGraph]()
 """Those graphs, and those of pools that are not used any more, because a capture failed."""
 
 
-def reserve_workspaces(stream: torch.cuda.Stream, weight: Tensor) -> None:
+def reserve_workspaces(stream: torch.cuda.Stream, weight: Tensor) -> torch.cuda.CUDAGraph:
     """Let torch allocate cuBLAS' and cuBLASLt's workspaces for this thread and stream, if it has none.
 
     The products are captured and never run, because graphs that use the workspaces may be running.
@@ -29,6 +29,9 @@ def reserve_workspaces(stream: torch.cuda.Stream, weight: Tensor) -> None:
     Args:
         stream: the current stream, on which a graph will be captured next.
         weight: a tensor on the graph's device and of its dtype.
+
+    Returns:
+        A graph to keep until that capture is done: from torch 2.12 on, deleting it frees the stream's workspaces.
     """
     graph = torch.cuda.CUDAGraph()
     owner = _owners.pop(stream.cuda_stream, graph)  # put back after success: a pool may refuse captures after a failure
@@ -38,3 +41,4 @@ def reserve_workspaces(stream: torch.cuda.Stream, weight: Tensor) -> None:
         F.linear(square, square, square[0])  # cuBLASLt adds the bias
     _owners[stream.cuda_stream] = owner
     _all_owners.add(owner)
+    return graph

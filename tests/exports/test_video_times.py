@@ -66,10 +66,11 @@ def test_times_that_are_not_known_or_impossible(encoder):
     assert encoder.encode(frames[0])[0].times is None
     for frame_times, message in (
         ([0, 1, 2], "one for each of 4 frames, got 3"),
-        ([0, 2, 1, 3], "ascending seconds"),
-        ([-1, 0, 1, 2], "ascending seconds from 0"),
-        ([0, 1, 2, math.inf], "ascending seconds"),
-        ([0, math.nan, 2, 3], "ascending seconds"),
+        ([0, 2, 1, 3], "strictly ascending seconds"),
+        ([0, 0, 0, 0], "strictly ascending seconds"),
+        ([-1, 0, 1, 2], "strictly ascending seconds from 0"),
+        ([0, 1, 2, math.inf], "strictly ascending seconds"),
+        ([0, math.nan, 2, 3], "strictly ascending seconds"),
     ):
         with pytest.raises(ValueError, match=f"frame_times: expected {message}"):
             encoder.encode_video(frames, frame_times=frame_times)

@@ -152,7 +152,7 @@ def pools(monkeypatch):
 
 
 def reserve(stream):
-    reserve_workspaces(SimpleNamespace(cuda_stream=stream), torch.zeros(1, dtype=torch.bfloat16))
+    return reserve_workspaces(SimpleNamespace(cuda_stream=stream), torch.zeros(1, dtype=torch.bfloat16))
 
 
 def test_each_stream_has_one_pool_that_always_has_a_graph(pools):

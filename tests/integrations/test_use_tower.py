@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import gc
 import inspect
 import pickle
 import re
@@ -349,11 +348,46 @@ class TestRemoval:
         ours = weakref.ref(handle.tower)
         handle.remove()
         assert "forward" not in vars(tower)
-        gc.collect()
-        assert (ours(), handle.tower) == (None, None)  # its memory is released
+        assert (ours(), handle.tower) == (None, None)  # its memory is released, without a collector of cycles
         with use_tower(model, impl):
             handle.remove()  # an old handle does not undo a new replacement
             assert "forward" in vars(tower)
+
+    def test_weights_of_two_states_are_told(self, fast):
+        for write in ("load", "scale"):
+            model = build_wide("qwen3_vl")
+            before = {name: weight.clone() for name, weight in model.state_dict().items()}
+            handle = use_tower(model, fast, free_original=True)
+            if write == "load":
+                with pytest.raises(RuntimeError, match="size mismatch"):
+                    model.load_state_dict(build_wide("qwen3_vl", depth=3).state_dict())
+            with torch.no_grad():
+                for weight in model.parameters():
+                    weight.mul_(2)
+            with pytest.raises(ValueError, match=r"^model: weights were loaded or changed while use_tower had freed"):
+                handle.remove()
+            assert "forward" not in vars(visual(model))
+            assert all(weight.shape == before[name].shape for name, weight in model.state_dict().items())
+
+    def test_autocast_around_a_fast_tower(self, fast):
+        model = build_wide("qwen3_vl")
+        inputs = inputs_for(model, BATCHES["an image"])
+        call = functools.partial(visual(model), inputs["pixel_values"], grid_thw=inputs["image_grid_thw"])
+        asked = pytest.raises(ValueError, match=r"^autocast: expected none around")
+        with use_tower(model, fast), torch.no_grad(), torch.autocast("cpu", torch.bfloat16), asked:
+            call()
+        with use_tower(model.bfloat16(), fast), torch.no_grad():
+            for hidden_states in (False, True):  # weights in 16 bits: whatever autocast says
+                expected = call(output_hidden_states=hidden_states).pooler_output
+                with torch.autocast("cpu", torch.float16):
+                    assert torch.equal(call(output_hidden_states=hidden_states).pooler_output, expected)
+
+    def test_positions_that_were_removed_by_hand(self, fast):
+        model = build_wide("qwen3_vl")
+        handle = use_qwenvit(model, fast)
+        del base(model).get_rope_index
+        handle.remove()
+        assert "forward" not in vars(visual(model))
 
     def test_an_exception_in_the_block(self, model, impl):
         with pytest.raises(KeyError), use_tower(model, impl, free_original=True):

@@ -107,6 +107,43 @@ MUTANTS = [
         ("_passes_fast_check", "q.stride(2) == k.stride(2) == v.stride(2) == 1", "q.stride(2) == k.stride(2) == 1"),
     ),
     *_mutants(
+        "qwenvit/ops/dispatch.py", "tests/kernels/test_checks.py",
+        ("use_triton", "for x in tensors)", "for x in tensors[:1])"),
+    ),
+    *_mutants(
+        "qwenvit/ops/packing.py", "tests/kernels/test_mlp.py tests/towers/test_fast_tower.py",
+        ("pack_gate_up", "if gate_weight.shape != up_weight.shape:", "if False:"),
+    ),
+    *_mutants(
+        "qwenvit/towers/fast.py", "tests/towers/test_fast_tower.py",
+        ("refuse_gradients", " and any(", " and all("),
+    ),
+    *_mutants(
+        "qwenvit/plan/inputs.py", "tests/plan/test_grid_plan.py",
+        ("_count_patches_cached", ".reshape(-1, 3), spatial_merge_size)", ".reshape(-1, 3), 2)"),
+    ),
+    *_mutants(
+        "qwenvit/pipeline.py", "tests/test_encoder.py",
+        ("_hand_over", "_refuse_overflow(layers)", "_refuse_overflow(layers[:1])"),
+    ),
+    *_mutants(
+        "qwenvit/encoder.py", "tests/test_encoder.py",
+        ("Encoder.__init__", ', ("video", self.video_processor))', ",)"),
+    ),
+    *_mutants(
+        "qwenvit/parity.py", "tests/towers/test_parity.py",
+        ("record.record_input", 'kwargs["hidden_states"]).clone()', 'kwargs["hidden_states"])'),
+    ),
+    *_mutants(
+        "qwenvit/mrope/rules.py", "tests/mrope/test_rope_index.py",
+        ("PUBLISHED_RULES", "tokens_per_second=2", "tokens_per_second=1"),
+    ),
+    *_mutants(
+        "qwenvit/exports/checks.py", "tests/exports/test_export_checks.py",
+        ("check_items", "if not layer.isfinite().all():", "if False:"),
+        ("_check_placeholders", "if left := sum(runs):", "if left := 0:"),
+    ),
+    *_mutants(
         "qwenvit/cli/commands.py", "tests/cli/test_cli.py",
         ("_image_files", "p.suffix.lower() in IMAGE_SUFFIXES", "p.suffix in IMAGE_SUFFIXES"),
     ),

@@ -32,7 +32,7 @@ def use_attention(model: nn.Module, impl: Impl = "auto") -> AttentionHandle:
     """Make the vision tower of a loaded transformers model attend with `qwenvit.ops.rope_attention`.
 
     All else in the tower stays transformers' own, so hooks, adapters (LoRA), quantised linears and tensor parallelism
-    go on working. Where the whole tower can be replaced, `use_tower` is faster. The language model keeps its attention.
+    go on working. `use_tower` replaces the whole tower, where that is possible. The language model keeps its attention.
 
     Results equal those of transformers' attention up to rounding. A frame of at most 64 patches may be rounded
     otherwise where it shares its batch with larger ones. A copy of the model (deepcopy) keeps the replacement, and

@@ -24,8 +24,10 @@ class QwenvitHandle(Handle):
 
     def remove(self) -> None:
         """Put back the model's own tower and positions; a second call does nothing."""
-        self._rope_index.remove()
-        super().remove()
+        try:
+            self._rope_index.remove()
+        finally:
+            super().remove()
 
 
 def use_qwenvit(model: nn.Module, impl: Impl = "auto", *, free_original: bool = False) -> QwenvitHandle:

@@ -56,7 +56,7 @@ def use_rope_index(model: nn.Module) -> RopeIndexHandle:
             "`del` the attribute)"
         )
     module.get_rope_index = functools.partial(_get_rope_index, module.config, has_time_scale)
-    return RopeIndexHandle(functools.partial(delattr, module, "get_rope_index"))
+    return RopeIndexHandle(lambda: vars(module).pop("get_rope_index", None))
 
 
 def _get_rope_index(

@@ -1,8 +1,10 @@
 """Compute the vision tower of a loaded transformers model with qwenvit's towers."""
 
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import cache
 from operator import attrgetter
 from typing import Any, NoReturn
 
@@ -67,7 +69,8 @@ def use_tower(model: nn.Module, impl: Impl = "auto", *, free_original: bool = Fa
     The reference tower shares the model's parameters, computes on any device, and gives their gradients (without
     gradient checkpointing). The fast tower is for inference: it shares the weights whose layout it takes as it is and
     holds packed copies of the others, `handle.extra_bytes` in all. It runs in CUDA graphs, except when hidden states
-    are asked of it. `model(..., output_hidden_states=True)` asks the tower for its own too, as in transformers.
+    are asked of it, and in the dtype of its weights, whatever autocast says; in float32 it refuses autocast.
+    `model(..., output_hidden_states=True)` asks the tower for its own too, as in transformers.
 
     While the tower is replaced, the model may not be moved, converted, loaded anew, quantised, adapted or copied: the
     next call, or the copying, raises. (Weights written through `.data`, or made in inference mode, escape the check.)
@@ -112,9 +115,15 @@ def use_tower(model: nn.Module, impl: Impl = "auto", *, free_original: bool = Fa
     def undo() -> None:
         if vars(original).get("forward") is not forward:
             raise ValueError("model: the vision tower's forward was replaced after use_tower; undo that first")
+        written = restore is not None and forward.weights_written()
         if restore is not None:
             restore()
         del original.forward
+        if written:
+            raise ValueError(
+                "model: weights were loaded or changed while use_tower had freed others, which are now as they were "
+                "before; load the vision tower's weights again"
+            )
 
     return TowerHandle(undo, tower, extra_bytes)
 
@@ -178,7 +187,7 @@ class _Forward:
 
     def __init__(self, original: nn.Module, tower: Tower, output_class: type[Any]) -> None:
         self._original, self._tower, self._output_class = original, tower, output_class
-        self._run_untraced = torch.compiler.disable(self._run)  # torch.compile of the model leaves the tower out
+        self._lock = threading.Lock()  # hidden states are recorded by hooks on the tower
         self._weights = WeightGuard(original)
         self._counted = [weight for weight in self._weights.parameters if not weight.is_inference()]
         self._versions = self._read_versions()
@@ -189,7 +198,7 @@ class _Forward:
 
     def __call__(self, hidden_states: Tensor, grid_thw: Tensor, **kwargs: Any) -> Any:
         """Compute the tower's output, with the arguments and results of the original's `forward`."""
-        return self._run_untraced(hidden_states, grid_thw, kwargs)
+        return _run_untraced()(self, hidden_states, grid_thw, kwargs)
 
     def _run(self, hidden_states: Tensor, grid_thw: Tensor, kwargs: dict[str, Any]) -> Any:
         config = self._original.config
@@ -202,7 +211,9 @@ class _Forward:
         output_hidden_states = kwargs.get("output_hidden_states", getattr(config, "output_hidden_states", False))
         return_dict = kwargs.get("return_dict", getattr(config, "return_dict", True))
         self._refuse_gradients(hidden_states)
-        output, states = self._compute(hidden_states, grid_thw, bool(output_hidden_states))
+        self._refuse_autocast()
+        with self._lock:
+            output, states = self._compute(hidden_states, grid_thw, bool(output_hidden_states))
         self._refuse_changes()  # while the GPU works
         fields: dict[str, Any] = {"last_hidden_state": output.last_hidden_state, "pooler_output": output.pooler_output}
         if self._tower.config.traits.deepstack:
@@ -226,10 +237,11 @@ class _Forward:
         if graphs is not None:
             return graphs(pixel_values, grid), ()
         plan = GridPlan.build(grid, tower.config, device)
-        if not with_states:
-            return tower(pixel_values, plan), ()
-        with _recorded(tower.blocks) as states:
-            output = tower(pixel_values, plan)
+        with torch.autocast(device.type, enabled=False) if isinstance(tower, FastTower) else nullcontext():
+            if not with_states:
+                return tower(pixel_values, plan), ()
+            with _recorded(tower.blocks) as states:
+                output = tower(pixel_values, plan)
         return output, (*states[:-1], output.last_hidden_state)
 
     def _refuse_gradients(self, pixel_values: Tensor) -> None:
@@ -243,13 +255,26 @@ class _Forward:
                 "use_tower(model, impl='reference')"
             )
 
+    def _refuse_autocast(self) -> None:
+        weight = next(self._tower.parameters())
+        in_fp32 = isinstance(self._tower, FastTower) and weight.dtype == torch.float32
+        if in_fp32 and torch.is_autocast_enabled(weight.device.type):
+            raise ValueError(
+                "autocast: expected none around a fast tower in float32, which computes in the dtype of its weights; "
+                "convert the tower to bfloat16 before use_tower, or use_tower(model, impl='reference')"
+            )
+
+    def weights_written(self) -> bool:
+        """Return whether parameters were written to since the tower was replaced."""
+        return self._read_versions() != self._versions
+
     def _refuse_changes(self) -> None:
         """Raise ValueError if the model was changed since its tower was replaced."""
         if any(self._hooks) and (hooks := foreign_hooks(self._hooks)):
             raise ValueError(
                 f"model: expected no hooks inside the vision tower, got {len(hooks)} added after use_tower"
             )
-        written = isinstance(self._tower, FastTower) and self._read_versions() != self._versions
+        written = isinstance(self._tower, FastTower) and self.weights_written()
         if written or not self._weights.weights_unmoved():
             raise ValueError(
                 "model: its vision tower was moved, converted, loaded or adapted after use_tower; call remove() first, "
@@ -259,6 +284,12 @@ class _Forward:
     def _read_versions(self) -> list[int]:
         """Return how often each parameter was written to; tensors made in inference mode do not count it."""
         return list(map(attrgetter("_version"), self._counted))
+
+
+@cache
+def _run_untraced() -> Callable[..., Any]:
+    """Return `_Forward._run` as torch.compile of the model leaves it out; a decorator would import Dynamo at once."""
+    return torch.compiler.disable(_Forward._run)
 
 
 @contextmanager
