@@ -123,7 +123,7 @@ MUTANTS = [
         ("_count_patches_cached", ".reshape(-1, 3), spatial_merge_size)", ".reshape(-1, 3), 2)"),
     ),
     *_mutants(
-        "qwenvit/pipeline.py", "tests/test_encoder.py",
+        "qwenvit/pipeline.py", "tests/test_encoder_hazards.py",
         ("_hand_over", "_refuse_overflow(layers)", "_refuse_overflow(layers[:1])"),
     ),
     *_mutants(
@@ -131,7 +131,7 @@ MUTANTS = [
         ("Encoder.__init__", ', ("video", self.video_processor))', ",)"),
     ),
     *_mutants(
-        "qwenvit/parity.py", "tests/towers/test_parity.py",
+        "qwenvit/parity.py", "tests/towers/test_fast_tower.py",
         ("record.record_input", 'kwargs["hidden_states"]).clone()', 'kwargs["hidden_states"])'),
     ),
     *_mutants(

@@ -21,7 +21,17 @@ from huggingface_hub.utils import tqdm
 from mutants.listed import MUTANTS, Mutant
 
 ROOT = Path(__file__).parents[2]
-COPIED = ("qwenvit", "kernels", "weights", "scripts", "tests", "pyproject.toml", "README.md", "MANIFEST.in")
+COPIED = (
+    "qwenvit",
+    "kernels",
+    "weights",
+    "scripts",
+    "tests",
+    "pyproject.toml",
+    "constraints.txt",
+    "README.md",
+    "MANIFEST.in",
+)
 TIMEOUT_S = 300
 """Tests without a mutant take a tenth of it; longer means that the mutant made them hang."""
 
