@@ -465,8 +465,6 @@ class TestMemory:
             assert all(torch.equal(saved[name], tensor) for name, tensor in state.items())
             assert all(torch.equal(t, state[prefix + n]) for n, t in own.state_dict().items())
             model.save_pretrained(tmp_path)
-            with pytest.raises(RuntimeError, match="size mismatch"):
-                model.load_state_dict(state)
         for parameter in own.parameters():
             assert parameter.is_contiguous()
             assert parameter.untyped_storage().nbytes() == parameter.nbytes

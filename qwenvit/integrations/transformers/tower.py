@@ -86,7 +86,8 @@ def use_tower(model: nn.Module, impl: Impl = "auto", *, free_original: bool = Fa
             weights are packed, and while they are unpacked, memory holds both.
 
     Returns:
-        A handle whose `remove()` restores the model's own tower; also a context manager.
+        A handle whose `remove()` restores the model's own tower; also a context manager. With `free_original` it raises
+        ValueError, after restoring, if weights were written meanwhile: the freed ones are then of another state.
 
     Raises:
         TypeError: `model` is not a module, or does not contain exactly one such tower.
