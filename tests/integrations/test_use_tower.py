@@ -366,6 +366,8 @@ class TestRemoval:
                     weight.mul_(2)
             with pytest.raises(ValueError, match=r"^model: weights were loaded or changed while use_tower had freed"):
                 handle.remove()
+            handle.remove()  # nothing is left to undo
+            assert handle.tower is None
             assert "forward" not in vars(visual(model))
             assert all(weight.shape == before[name].shape for name, weight in model.state_dict().items())
 

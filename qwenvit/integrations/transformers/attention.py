@@ -10,6 +10,7 @@ from qwenvit import ops
 from qwenvit.arguments import Impl
 from qwenvit.integrations.transformers.handle import Handle
 from qwenvit.integrations.transformers.loaded_tower import find_tower
+from qwenvit.integrations.transformers.tower import is_replaced
 from qwenvit.ops.attention import HEAD_DIMS
 
 NAMES: dict[Impl, str] = {
@@ -66,8 +67,7 @@ def use_attention(model: nn.Module, impl: Impl = "auto") -> AttentionHandle:
         raise ValueError(
             f"model: expected a vision tower with heads of {HEAD_DIMS} channels, got heads of {config.head_dim}"
         )
-    # use_tower computes the attention too: the tower's own is not called.
-    if type(vars(tower).get("forward")).__module__.startswith("qwenvit."):
+    if is_replaced(tower):  # use_tower computes the attention too: the tower's own is not called
         raise ValueError("model: expected its own vision tower, got one that use_tower replaced")
     # transformers' own towers have one config object, but each attention reads the one it holds.
     held = [getattr(module, "config", None) for module in tower.modules()]

@@ -48,15 +48,29 @@ class TowerHandle(Handle):
             alone. 0 for the reference tower, which shares the model's parameters.
     """
 
-    def __init__(self, undo: Callable[[], None], tower: Tower, extra_bytes: int) -> None:
+    def __init__(
+        self, undo: Callable[[], None], tower: Tower, extra_bytes: int, mixes_weights: Callable[[], bool] | None
+    ) -> None:
         super().__init__(undo)
         self.tower: Tower | None = tower
         self.extra_bytes = extra_bytes
+        self._mixes_weights = mixes_weights  # None if no weights are freed
 
     def remove(self) -> None:
-        """Restore the model's own tower, and release qwenvit's; a second call does nothing."""
+        """Restore the model's own tower, and release qwenvit's; a second call does nothing.
+
+        Raises:
+            ValueError: after restoring, if weights were written while others were freed; or, with nothing restored, if
+                the tower's `forward` was replaced once more.
+        """
+        mixed = self._mixes_weights is not None and self._mixes_weights()
         super().remove()
-        self.tower, self.extra_bytes = None, 0
+        self.tower, self.extra_bytes, self._mixes_weights = None, 0, None
+        if mixed:
+            raise ValueError(
+                "model: weights were loaded or changed while use_tower had freed others, which are now as they were "
+                "before; load the vision tower's weights again"
+            )
 
 
 def use_tower(model: nn.Module, impl: Impl = "auto", *, free_original: bool = False) -> TowerHandle:
@@ -99,7 +113,7 @@ def use_tower(model: nn.Module, impl: Impl = "auto", *, free_original: bool = Fa
     of `PRECOMPUTED` is passed, if the model was changed since, or for pixel values that do not fit the grids.
     """
     original, config = find_tower(model)
-    if isinstance(vars(original).get("forward"), _Forward):
+    if is_replaced(original):
         raise ValueError("model: expected its own vision tower, got a replaced one; call remove() first")
     weights = tower_weights(original, config)
     tower = _build_tower(impl, config, weights)
@@ -116,17 +130,16 @@ def use_tower(model: nn.Module, impl: Impl = "auto", *, free_original: bool = Fa
     def undo() -> None:
         if vars(original).get("forward") is not forward:
             raise ValueError("model: the vision tower's forward was replaced after use_tower; undo that first")
-        written = restore is not None and forward.weights_written()
         if restore is not None:
             restore()
         del original.forward
-        if written:
-            raise ValueError(
-                "model: weights were loaded or changed while use_tower had freed others, which are now as they were "
-                "before; load the vision tower's weights again"
-            )
 
-    return TowerHandle(undo, tower, extra_bytes)
+    return TowerHandle(undo, tower, extra_bytes, forward.weights_written if free_original else None)
+
+
+def is_replaced(tower: nn.Module) -> bool:
+    """Return whether `use_tower` is in effect on a transformers tower."""
+    return isinstance(vars(tower).get("forward"), _Forward)
 
 
 def _build_tower(impl: Impl, config: VisionConfig, weights: dict[str, nn.Parameter]) -> Tower:
