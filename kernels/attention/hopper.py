@@ -88,7 +88,7 @@ _RESCALE = gl.constexpr(  # $64 and $66 are the factors of a thread's two rows
 _RESCALE_OPERANDS = gl.constexpr(",".join(["=f"] * 32 + [str(i) for i in range(32)] + ["f"] * 32))
 MAX_REGISTERS = 128
 """Registers per thread at launch. Registers are allotted to four warpgroups (the producer's warp counts as one), and
-3 · 152 + 56 = 4 · 128 uses all of a multiprocessor's."""
+3 · 152 + 56 = 3 · 160 + 32 = 4 · 128 uses all of a multiprocessor's. Both products in flight need 160 (head_dim 64)."""
 
 
 @gluon.jit
@@ -288,7 +288,7 @@ def _consume(I_CONSUMER: gl.constexpr, shared, out_ptr, qk_scale, D: gl.constexp
                     SUMS: gl.constexpr = gl.SliceLayout(1, b_sums.type.layout)
                     b_sums *= gl.convert_layout(b_alpha, SUMS, assert_trivial=True)[:, None]
                     b_sums += _thread_sums(b_p)
-                if D > 64:
+                if D > 64:  # not before the sums, where it costs registers and moves
                     b_pairs = _pack(b_p, dtype)
                 b_out = _rescale(b_out, gl.convert_layout(b_alpha, gl.SliceLayout(1, OUT), assert_trivial=True))
                 if D > 64:

@@ -43,24 +43,27 @@ END_COORDINATE = gl.constexpr(2**30)
 
 
 @gluon.jit
-def barrier_sync(i_barrier, THREADS: gl.constexpr, WARPS: gl.constexpr):
-    """Wait at a named barrier of the hardware, with all of a partition's WARPS, until THREADS threads have arrived.
+def _named_barrier(INSTRUCTION: gl.constexpr, i_barrier, THREADS: gl.constexpr, WARPS: gl.constexpr):
+    """Run an instruction on a named barrier of the hardware in every thread of a partition with this many WARPS.
 
     A named barrier costs a warp one instruction. An arrival at an mbarrier costs a barrier of the partition besides.
     """
     o = gl.full([32 * WARPS], i_barrier, gl.int32, gl.BlockedLayout([1], [32], [WARPS], [0]))
     gl.inline_asm_elementwise(
-        f"bar.sync $1, {THREADS}; mov.u32 $0, 0;", "=r,r", [o], dtype=gl.int32, is_pure=False, pack=1
+        f"{INSTRUCTION} $1, {THREADS}; mov.u32 $0, 0;", "=r,r", [o], dtype=gl.int32, is_pure=False, pack=1
     )
 
 
 @gluon.jit
+def barrier_sync(i_barrier, THREADS: gl.constexpr, WARPS: gl.constexpr):
+    """Wait at a named barrier, with all of a partition's WARPS, until THREADS threads have arrived."""
+    _named_barrier("bar.sync", i_barrier, THREADS, WARPS)
+
+
+@gluon.jit
 def barrier_arrive(i_barrier, THREADS: gl.constexpr, WARPS: gl.constexpr):
-    """Arrive at a named barrier of the hardware with all of a partition's WARPS, without waiting."""
-    o = gl.full([32 * WARPS], i_barrier, gl.int32, gl.BlockedLayout([1], [32], [WARPS], [0]))
-    gl.inline_asm_elementwise(
-        f"bar.arrive $1, {THREADS}; mov.u32 $0, 0;", "=r,r", [o], dtype=gl.int32, is_pure=False, pack=1
-    )
+    """Arrive at a named barrier with all of a partition's WARPS, without waiting."""
+    _named_barrier("bar.arrive", i_barrier, THREADS, WARPS)
 
 
 @gluon.jit

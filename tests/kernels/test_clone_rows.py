@@ -8,18 +8,11 @@ from hypothesis import strategies as st
 from qwenvit import ops
 from qwenvit.kernels import clone_rows as kernel_file
 
+pytestmark = pytest.mark.usefixtures("outputs_full_of_nan")
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 DTYPES = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 """The dtypes, and integers that show their bits."""
-
-
-@pytest.fixture(autouse=True)
-def _fill_outputs_with_nan():
-    torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def any_bits(rows, width, dtype):

@@ -12,6 +12,7 @@ from qwenvit.parity import ERROR_FACTOR, Difference
 from qwenvit.plan.grid_plan import GridPlan
 from qwenvit.towers.reference import ReferenceTower
 
+pytestmark = pytest.mark.usefixtures("outputs_full_of_nan")
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]
@@ -23,14 +24,6 @@ TOWERS |= {"qwen2_5_vl": QWEN2_5, "qwen3_vl": QWEN3}
 
 
 interpreter_only = pytest.mark.skipif(GPU, reason="on a GPU so few rows run cuBLAS, as the reference does")
-
-
-@pytest.fixture(autouse=True)
-def _fill_outputs_with_nan():
-    torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def outlier_randn(*shape, dtype=torch.float32):
