@@ -602,9 +602,10 @@ def pinned_bytes_in_use():
     """Return the bytes of pinned blocks that tensors or copies use; 0 where torch does not say."""
     gc.collect()
     torch.cuda.synchronize()
-    torch._C._host_emptyCache()  # torch notices that copies are done when it needs memory, or when it gives it back
+    # What torch still holds after it gave back what it could: its count of bytes in use is wrong before 2.13.
+    torch._C._host_emptyCache()
     stats = torch.cuda.host_memory_stats() if hasattr(torch.cuda, "host_memory_stats") else {}
-    return stats.get("active_bytes.current", 0)
+    return stats.get("allocated_bytes.current", 0)
 
 
 @needs_gpu

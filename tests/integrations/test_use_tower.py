@@ -287,7 +287,7 @@ class TestWhereTheTowerIsFound:
         assert type(visual(qwen2_5)) is expected_class
 
     def test_in_a_chat_pipeline(self, qwen2_5, fast):
-        pipe = transformers.pipeline("image-text-to-text", model=qwen2_5, processor=processor())
+        pipe = transformers.pipeline("image-text-to-text", model=qwen2_5, processor=processor(), device="cpu")
         picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8))
         content = [{"type": "image", "image": picture}, {"type": "text", "text": "w1 w2 w3"}]
 

@@ -22,7 +22,8 @@ from qwenvit.kernels.attention.hopper import hopper_attention
 from qwenvit.kernels.attention.hopper_producer import KV_EMPTY
 from qwenvit.kernels.attention.hopper_scheduler import saves_a_wave, tile_heights, tile_heights_of_batch
 from qwenvit.ops import reference as plain_torch
-from support.rope_attention_cases import DRIFTS, HEAD_DIMS, error, packed, packed_with_drift, poisoned, truth
+from support.errors import error
+from support.rope_attention_cases import DRIFTS, HEAD_DIMS, packed, packed_with_drift, poisoned, truth
 
 DTYPES = (torch.bfloat16, torch.float16)
 ACROSS_HEADS_LENGTH = 3136

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from support import gluon_on_cpu
-from support.rope_attention_cases import DRIFTS, HEAD_DIMS, error, packed, packed_with_drift, truth
+from support.errors import error
+from support.rope_attention_cases import DRIFTS, HEAD_DIMS, packed, packed_with_drift, truth
 
 LAYOUTS = {
     "one": [450],

@@ -13,6 +13,7 @@ from qwenvit.kernels.gemm import tiles
 from qwenvit.kernels.gemm.cublas import MIN_ROWS
 from qwenvit.kernels.gemm.tiles import Tile, uses_tma
 from qwenvit.ops.packing import pack_gate_up, pad_columns
+from support.errors import error, error_bound
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -52,10 +53,6 @@ def torch_among_many_rows(act, x, weight, bias):
     return run(act, F.pad(x, (0, 0, 0, max(MIN_ROWS - len(x), 0))), weight, bias, "reference")[: len(x)]
 
 
-def error(got, expected):
-    return ((got.double() - expected).norm() / expected.norm()).item()
-
-
 def free_nan_memory(*shape, dtype):
     """Free memory full of NaN, so that an output allocated next shows elements that a kernel did not write."""
     torch.full(shape, float("nan"), device=DEVICE, dtype=dtype)
@@ -72,7 +69,7 @@ def test_op_agrees_with_fp64(dtype, impl, act):
         free_nan_memory(M, N, dtype=dtype)
         got = run(act, x, weight, bias, impl)
         assert got.dtype == dtype
-        assert error(got, expected) <= 1.05 * error(torch_among_many_rows(act, x, weight, bias), expected)
+        assert error(got, expected) <= error_bound(torch_among_many_rows(act, x, weight, bias), expected)
 
 
 @settings(max_examples=8 if ON_GPU else 12, deadline=None)
@@ -211,7 +208,7 @@ def test_published_shapes(act, N, K, dtype):
     for M in (1, 784, 1024, 4099):
         x, weight, bias = make_inputs(M, N, K, dtype)
         expected = truth(x, weight, bias, act)
-        bound = 1.05 * error(torch_among_many_rows(act, x, weight, bias), expected)
+        bound = error_bound(torch_among_many_rows(act, x, weight, bias), expected)
         got = [run(act, x, weight, bias, "triton")]
         if dtype != torch.float32:
             fused = ("silu" if act == "swiglu" else act, act == "swiglu")

@@ -16,6 +16,7 @@ from qwenvit.kernels.gemm.tiles import Tile
 from qwenvit.ops import reference
 from qwenvit.ops.packing import adjacent_pairs, pack_qkv
 from qwenvit.plan.rope import apply_rope, rope_cos_sin
+from support.errors import error, error_bound
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -51,10 +52,6 @@ def torch_among_many_rows(x, weight, bias, cos, sin, H, interleaved):
     """Return the reference with `x` padded to MIN_ROWS, as cuBLAS gets it: sums of few rows may have another order."""
     x_rows, cos, sin = (F.pad(rows, (0, 0, 0, max(MIN_ROWS - len(x), 0))) for rows in (x, cos, sin))
     return reference.qkv_rope(x_rows, weight, bias, cos, sin, H, interleaved)[: len(x)]
-
-
-def error(got, expected):
-    return ((got.double() - expected).norm() / expected.norm()).item()
 
 
 def free_nan_memory(*shape, dtype):
@@ -95,7 +92,7 @@ def test_op_agrees_with_fp64(dtype, impl, interleaved):
         got = ops.qkv_rope(x, weight, bias, cos, sin, H, interleaved, impl=impl)
         unfused = torch_among_many_rows(x, weight, bias, cos, sin, H, interleaved)
         assert got.dtype == dtype
-        assert error(got, expected) <= 1.05 * error(unfused, expected)
+        assert error(got, expected) <= error_bound(unfused, expected)
 
 
 @settings(max_examples=8 if ON_GPU else 12, deadline=None)

@@ -13,6 +13,7 @@ from qwenvit.config.families import FAMILIES
 from qwenvit.ops.reference import cut_patches
 from qwenvit.preprocess.image_processor import ImageProcessor
 from qwenvit.preprocess.resize import pillow_resizes_height_first, smart_resize
+from support.pinned import needs_pinned_transformers
 
 HF_PROCESSORS = {"pillow": Qwen2VLImageProcessorPil, "torch": Qwen2VLImageProcessor}
 BACKENDS = sorted(HF_PROCESSORS)
@@ -260,6 +261,7 @@ def test_an_unknown_option_is_refused_before_an_image_is_opened() -> None:
             call(max_pixel=3, size=None)
 
 
+@needs_pinned_transformers  # pictures with transparency
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @settings(max_examples=15, deadline=None)

@@ -1,6 +1,7 @@
 """`scripts/bench_generate.py`: what it compares, what it refuses to time, what it prints. Nothing here is timed."""
 
 import argparse
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -109,13 +110,20 @@ def test_models_share_parameters_and_differ_in_the_tower(bench):
     assert {parameter.dtype for parameter in bench.truth.parameters()} == {torch.float32}
 
 
+def eager_tokens(bench):
+    """Return how many tokens of eager attention are those of sdpa: some CPUs' rounding decides between near ties."""
+    inputs = prompt_of(bench)
+    pairs = zip(*(bench.generate(name, inputs, measure.NEW_TOKENS).tolist() for name in (SDPA, EAGER)), strict=True)
+    return {EAGER: sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))}
+
+
 def test_a_case(bench):
     row = json.loads(json.dumps(bench.measure(CASE)))
     assert set(row["first"]) == {SDPA, EAGER, USE_TOWER, USE_QWENVIT}
     assert set(row["tower"]) == {*row["first"], ENCODER}
     assert (row["images"], row["patches"], row["prompt"]) == (2, 120, 2 * models.TOKENS_AROUND + 24 + 6 + 4)
     found = row["parity"]
-    assert found["tokens"] == dict.fromkeys((EAGER, USE_TOWER, USE_QWENVIT), measure.NEW_TOKENS)
+    assert found["tokens"] == {USE_TOWER: measure.NEW_TOKENS, USE_QWENVIT: measure.NEW_TOKENS} | eager_tokens(bench)
     for kind in ("whole", "tower"):  # the reference tower is transformers', to the last bit
         assert found[kind][USE_TOWER] == found[kind][USE_QWENVIT] == found[kind][SDPA] > 0
         assert found[kind][EAGER] != found[kind][SDPA]
@@ -210,7 +218,7 @@ def test_tokens_that_differ(bench, monkeypatch):
 
     monkeypatch.setattr(GenerateBench, "generate", another_token)
     found = bench.compare_tokens(inputs)
-    assert found["tokens"] == {EAGER: 16, USE_TOWER: 3, USE_QWENVIT: 16}
+    assert found["tokens"] == {USE_TOWER: 3, USE_QWENVIT: 16} | eager_tokens(bench)
     # The gap is that of the fp32 model after the same tokens, without a cache.
     ids = torch.cat([inputs["input_ids"], theirs[None, :3]], 1)
     types = (ids == IMAGE).int()

@@ -7,6 +7,7 @@ from itertools import pairwise
 import torch
 
 from qwenvit import ops
+from support.errors import error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HEAD_DIMS = (64, 72, 80)
@@ -84,11 +85,6 @@ def truth(q, k, v, cos, sin, bounds, interleaved=False, scale=None, rotate_keys=
             scores = q[start:end, i_head] @ k[start:end, i_head].T * (scale or q.shape[-1] ** -0.5)
             out[start:end, i_head] = scores.softmax(-1) @ v[start:end, i_head]
     return out
-
-
-def error(out, right):
-    """Return the relative L2 error; NaN if either tensor has one, 0 for empty tensors."""
-    return ((out.double() - right).norm() / right.norm()).item() if right.numel() else 0.0
 
 
 def assert_close_to_truth(qkv, bounds, max_seqlen, interleaved=False, rotate=True, scale=None):

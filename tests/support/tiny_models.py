@@ -95,7 +95,8 @@ def build_wide(family, text=None, **vision):
     with torch.no_grad():
         for name, parameter in visual(model).named_parameters():
             if parameter.ndim == 1:  # transformers initialises biases to 0 and norms to 1: equal ones hide a swap
-                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))) * 0.1)
+                seeded = torch.Generator("cpu").manual_seed(len(name))
+                parameter += 0.1 * torch.randn(parameter.shape, generator=seeded, device="cpu").to(parameter)
             elif "proj" in name:
                 parameter[3] *= 10
     return model
