@@ -201,6 +201,7 @@ class _Forward:
 
     def __init__(self, original: nn.Module, tower: Tower, output_class: type[Any]) -> None:
         self._original, self._tower, self._output_class = original, tower, output_class
+        self._weight = next(tower.parameters())  # the tower's device and dtype: the search for it delays the GPU
         self._lock = threading.Lock()  # hidden states are recorded by hooks on the tower
         self._weights = WeightGuard(original)
         self._counted = [weight for weight in self._weights.parameters if not weight.is_inference()]
@@ -241,7 +242,7 @@ class _Forward:
         self, pixel_values: Tensor, grid_thw: Tensor, with_states: bool
     ) -> tuple[TowerOutput, tuple[Tensor, ...]]:
         """Run the tower; return its output, and its hidden states if they are asked for."""
-        tower, device = self._tower, next(self._tower.parameters()).device
+        tower, device = self._tower, self._weight.device
         if pixel_values.device != device:
             raise ValueError(f"hidden_states: expected pixel values on the tower's {device}, got {pixel_values.device}")
         pixel_values = pixel_values.flatten(0, -2)
@@ -270,9 +271,8 @@ class _Forward:
             )
 
     def _refuse_autocast(self) -> None:
-        weight = next(self._tower.parameters())
-        in_fp32 = isinstance(self._tower, FastTower) and weight.dtype == torch.float32
-        if in_fp32 and torch.is_autocast_enabled(weight.device.type):
+        in_fp32 = isinstance(self._tower, FastTower) and self._weight.dtype == torch.float32
+        if in_fp32 and torch.is_autocast_enabled(self._weight.device.type):
             raise ValueError(
                 "autocast: expected none around a fast tower in float32, which computes in the dtype of its weights; "
                 "convert the tower to bfloat16 before use_tower, or use_tower(model, impl='reference')"
