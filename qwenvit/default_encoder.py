@@ -3,8 +3,9 @@
 import os
 import threading
 from collections.abc import Iterable
+from copy import deepcopy
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack
 
 import torch
 
@@ -17,6 +18,7 @@ from qwenvit.preprocess.decode import ImageInput
 from qwenvit.preprocess.jpeg import Decoder, check_decoder
 from qwenvit.preprocess.options import ImageOptions, check_image_options
 from qwenvit.preprocess.prefetch import check_num_workers
+from qwenvit.towers.checkpoint import ConfigSource
 
 _current: dict[str, Any] = {"key": None, "encoder": None}
 _current_lock = threading.Lock()
@@ -29,13 +31,18 @@ def encode(
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
     impl: Impl = "auto",
+    subfolder: str | None = None,
+    config: ConfigSource | None = None,
+    family: str | None = None,
+    prefix: str | None = None,
+    adapter: str | os.PathLike[str] | Literal[False] | None = None,
     num_workers: int | None = None,
     on_error: OnError = "raise",
     progress: bool = False,
     decode: Decoder = "pillow",
     **options: Unpack[ImageOptions],
 ) -> Embeddings:
-    """Embed images with an encoder that is kept for the next call with the same model, device, dtype and impl.
+    """Embed images with an encoder that is kept for the next call with the same model and the same ways to load it.
 
     Args:
         images: one image or several: PIL images, uint8 arrays or tensors, paths, or encoded bytes.
@@ -44,6 +51,12 @@ def encode(
         device: default: the GPU where there is one, else the CPU.
         dtype: a name, a torch dtype or `"auto"`. Default: bfloat16 on a GPU, float32 on the CPU.
         impl: `"auto"`, `"triton"` (the fast tower) or `"reference"`.
+        subfolder: the folder inside the model's that has the checkpoint.
+        config: the config, if not that of the checkpoint's `config.json`: a file, its folder, its content, or a
+            `VisionConfig`.
+        family: the tower's family, whatever `model_type` says.
+        prefix: what the names of the tower's tensors start with, in a checkpoint with several towers.
+        adapter: a LoRA adapter to merge. Default: the one beside the checkpoint or in it. False: none.
         num_workers: threads that decode; 0 decodes in this thread. None: 4, or fewer on a smaller machine. The result
             is the same.
         on_error: what an image that cannot be used does: `"raise"` its error, or `"skip"` it with a warning.
@@ -67,16 +80,31 @@ def encode(
     check_on_error(on_error)
     device = check_device(device)
     check_decoder(decode, device)
-    path = Path(model).expanduser()
-    # Resolve a path now: a relative path means another tower after a change of directory.
-    location = str(path.resolve()) if path.exists() else os.fspath(model)
-    key = (location, device, check_dtype(dtype, device), impl)
+    loading: dict[str, Any] = {
+        "subfolder": subfolder,
+        "config": config,
+        "family": family,
+        "prefix": prefix,
+        "adapter": adapter,
+    }
+    key = (_identity(model), device, check_dtype(dtype, device), impl, *map(_identity, loading.values()))
     with _current_lock:
         if _current["key"] != key:
             _current.update(key=None, encoder=None)  # release the old tower before loading the new one
-            encoder = Encoder.from_pretrained(model, device=device, dtype=dtype, impl=impl)
+            encoder = Encoder.from_pretrained(model, device=device, dtype=dtype, impl=impl, **loading)
             _current.update(key=key, encoder=encoder)
         encoder = _current["encoder"]
     return encoder.encode(
         images, num_workers=num_workers, on_error=on_error, progress=progress, decode=decode, **options
     )
+
+
+def _identity(argument: Any) -> Any:
+    """Return what an argument means, to compare it with that of a later call.
+
+    A path is resolved now: a relative one means another file after a change of directory. A mapping may change.
+    """
+    if not isinstance(argument, str | os.PathLike):
+        return deepcopy(argument)
+    path = Path(argument).expanduser()
+    return str(path.resolve()) if path.exists() else os.fspath(argument)

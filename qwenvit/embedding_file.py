@@ -16,7 +16,9 @@ from torch import Tensor
 
 from qwenvit.config.vision_config import VisionConfig
 from qwenvit.outputs import ItemEmbeddings, VideoTimes
-from qwenvit.weights.local import write_safetensors
+from qwenvit.weights.header import read_header
+from qwenvit.weights.save import write_safetensors
+from qwenvit.weights.strict_json import parse_json
 
 
 def save_embeddings(path: Path, items: Mapping[str, ItemEmbeddings], model: str, *, prefixed: bool = True) -> None:
@@ -67,8 +69,10 @@ def load_embeddings(path: str | os.PathLike[str]) -> dict[str, ItemEmbeddings]:
 
 def _load_file(path: Path) -> dict[str, ItemEmbeddings]:
     try:
+        read_header(path)  # opening a named pipe would never return
         with safe_open(path, "pt") as file:
-            described = {key: json.loads(value) for key, value in (file.metadata() or {}).items() if key != "format"}
+            metadata = (file.metadata() or {}).items()
+            described = {key: parse_json(value.encode(), key) for key, value in metadata if key != "format"}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         grids, times = described["grids"], described["times"]
         config = VisionConfig.from_hf(described["config"])
@@ -85,7 +89,7 @@ def _load_file(path: Path) -> dict[str, ItemEmbeddings]:
             )
             for name, grid in grids.items()
         }
-    except (SafetensorError, json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
+    except (SafetensorError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: expected a file of `qwenvit encode`, got {error!r}; encode again") from error
 
 

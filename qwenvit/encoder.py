@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Generator, Iterable, Iterator,
 from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TypeVar, Unpack
+from typing import Any, Literal, TypeVar, Unpack
 
 import torch
 from torch import Tensor
@@ -28,10 +28,10 @@ from qwenvit.preprocess.prepared import Prepared
 from qwenvit.preprocess.video_file import Clip, VideoFile
 from qwenvit.preprocess.video_frames import sized_frames
 from qwenvit.preprocess.video_processor import VideoProcessor
-from qwenvit.towers import demo
-from qwenvit.towers.checkpoint import directory_of, load_tower, locate, save_tower
+from qwenvit.towers.checkpoint import ConfigSource, save_tower
 from qwenvit.towers.choose import Tower
 from qwenvit.towers.fast import FastTower
+from qwenvit.towers.pretrained import load_pretrained
 
 Item = TypeVar("Item")
 
@@ -72,6 +72,11 @@ class Encoder:
         device: torch.device | str | None = None,
         dtype: torch.dtype | str | None = None,
         impl: Impl = "auto",
+        subfolder: str | None = None,
+        config: ConfigSource | None = None,
+        family: str | None = None,
+        prefix: str | None = None,
+        adapter: str | os.PathLike[str] | Literal[False] | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
@@ -82,12 +87,21 @@ class Encoder:
 
         Args:
             model: a local directory or `.safetensors` file, a Hub repository (`"Qwen/Qwen2.5-VL-7B-Instruct"`), a
-                short name of `qwenvit.registry.PUBLISHED`, or `"demo"` for a tiny tower with random weights.
+                short name of `qwenvit.registry.PUBLISHED`, or `"demo"` for a tiny tower with random weights. The
+                directory may be one of huggingface_hub's cache (`models--organisation--name`, or a snapshot in it).
             device: default: the GPU if there is one, else the CPU.
             dtype: `"float32"`, `"bfloat16"`, `"float16"`, the torch dtype, or `"auto"` for the checkpoint's own.
                 Default: bfloat16 on a GPU, float32 on the CPU.
             impl: `"triton"` is the fast tower, for inference on a GPU; `"reference"` is the plain torch tower, which is
                 differentiable. `"auto"` takes the fast tower where it can run; an explicit choice never falls back.
+            subfolder: the folder inside the model's that has the checkpoint, such as `"text_encoder"`.
+            config: what to read instead of the checkpoint's `config.json`: another file, its folder, its content, or a
+                `VisionConfig`.
+            family: the tower's family, such as `"qwen2_5_vl"`. Default: that of `model_type`, or if this is unknown,
+                that of the tensors' names.
+            prefix: what the names of the tower's tensors start with, in a checkpoint with several towers.
+            adapter: a LoRA adapter to merge: folder, file or Hub repository. Default: the one beside the checkpoint or
+                in it, if there is one. False: none.
             revision: Hub branch, tag or commit. A branch stays at the commit of its first download until
                 `force_download=True`.
             token: Hub token; default: the one that huggingface_hub finds.
@@ -98,22 +112,15 @@ class Encoder:
         Raises:
             ValueError: unknown model, device, dtype or impl; an explicit impl that cannot run here; a checkpoint with
                 missing, unexpected or wrongly shaped vision tensors (the message lists them all).
+            TypeError: a config or an adapter of an unsupported type.
             OSError: the Hub or the files cannot be read.
         """
         device = check_device(device)
-        tower_dtype = check_dtype(dtype, device)
-        if os.fspath(model) == demo.NAME:
-            return cls(demo.build_tower(impl, device, tower_dtype))
-        source = locate(
-            model,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            force_download=force_download,
-        )
-        tower = load_tower(source, impl=impl, device=device, dtype=tower_dtype)
-        return cls(tower, *read_processors(directory_of(source), tower.config.family))
+        checkpoint = {"subfolder": subfolder, "config": config, "family": family, "prefix": prefix, "adapter": adapter}
+        hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        options: dict[str, Any] = checkpoint | hub | {"force_download": force_download}
+        tower, directory = load_pretrained(model, impl=impl, device=device, dtype=check_dtype(dtype, device), **options)
+        return cls(tower) if directory is None else cls(tower, *read_processors(directory, tower.config.family))
 
     @property
     def device(self) -> torch.device:

@@ -25,7 +25,8 @@ from compare.inputs import KINDS, load_inputs, synthetic_image
 from compare.report import show_verdict
 from compare.runs import DisagreementError
 from qwenvit.config.published import PUBLISHED, published_config
-from qwenvit.towers.checkpoint import locate, read_config
+from qwenvit.towers.checkpoint import read_config
+from qwenvit.towers.locate import locate
 
 PINNED = "5.23."  # the transformers whose towers the reference tower equals to the last bit on a CPU
 

@@ -233,7 +233,7 @@ def test_config_json_that_is_missing_or_broken(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
         Encoder.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="not valid JSON"):
+    with pytest.raises(ValueError, match="expected JSON"):
         Encoder.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(ValueError, match=r"config\.json.*unknown model_type 'bert'"):

@@ -19,7 +19,7 @@ ALLOWED = {
     "config": {"arguments"},
     "plan": BASE,
     "ops": BASE | {"plan", "kernels"},
-    "preprocess": BASE | {"ops"},
+    "preprocess": BASE | {"ops", "weights"},
     "towers": BASE | {"plan", "ops", "outputs", "weights"},
     "graphs": BASE | {"plan", "ops", "outputs", "towers"},
     "mrope": BASE | {"ops"},

@@ -5,13 +5,16 @@ JSON with each tensor's dtype, shape and byte range, then the tensors without ga
 """
 
 import json
-import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from qwenvit.weights.regular_file import open_regular
+from qwenvit.weights.strict_json import parse_json
 
 # The format's own limit; a file that gives a greater length is not a safetensors file.
 MAX_HEADER_BYTES = 100_000_000
@@ -66,18 +69,28 @@ def parse_header(text: bytes, file: Path, file_size: int | None) -> dict[str, Te
     """Return every tensor of `file` by name, from the JSON `text` of its header.
 
     `file_size` is the file's size in bytes (None: unknown, not checked).
+
+    Whatever safetensors' own reader refuses is refused here, and what the format's description forbids although that
+    reader takes it: repeated names, white space before the first brace, entries and dtypes written in other forms.
+
     Raises ValueError if `text` is not such JSON, leaves gaps between tensors, or implies a different file size.
     """
-    try:
-        header = json.loads(text)
-        header.pop("__metadata__", None)
-        entries = {name: _parse_entry(fields, file, 8 + len(text)) for name, fields in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file}: not a safetensors file: unreadable header ({error!r})") from error
-    position = 8 + len(text)
+    source = f"{file}: broken header"
+    if not text.startswith(b"{"):
+        raise ValueError(f"{source}: not a safetensors file: expected a JSON object, got {text[:20]!r}")
+    header = parse_json(text, source)
+    _check_metadata(header.pop("__metadata__", None), source)
+    data_start = 8 + len(text)
+    entries = {}
+    for name, fields in header.items():
+        try:
+            entries[name] = _parse_entry(fields, file, data_start)
+        except ValueError as error:
+            raise ValueError(f"{source}: {name[:200]!r}: {error}") from None
+    position = data_start
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
         if entry.start != position:
-            raise ValueError(f"{file}: broken header: expected {name} to start at byte {position}, got {entry.start}")
+            raise ValueError(f"{source}: expected {name[:200]!r} to start at byte {position}, got {entry.start}")
         position = entry.end
     if file_size is not None and file_size != position:
         what = "truncated" if file_size < position else "too long"
@@ -85,24 +98,47 @@ def parse_header(text: bytes, file: Path, file_size: int | None) -> dict[str, Te
     return entries
 
 
-def _parse_entry(fields: dict[str, Any], file: Path, data_start: int) -> TensorEntry:
-    dtype, shape = fields["dtype"], tuple(fields["shape"])
-    start, end = fields["data_offsets"]
-    if not all(isinstance(n, int) and n >= 0 for n in (*shape, start, end)):
-        raise ValueError(f"shape {shape} and data_offsets [{start}, {end}] must be non-negative integers")
-    # A dtype newer than this table is an error only for the code that reads the tensor.
-    if dtype in _DTYPE_BITS and (end - start) * 8 != math.prod(shape) * _DTYPE_BITS[dtype]:
-        raise ValueError(f"{dtype} of shape {shape} cannot take {end - start} bytes")
-    return TensorEntry(file, dtype, shape, data_start + start, data_start + end)
+def _check_metadata(metadata: Any, source: str) -> None:
+    if metadata is None:
+        return
+    if not isinstance(metadata, dict):
+        raise ValueError(f"{source}: __metadata__: expected an object of strings, got {type(metadata).__name__}")
+    for key, value in metadata.items():
+        if not isinstance(value, str):
+            raise ValueError(f"{source}: __metadata__: {key[:200]!r}: expected a string, got {str(value)[:100]}")
+
+
+def _parse_entry(fields: Any, file: Path, data_start: int) -> TensorEntry:
+    if not isinstance(fields, dict) or not fields.keys() >= {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"expected an object with dtype, shape and data_offsets, got {str(fields)[:100]}")
+    dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _DTYPE_BITS:
+        raise ValueError(f"dtype: expected one of {', '.join(_DTYPE_BITS)}, got {str(dtype)[:100]!r}")
+    for key, numbers in (("shape", shape), ("data_offsets", offsets)):
+        # `type`, since booleans are integers too. No number is above 64 bits: parse_json makes those floats.
+        if not isinstance(numbers, list) or not all(type(number) is int and number >= 0 for number in numbers):
+            raise ValueError(f"{key}: expected a list of non-negative 64-bit integers, got {str(numbers)[:100]}")
+    if len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise ValueError(f"data_offsets: expected where the tensor starts and ends, got {str(offsets)[:100]}")
+    bits = 1
+    for factor in (*shape, _DTYPE_BITS[dtype]):
+        bits *= factor
+        if bits >= 2**64:  # also before a later 0, as in safetensors' own reader
+            raise ValueError(f"shape: expected a size that 64 bits can count, got {str(shape)[:100]}")
+    start, end = offsets
+    if (end - start) * 8 != bits:
+        raise ValueError(f"{dtype} of shape {str(shape)[:100]} cannot take {end - start} bytes")
+    return TensorEntry(file, dtype, tuple(shape), data_start + start, data_start + end)
 
 
 def read_header(file: Path) -> dict[str, TensorEntry]:
     """Return every tensor of the safetensors `file` by name; only the header is read.
 
-    Raises ValueError if the file is truncated or not a safetensors file.
+    Raises OSError if the file cannot be read, and ValueError if it is not a regular file, is truncated or is not a
+    safetensors file.
     """
-    size = file.stat().st_size
-    with file.open("rb") as stream:
+    with open_regular(file) as stream:
+        size = os.fstat(stream.fileno()).st_size
         length = header_length(stream.read(8), file, size)
         return parse_header(stream.read(length), file, size)
 
@@ -115,7 +151,7 @@ def build_header(entries: Mapping[str, TensorEntry], metadata: Mapping[str, str]
     """
 
     def file_order(name: str) -> tuple[int, Path, int]:
-        return -_DTYPE_BITS.get(entries[name].dtype, 0), entries[name].file, entries[name].start
+        return -_DTYPE_BITS[entries[name].dtype], entries[name].file, entries[name].start
 
     fields: dict[str, Any] = {"__metadata__": dict(metadata)}
     offsets, position = {}, 0  # from the end of the header

@@ -1,23 +1,24 @@
-"""The vision tower's tensors in a local directory or file: find, check, load and save them."""
+"""The vision tower's tensors in a local directory or file: find, check and load them."""
 
-import json
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
+from qwenvit.weights.formats import PICKLES, no_checkpoint_error, pickle_error, quantisation_of, refuse_other_format
 from qwenvit.weights.header import FLOAT_DTYPES, TensorEntry, read_header
-from qwenvit.weights.names import find_prefix, likely_families, official_name, vision_names
+from qwenvit.weights.index import read_index
+from qwenvit.weights.names import official_name
+from qwenvit.weights.recognise import FoundTower, NoTowerError, find_tower
 
 # In order of preference: a separate vision file is there to be used, and Hugging Face's loader also prefers a single
 # file to an index.
 CHECKPOINT_FILES = ("model_visual.safetensors", "model.safetensors", "model.safetensors.index.json")
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_PATCH_WEIGHT = "patch_embed.proj.weight"
 _MAX_LISTED = 12
 
 
@@ -35,6 +36,7 @@ class CheckpointError(ValueError):
         mismatched: list[tuple[str, tuple[int, ...], tuple[int, ...]]],
         unreadable: list[tuple[str, str]],
         hint: str = "",
+        advice: Sequence[str] = (),
     ) -> None:
         self.missing, self.unexpected = missing, unexpected
         self.mismatched, self.unreadable = mismatched, unreadable
@@ -51,67 +53,68 @@ class CheckpointError(ValueError):
                 parts.append(f"{len(lines)} {title}:")
                 parts += [f"  {line}" for line in lines[:_MAX_LISTED]]
                 parts += [f"  … and {len(lines) - _MAX_LISTED} more"] if len(lines) > _MAX_LISTED else []
-        if unreadable:
-            parts.append("Quantised towers are not supported: use the unquantised checkpoint of the same model.")
-        super().__init__("\n".join(parts))
+        super().__init__("\n".join([*parts, *advice]))
 
 
-def find_tensors(directory: str | os.PathLike[str]) -> dict[str, TensorEntry]:
-    """Return the vision tensors of a checkpoint by their full official names; only headers are read.
+def find_tensors(directory: str | os.PathLike[str], prefix: str | None = None) -> dict[str, TensorEntry]:
+    """Return the vision tensors of a checkpoint by their full names there; only headers are read.
 
-    `directory` is a folder or one .safetensors file. In a folder, the first of `CHECKPOINT_FILES` with vision tensors
-    is used. Shards without vision tensors may be absent.
+    `directory` is a folder, one .safetensors file, or the index of a sharded checkpoint. In a folder, the first of
+    `CHECKPOINT_FILES` with a vision tower is used. Shards without vision tensors may be absent. `prefix` chooses
+    between several towers, see `find_tower`. An incomplete tower is returned if there is no complete one.
 
-    Raises FileNotFoundError if there is no checkpoint or a needed shard is absent, and ValueError for pickles, a
-    file that is truncated or not a safetensors file, or a checkpoint without vision tensors.
+    Raises FileNotFoundError if there is no checkpoint or a needed shard is absent, and ValueError for pickles and
+    other formats, a file that is truncated or not a safetensors file, a checkpoint without vision tensors, or one
+    with several towers.
     """
     path = Path(directory)
-    if path.is_file():
+    if not path.is_dir():
         if path.suffix in PICKLES:
             raise pickle_error(path, [path.name])
-        return find_vision_tensors([path], read_index, read_header)
-    candidates = [path / name for name in CHECKPOINT_FILES if (path / name).is_file()]
+        return find_vision_tensors([path], read_index, _read_local_header, prefix)
+    candidates = [path / name for name in CHECKPOINT_FILES if os.path.lexists(path / name)]
     if not candidates:
-        raise no_checkpoint_error(path, sorted(file.name for file in path.iterdir()))
-    return find_vision_tensors(candidates, read_index, read_header)
+        raise no_checkpoint_error(path, sorted(file.name for file in path.iterdir()), CHECKPOINT_FILES)
+    return find_vision_tensors(candidates, read_index, _read_local_header, prefix)
+
+
+def _read_local_header(file: Path) -> dict[str, TensorEntry]:
+    refuse_other_format(file)
+    return read_header(file)
 
 
 def find_vision_tensors(
     candidates: Sequence[Path],
     index_of: Callable[[Path], dict[str, str]],
     header_of: Callable[[Path], dict[str, TensorEntry]],
+    prefix: str | None = None,
 ) -> dict[str, TensorEntry]:
-    """Return the vision tensors of the first of `candidates` (.safetensors files or .json indices) that has any.
+    """Return the tower's tensors of the first of `candidates` (.safetensors files or .json indices) that has one.
 
-    `index_of` and `header_of` read one such file, local or remote. Raises FileNotFoundError for an absent shard and
-    ValueError for a checkpoint without vision tensors, besides the errors of `index_of` and `header_of`.
+    A complete tower is preferred to an incomplete one. `index_of` and `header_of` read one such file, local or
+    remote. Raises FileNotFoundError for an absent shard and ValueError for a checkpoint without vision tensors or with
+    several towers, besides the errors of `index_of` and `header_of`.
     """
-    errors = []
+    errors, found = [], []
     for candidate in candidates:
         shards = index_of(candidate) if candidate.suffix == ".json" else {}
         entries = {} if shards else header_of(candidate)
         try:
-            prefix = find_prefix(shards or entries)
-        except ValueError as error:
+            tower = find_tower(shards or entries, prefix)
+        except NoTowerError as error:
             errors.append(f"{candidate}: {error}")
             continue
-        names = vision_names(shards or entries, prefix)
-        if shards:
-            entries = _read_shards(candidate, {name: shards[name] for name in names}, header_of)
-        return {name: entries[name] for name in names}
-    raise ValueError("; ".join(errors))
-
-
-def read_index(file: Path) -> dict[str, str]:
-    """Return the shard's file name of each tensor from a `model.safetensors.index.json`; ValueError if broken."""
-    try:
-        shards = dict(json.loads(file.read_bytes())["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file}: expected JSON with a weight_map, got {error!r}") from error
-    invalid = [shard for shard in shards.values() if not isinstance(shard, str) or Path(shard).name != shard]
-    if invalid or not shards:
-        raise ValueError(f"{file}: weight_map: expected names of files beside it, got {invalid[:3] or 'none'}")
-    return shards
+        except ValueError as error:
+            raise ValueError(f"{candidate}: {error}") from error
+        found.append((candidate, tower, shards, entries))
+        if not tower.missing:
+            break
+    if not found:
+        raise ValueError("; ".join(errors))
+    candidate, tower, shards, entries = found[0] if found[-1][1].missing else found[-1]
+    if shards:
+        entries = _read_shards(candidate, {name: shards[name] for name in tower.names}, header_of)
+    return {name: entries[name] for name in tower.names}
 
 
 def _read_shards(
@@ -131,26 +134,6 @@ def _read_shards(
     if misplaced:
         raise ValueError(f"{index}: lists tensors that are not in their shards: {', '.join(misplaced[:_MAX_LISTED])}")
     return {name: headers[shard][name] for name, shard in shards.items()}
-
-
-def no_checkpoint_error(where: Path, files: Sequence[str]) -> OSError | ValueError:
-    """Return the error for a folder or repository whose `files` do not include a readable checkpoint."""
-    pickles = [name for name in files if name.endswith(PICKLES)]
-    if pickles and not any(name.endswith(".safetensors") for name in files):
-        return pickle_error(where, pickles)
-    return FileNotFoundError(
-        f"{where}: expected one of {', '.join(CHECKPOINT_FILES)}, got {', '.join(files[:_MAX_LISTED]) or 'no files'} "
-        "(pass a .safetensors file of another name by its path)"
-    )
-
-
-def pickle_error(where: Path, pickles: Sequence[str]) -> ValueError:
-    """Return the error for a checkpoint that consists of `pickles`."""
-    return ValueError(
-        f"{where}: only safetensors files are read, since loading a pickle ({', '.join(pickles[:3])}) runs the code "
-        "in it; if you trust it, convert it with safetensors.torch.save_file(torch.load(file, weights_only=True), "
-        "'model.safetensors')"
-    )
 
 
 def checkpoint_dtype(entries: Mapping[str, TensorEntry]) -> torch.dtype:
@@ -175,78 +158,81 @@ def load_tensors(
     """Return the tower's tensors by canonical name, on `device`; no two share memory.
 
     `entries` are the checkpoint's vision tensors (`find_tensors`), `expected` the canonical names and shapes of the
-    tower, `dtype` the dtype to convert to (None: each tensor keeps its dtype in the file). Peak memory is the result
-    and one tensor more.
+    tower, `dtype` the dtype to convert to (None: each tensor keeps its dtype in the file). A patch embedding with its
+    channels last, as MLX stores it, is turned. Peak memory is the result and one tensor more.
 
-    Raises CheckpointError, before any tensor is read, if names or shapes differ or a dtype is not in `FLOAT_DTYPES`.
+    Raises CheckpointError, before any tensor is read, if names or shapes differ or a dtype is not in `FLOAT_DTYPES`;
+    OSError if a file cannot be read.
     """
-    prefix = find_prefix(entries)
-    official = {prefix + official_name(name, family): name for name in expected}
-    _check_entries(entries, {name: tuple(expected[own]) for name, own in official.items()}, family, prefix)
+    check_entries(entries, expected, family)
+    canonical = {official_name(name, family): name for name in expected}
+    names = find_tower(entries).names
     tensors: dict[str, torch.Tensor] = {}
     with ExitStack() as opened:
-        files = {
-            file: opened.enter_context(safe_open(file, framework="pt", device="cpu"))
-            for file in sorted({entry.file for entry in entries.values()})
-        }
+        files = {}
+        for file in sorted({entry.file for entry in entries.values()}):
+            try:
+                files[file] = opened.enter_context(safe_open(file, framework="pt", device="cpu"))
+            except RuntimeError as error:  # torch's, where the system does not map the file into memory
+                raise OSError(f"{file}: {error}") from error
         for name, entry in sorted(entries.items(), key=lambda item: (item[1].file, item[1].start)):
+            own = canonical[names[name]]
             mapped = files[entry.file].get_tensor(name)
+            if mapped.shape != expected[own]:
+                mapped = mapped.movedim(-1, 1).contiguous()
             # Copy even without a conversion: a view of the mapped file would change or crash with the file.
-            tensors[official[name]] = mapped.to(device=device, dtype=dtype or mapped.dtype, copy=True)
+            tensors[own] = mapped.to(device=device, dtype=dtype or mapped.dtype, copy=True)
     return {name: tensors[name] for name in expected}
 
 
-def _check_entries(
-    entries: Mapping[str, TensorEntry], shapes: Mapping[str, tuple[int, ...]], family: str, prefix: str
-) -> None:
-    missing = [name for name in shapes if name not in entries]
-    unexpected = [name for name in entries if name not in shapes]
+def check_entries(entries: Mapping[str, TensorEntry], expected: Mapping[str, torch.Size], family: str) -> None:
+    """Raise CheckpointError unless `entries` are the tensors of a tower of `family`, with `expected` shapes."""
+    tower = find_tower(entries)
+    shapes = {official_name(name, family): tuple(shape) for name, shape in expected.items()}
+    present = set(tower.names.values())
+    missing = [tower.prefix + name for name in shapes if name not in present]
+    unexpected = [name for name, official in tower.names.items() if official not in shapes]
     mismatched = [
-        (name, shape, entries[name].shape)
-        for name, shape in shapes.items()
-        if name in entries and entries[name].shape != shape
+        (name, shapes[official], entries[name].shape)
+        for name, official in tower.names.items()
+        if official in shapes and not _fits(official, entries[name].shape, shapes[official])
     ]
     unreadable = [(name, entry.dtype) for name, entry in entries.items() if entry.dtype not in FLOAT_DTYPES]
     if missing or unexpected or mismatched or unreadable:
-        families = likely_families(name.removeprefix(prefix) for name in entries)
-        other = f" ({family}): these look like tensors of {' or '.join(families)}"
-        hint = other if families and family not in families else f" ({family})"
-        raise CheckpointError(missing, unexpected, mismatched, unreadable, hint)
+        hint = f" ({family})"
+        if family not in tower.families:
+            hint += f": these look like tensors of {' or '.join(tower.families)}"
+        advice = _advice(entries, tower, [tower.names[name] for name, *_ in mismatched])
+        if (wanted := _blocks(shapes)) != (found := _blocks(present)):
+            advice.append(f"The config states {wanted} blocks, and the checkpoint has {found}.")
+        raise CheckpointError(missing, unexpected, mismatched, unreadable, hint, advice)
 
 
-def save_tensors(
-    path: str | os.PathLike[str],
-    canonical_tensors: Mapping[str, torch.Tensor],
-    family: str,
-    metadata: Mapping[str, str] | None = None,
-) -> None:
-    """Write a tower alone to the .safetensors file `path`, under official names without prefix.
-
-    The write is atomic. `metadata` goes into the file's header.
-    Raises ValueError for a name that the family's tower does not have.
-    """
-    tensors = {}
-    for name, tensor in canonical_tensors.items():
-        tensor = tensor.detach().to("cpu").contiguous()
-        # safetensors refuses tensors that share memory, as slices of a fused weight do.
-        owns_storage = tensor.untyped_storage().nbytes() == tensor.nbytes
-        tensors[official_name(name, family)] = tensor if owns_storage else tensor.clone()
-    write_safetensors(path, tensors, {**(metadata or {}), "format": "pt"})
+def _blocks(official: Iterable[str]) -> int:
+    return len({name.split(".")[1] for name in official if name.startswith("blocks.")})
 
 
-def write_safetensors(
-    path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
-) -> None:
-    """Write contiguous CPU tensors atomically to `path`, with the permissions that the umask gives."""
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # by the umask; safetensors makes files readable by their owner alone
-        save_file(dict(tensors), temporary, metadata=dict(metadata))
-        temporary.chmod(mode)
-        with temporary.open("rb+") as stream:
-            os.fsync(stream.fileno())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _fits(official: str, stored: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    channels_last = (expected[0], *expected[2:], expected[1]) if official == _PATCH_WEIGHT else expected
+    return stored in (expected, channels_last)
+
+
+def _advice(entries: Mapping[str, TensorEntry], tower: FoundTower, mismatched: Sequence[str]) -> list[str]:
+    """Return what to do about the differences whose cause is known."""
+    advice = []
+    if quantisation := quantisation_of({name: entry.dtype for name, entry in entries.items()}):
+        advice.append(
+            f"The tower's weights are quantised: {quantisation}. Quantised towers are not supported: use the "
+            "unquantised checkpoint of the same model."
+        )
+    if any(part in name for name in entries for part in (".lora_", ".modules_to_save.", ".original_module.")):
+        advice.append(
+            "A PEFT adapter was saved unmerged together with the tower: call merge_and_unload() of the PEFT model "
+            "before save_pretrained()."
+        )
+    if _PATCH_WEIGHT in mismatched:
+        advice.append(
+            f"{tower.prefix}{_PATCH_WEIGHT} is read as [out, channels, frames, height, width] or, as MLX stores it, "
+            "[out, frames, height, width, channels]; the order of other layouts cannot be known from a shape."
+        )
+    return advice

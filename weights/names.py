@@ -1,4 +1,4 @@
-"""Names of vision tensors: translation between canonical and official names, and prefixes in checkpoints.
+"""Names of vision tensors: translation between canonical and official names.
 
 Canonical names are those of our towers, equal in all families (`blocks.N.mlp.fc1`, `merger.fc2`, ...). Official
 names are those of published checkpoints and differ by family. The tables below have module names, with `N` for an
@@ -6,10 +6,6 @@ index; a tensor's name adds `.weight` or `.bias`.
 """
 
 import re
-from collections.abc import Iterable
-
-PREFIXES = ("model.visual.", "visual.", "thinker.visual.", "")
-"""Prefixes of official names in checkpoints; none in a tower saved alone."""
 
 
 def _unchanged(*modules: str) -> dict[str, str]:
@@ -31,12 +27,15 @@ _LINEAR_MERGER = {
     "merger.fc1": "merger.linear_fc1",
     "merger.fc2": "merger.linear_fc2",
 }
-_QWEN3 = {
+_QWEN3_5 = {
     **_BLOCK,
     **_unchanged("pos_embed"),
     **_FUSED_QKV,
     **_LINEAR_MLP,
     **_LINEAR_MERGER,
+}
+_QWEN3_VL = {
+    **_QWEN3_5,
     "deepstack_mergers.N.norm": "deepstack_merger_list.N.norm",
     "deepstack_mergers.N.fc1": "deepstack_merger_list.N.linear_fc1",
     "deepstack_mergers.N.fc2": "deepstack_merger_list.N.linear_fc2",
@@ -50,8 +49,8 @@ NAME_TABLES: dict[str, dict[str, str]] = {
         **_SEQUENTIAL_MERGER,
     },
     "qwen2_5_vl": {**_BLOCK, **_FUSED_QKV, **_GATED_MLP, **_SEQUENTIAL_MERGER},
-    "qwen3_vl": _QWEN3,
-    "qwen3_5": _QWEN3,
+    "qwen3_vl": _QWEN3_VL,
+    "qwen3_5": _QWEN3_5,
     "qwen2_5_omni": {**_BLOCK, **_SPLIT_QKV, **_GATED_MLP, **_SEQUENTIAL_MERGER},
     "qwen3_omni": {
         **_BLOCK,
@@ -69,20 +68,27 @@ NAME_TABLES: dict[str, dict[str, str]] = {
 _REVERSE_TABLES = {
     family: {official: canonical for canonical, official in table.items()} for family, table in NAME_TABLES.items()
 }
-_TOP_MODULES = frozenset(module.split(".")[0] for table in _REVERSE_TABLES.values() for module in table)
 # Only the second part of a name is an index: in `merger_list.1.mlp.0`, the 0 is part of the module's name.
-_INDEXED = re.compile(r"(\w+)\.(\d+)\.(.+)")
+_INDEXED = re.compile(r"(\w+)\.(0|[1-9][0-9]{0,8})\.(.+)")
+
+
+def split_index(module: str) -> tuple[str, int | None]:
+    """Return a module's name as in `NAME_TABLES`, with `N` for its index, and the index: 7 of `blocks.7.norm1`."""
+    indexed = _INDEXED.fullmatch(module)
+    return (module, None) if indexed is None else (f"{indexed[1]}.N.{indexed[3]}", int(indexed[2]))
+
+
+def with_index(module: str, index: int | None) -> str:
+    """Undo `split_index`."""
+    return module if index is None else module.replace(".N.", f".{index}.")
 
 
 def _translate(name: str, table: dict[str, str]) -> str | None:
     """Return the tensor's other name, or None if the table does not have its module."""
     module, _, parameter = name.rpartition(".")
-    indexed = _INDEXED.fullmatch(module)
-    if indexed is None:
-        found = table.get(module)
-        return None if found is None else f"{found}.{parameter}"
-    found = table.get(f"{indexed[1]}.N.{indexed[3]}")
-    return None if found is None else f"{found.replace('.N.', f'.{indexed[2]}.')}.{parameter}"
+    module, index = split_index(module)
+    found = table.get(module)
+    return None if found is None else f"{with_index(found, index)}.{parameter}"
 
 
 def _table_of(tables: dict[str, dict[str, str]], family: str) -> dict[str, str]:
@@ -111,43 +117,3 @@ def canonical_name(official: str, family: str) -> str:
     if canonical is None:
         raise ValueError(f"official: expected a tensor of a {family} checkpoint, got {official!r}")
     return canonical
-
-
-def likely_families(names: Iterable[str]) -> list[str]:
-    """Return the families whose tables contain the most of `names` (official, without prefix).
-
-    There are several if families share a table (Qwen3-VL and Qwen3.5), and none if no table contains any name.
-    """
-    names = list(names)
-    known = {family: sum(_translate(n, table) is not None for n in names) for family, table in _REVERSE_TABLES.items()}
-    most = max(known.values())
-    return [family for family, count in known.items() if count == most > 0]
-
-
-def find_prefix(names: Iterable[str]) -> str:
-    """Return which of `PREFIXES` the vision tensors among `names` have ("" for a tower saved alone).
-
-    All other tensors of a composite checkpoint (language model, audio tower, talker, ...) are ignored.
-    Raises ValueError if there are no vision tensors, or vision tensors under several prefixes.
-    """
-    names = list(names)
-    found = [
-        prefix
-        for prefix in PREFIXES
-        if any(name.startswith(prefix) and (prefix or name.split(".")[0] in _TOP_MODULES) for name in names)
-    ]
-    if len(found) == 1:
-        return found[0]
-    present = ", ".join(sorted({".".join(name.split(".")[:2]) for name in names})[:12]) or "nothing at all"
-    if not found:
-        raise ValueError(
-            "no vision tensors: expected names that start with model.visual., visual. or thinker.visual., "
-            f"or a tower saved alone (patch_embed., blocks., merger.), got {present}"
-        )
-    prefixes = " and ".join(prefix or "no prefix" for prefix in found)
-    raise ValueError(f"expected vision tensors under one prefix, got more than one prefix ({prefixes}) among {present}")
-
-
-def vision_names(names: Iterable[str], prefix: str) -> list[str]:
-    """Return those of `names` that belong to the vision tower under `prefix`, in the order of `names`."""
-    return [name for name in names if name.startswith(prefix) and (prefix or name.split(".")[0] in _TOP_MODULES)]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from qwenvit import __version__
 from qwenvit.arguments import DTYPE_NAMES
+from qwenvit.config.families import FAMILIES
 from qwenvit.config.published import DEFAULT_MODEL
 
 MODEL_HELP = (
@@ -31,11 +32,20 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"qwenvit {__version__}")
     subcommands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
 
-    hub = argparse.ArgumentParser(add_help=False)
-    hub.add_argument("--revision", help="Hub branch, tag or commit")
-    hub.add_argument("--local-files-only", action="store_true", help="never use the network")
-    hub.add_argument("--force-download", action="store_true", help="ask the Hub for the branch's current commit")
-    tower = argparse.ArgumentParser(add_help=False, parents=[hub])
+    loading = argparse.ArgumentParser(add_help=False)
+    loading.add_argument("--revision", help="Hub branch, tag or commit")
+    loading.add_argument("--local-files-only", action="store_true", help="never use the network")
+    loading.add_argument("--force-download", action="store_true", help="ask the Hub for the branch's current commit")
+    loading.add_argument("--subfolder", metavar="FOLDER", help="the folder inside the model's that has the checkpoint")
+    loading.add_argument("--config", metavar="FILE", help="a config.json to use instead of the checkpoint's")
+    loading.add_argument("--family", choices=list(FAMILIES), help="default: what config.json or the tensors' names say")
+    loading.add_argument("--prefix", help="what the tower's tensors start with, where a checkpoint has several towers")
+    adapter = loading.add_mutually_exclusive_group()
+    adapter.add_argument(
+        "--adapter", help="LoRA adapter to merge: folder, file or Hub repository (default: the one beside the model)"
+    )
+    adapter.add_argument("--no-adapter", dest="adapter", action="store_false", default=None, help="merge none")
+    tower = argparse.ArgumentParser(add_help=False, parents=[loading])
     tower.add_argument("--device", help="default: the GPU where there is one, else the CPU")
     tower.add_argument("--dtype", choices=[*DTYPE_NAMES, "auto"], help="default: bfloat16 on a GPU, float32 on the CPU")
     tower.add_argument("--impl", choices=["auto", "triton", "reference"], default="auto", help="default: %(default)s")
@@ -76,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = subcommands.add_parser(
         "fetch",
-        parents=[hub],
+        parents=[loading],
         help="write a model's tower to a folder",
         description="Download only the vision tensors of a checkpoint (or read them from a directory) and write them "
         "with their configs to a folder that qwenvit and transformers load.",

@@ -10,8 +10,6 @@ class Family:
 
     model_types: tuple[str, ...]
     """Every `model_type` of the family; the first is the vision config's in transformers >= 5.23."""
-    hidden_act: str
-    """Activation of the MLP where config.json has no `hidden_act`."""
     norm: Literal["layer", "rms"] = "layer"
     """Norm in the blocks: LayerNorm or RMSNorm."""
     gated_mlp: bool = False
@@ -34,13 +32,12 @@ class Family:
 
 
 FAMILIES: dict[str, Family] = {
-    "qwen2_vl": Family(("qwen2_vl_vision", "qwen2_vl"), "quick_gelu"),
+    "qwen2_vl": Family(("qwen2_vl_vision", "qwen2_vl")),
     "qwen2_5_vl": Family(
-        ("qwen2_5_vl_vision", "qwen2_5_vl"), "silu", "rms", gated_mlp=True, windowed=True, video_times="positions"
+        ("qwen2_5_vl_vision", "qwen2_5_vl"), "rms", gated_mlp=True, windowed=True, video_times="positions"
     ),
     "qwen2_5_omni": Family(
         ("qwen2_5_omni_vision_encoder", "qwen2_5_omni", "qwen2_5_omni_thinker"),
-        "silu",
         "rms",
         gated_mlp=True,
         separate_qkv=True,
@@ -49,21 +46,18 @@ FAMILIES: dict[str, Family] = {
     ),
     "qwen3_vl": Family(
         ("qwen3_vl_vision", "qwen3_vl", "qwen3_vl_moe_vision", "qwen3_vl_moe"),
-        "gelu_pytorch_tanh",
         learned_positions=True,
         deepstack=True,
         video_times="text",
     ),
     "qwen3_omni": Family(
         ("qwen3_omni_moe_vision_encoder", "qwen3_omni_moe", "qwen3_omni_moe_thinker"),
-        "gelu_pytorch_tanh",
         learned_positions=True,
         deepstack=True,
         video_times="positions",
     ),
     "qwen3_5": Family(
         ("qwen3_5_vision", "qwen3_5", "qwen3_5_moe_vision", "qwen3_5_moe"),
-        "gelu_pytorch_tanh",
         learned_positions=True,
         video_times="text",
     ),
@@ -73,3 +67,7 @@ FAMILY_OF_MODEL_TYPE: dict[str, str] = {
     model_type: name for name, family in FAMILIES.items() for model_type in family.model_types
 }
 """Family name by `model_type`."""
+
+
+class UnknownModelType(ValueError):  # noqa: N818 (says what it is about, like KeyError)
+    """No `model_type` of a config.json names a family; the names of the checkpoint's tensors may tell it."""

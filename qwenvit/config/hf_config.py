@@ -1,120 +1,147 @@
 """Reading a Hugging Face `config.json` into the fields of `VisionConfig`, whichever spellings it uses."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
-from qwenvit.config.families import FAMILIES, FAMILY_OF_MODEL_TYPE
+from qwenvit.config.families import FAMILIES, FAMILY_OF_MODEL_TYPE, UnknownModelType
+from qwenvit.config.hf_defaults import DEFAULT_ROPE_THETA, DEFAULTS, OTHER_SPELLINGS
+from qwenvit.config.limits import LIMITS, positive_integer, shown
+from qwenvit.config.nesting import Part, find_vision_config, type_message
+
+_INVISIBLE = ("num_heads", "hidden_act", "window_size", "fullatt_block_indexes", "deepstack_visual_indexes")
+"""Keys that change a tower's outputs and not the shapes of its weights."""
 
 
-def family_of(config: Mapping[str, Any]) -> str:
-    """Return the family of a config.json, from its own and its vision config's `model_type`.
+def family_of(config: Mapping[str, Any], family: str | None = None) -> str:
+    """Return the family of a config.json's tower, from the `model_type` of the vision config or a mapping around it.
 
-    Raises:
-        ValueError: `model_type` is missing or unknown, or the two name different families.
-    """
-    vision = _vision_part(config)
-    types = [part["model_type"] for part in (vision, config) if part.get("model_type")]
-    if not types:
-        raise ValueError(f"config: no model_type, expected one of {sorted(FAMILY_OF_MODEL_TYPE)}")
-    if unknown := [t for t in types if t not in FAMILY_OF_MODEL_TYPE]:
-        raise ValueError(f"config: unknown model_type {unknown[0]!r}, expected one of {sorted(FAMILY_OF_MODEL_TYPE)}")
-    families = {FAMILY_OF_MODEL_TYPE[t] for t in types}
-    if len(families) > 1:
-        raise ValueError(f"config: model_type {types[1]!r} has a vision_config of another family, {types[0]!r}")
-    return families.pop()
-
-
-def _vision_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the vision config inside a composite config, or `config` if it is a vision config already."""
-    for key in ("thinker_config", "vision_config"):
-        if key in config:
-            if not isinstance(config[key], Mapping):
-                raise ValueError(f"config: {key} should be a mapping, got {config[key]!r}")
-            config = config[key]
-    return config
-
-
-def fields_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of `VisionConfig` from a config.json, with transformers' defaults for missing keys.
+    Args:
+        config: a parsed config.json.
+        family: the family if the caller knows it; then every `model_type` is ignored.
 
     Raises:
-        ValueError: the family is unknown, a key without a default is missing, or values contradict each other.
+        UnknownModelType: no `model_type` names a family.
+        ValueError: two name different families, there is no single vision config, or `family` is unknown.
     """
-    family = family_of(config)
-    traits = FAMILIES[family]
-    vision = _vision_part(config)
+    return _find(config, family)[1]
 
-    def read(*spellings: str, default: Any = None) -> Any:
-        """Return the value of a key under any of its spellings."""
-        found = {name: vision[name] for name in spellings if vision.get(name) is not None}
-        if len({repr(value) for value in found.values()}) > 1:
-            raise ValueError(f"config: two spellings of one value disagree: {found}")
-        value = next(iter(found.values()), default)
-        if value is None:
-            raise ValueError(f"config: {' / '.join(spellings)} is missing from the {family} vision config")
+
+def _find(config: Mapping[str, Any], family: str | None) -> tuple[Part, str]:
+    """Return the vision config and its family."""
+    if family is not None and not (isinstance(family, str) and family in FAMILIES):
+        raise ValueError(f"family: expected one of {sorted(FAMILIES)}, got {shown(family)}")
+    part = find_vision_config(config, family)
+    if family is not None:
+        return part, family
+    for around in (part, *part.parents):
+        if not isinstance(model_type := around.values.get("model_type"), str | None):
+            raise ValueError(f"config: expected a string for the model_type of {around}, got {shown(model_type)}")
+    if not part.families:
+        raise UnknownModelType(f"config: {type_message(part)}")
+    if len(part.families) > 1:
+        inner, *others = part.known_types
+        outer = next(other for other in others if FAMILY_OF_MODEL_TYPE[other] != FAMILY_OF_MODEL_TYPE[inner])
+        raise ValueError(f"config: model_type {outer!r} has a vision_config of another family, {inner!r}")
+    return part, part.families.pop()
+
+
+def unstated_choices(config: Mapping[str, Any], family: str) -> list[str]:
+    """Return the keys left out of the vision config that neither its tensors' names nor their shapes tell.
+
+    With a known `model_type` they have transformers' defaults. If only the tensors' names tell the family, its defaults
+    are a guess. Qwen2-VL's `hidden_act` is not among them: the published config.json files do not state it.
+
+    Raises:
+        ValueError: there is no single vision config, or `family` is unknown.
+    """
+    values = _find(config, family)[0].values
+    wanted = [key for key in _INVISIBLE if key in DEFAULTS[family] and (family, key) != ("qwen2_vl", "hidden_act")]
+    return [key for key in wanted if key not in values and OTHER_SPELLINGS.get(key) not in values]
+
+
+def fields_from_hf(config: Mapping[str, Any], family: str | None = None) -> dict[str, Any]:
+    """Return the fields of `VisionConfig` from a config.json, with transformers' defaults for keys left out.
+
+    Args:
+        config: a parsed config.json.
+        family: the family if the caller knows it; then every `model_type` is ignored.
+
+    Raises:
+        UnknownModelType: no `model_type` names a family.
+        ValueError: there is no single vision config, `family` is unknown, or values contradict each other.
+    """
+    part, family = _find(config, family)
+    values, defaults = part.values, DEFAULTS[family]
+
+    def read(key: str) -> Any:
+        """Return the value of a key under either of its spellings."""
+        other = OTHER_SPELLINGS.get(key)
+        value = values.get(key, values.get(other, defaults[key]) if other else defaults[key])
+        if isinstance(value, float) and key == "mlp_ratio" and value.is_integer():  # as transformers 4 took it
+            value = int(value)
+        if isinstance(defaults[key], int):
+            positive_integer(key, value, LIMITS.get(key, LIMITS["hidden_size"]))
+        if other and other in values:
+            _refuse_disagreement(other, values[other], key, value)
         return value
 
-    width_is_embed_dim = family == "qwen2_vl"  # its `hidden_size` is the output width
-    hidden_size = positive_integer("embed_dim", read("embed_dim")) if width_is_embed_dim else read("hidden_size")
-    if width_is_embed_dim and vision.get("intermediate_size") is None:
-        ratio = read("mlp_ratio", default=4)
-        if not isinstance(ratio, int | float) or not 0 < ratio < math.inf:
-            raise ValueError(f"config: mlp_ratio should be a positive number, got {ratio!r}")
-        intermediate_size = int(hidden_size * ratio)
-    else:
-        intermediate_size = read("intermediate_size")
-    if vision.get("apply_vit_abs_pos_embed") is False:
+    fields: dict[str, Any] = {key: read(key) for key in defaults}
+    fields |= {"family": family, "rope_theta": _rope_theta(values)}
+    for key in fields.keys() & {"fullatt_block_indexes", "deepstack_visual_indexes"}:
+        if not isinstance(fields[key], list | tuple):
+            raise ValueError(f"{key}: expected a list of block numbers, got {shown(fields[key])}")
+        fields[key] = tuple(fields[key])
+    if family == "qwen2_vl":  # its `hidden_size` is the output width
+        fields |= {"hidden_size": fields.pop("embed_dim"), "out_hidden_size": fields["hidden_size"]}
+        fields["intermediate_size"] = fields["hidden_size"] * fields.pop("mlp_ratio")
+    if FAMILIES[family].windowed:
+        # transformers asks whether a block's number is listed, so numbers of blocks that do not exist have no effect.
+        # Small copies of large models have them.
+        fields["fullatt_block_indexes"] = tuple(
+            number
+            for number in fields["fullatt_block_indexes"]
+            if not isinstance(number, int) or number < fields["depth"]
+        )
+    _refuse_contradictions(values, fields)
+    return fields
+
+
+def _refuse_contradictions(values: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
+    """Raise ValueError for keys that this family's class in transformers does not read and that mean another tower."""
+    width, heads = fields["hidden_size"], fields["num_heads"]
+    for key, meaning, value in (
+        ("in_chans", "in_channels", fields["in_channels"]),
+        ("spatial_patch_size", "patch_size", fields["patch_size"]),
+        ("intermediate_size", "embed_dim x mlp_ratio", fields["intermediate_size"]),  # in Qwen2-VL
+        ("num_key_value_heads", "num_heads", heads),
+        ("head_dim", "channels / num_heads", width // heads),
+    ):
+        if values.get(key) is not None:
+            _refuse_disagreement(key, values[key], meaning, value)
+    if values.get("apply_vit_abs_pos_embed") is False:
         raise ValueError("config: apply_vit_abs_pos_embed=False: a tower without its position table is unsupported")
-    return {
-        "family": family,
-        "depth": read("depth", "num_hidden_layers"),
-        "hidden_size": hidden_size,
-        "intermediate_size": intermediate_size,
-        "num_heads": read("num_heads", "num_attention_heads"),
-        "out_hidden_size": read("hidden_size") if width_is_embed_dim else read("out_hidden_size"),
-        "hidden_act": read("hidden_act", default=traits.hidden_act),
-        "patch_size": read("patch_size", "spatial_patch_size", default=16 if traits.learned_positions else 14),
-        "temporal_patch_size": read("temporal_patch_size", default=2),
-        "spatial_merge_size": read("spatial_merge_size", default=2),
-        "in_channels": read("in_channels", "in_chans", default=3),
-        "rope_theta": _rope_theta(vision),
-        "window_size": read("window_size", default=112) if traits.windowed else None,
-        "fullatt_block_indexes": tuple(read("fullatt_block_indexes", default=(7, 15, 23, 31)))
-        if traits.windowed
-        else (),
-        "num_position_embeddings": read("num_position_embeddings", default=2304) if traits.learned_positions else None,
-        "deepstack_visual_indexes": tuple(read("deepstack_visual_indexes", default=(8, 16, 24)))
-        if traits.deepstack
-        else _refuse_if_present(vision, "deepstack_visual_indexes", family),
-        "tokens_per_second": vision.get("tokens_per_second", 4 if family == "qwen2_5_vl" else None)
-        if traits.windowed
-        else None,
-    }
+    if "deepstack_visual_indexes" not in fields and (indexes := values.get("deepstack_visual_indexes")):
+        raise ValueError(
+            f"config: deepstack_visual_indexes={shown(indexes)} in a {fields['family']} config, whose towers have none"
+        )
 
 
-def _rope_theta(vision: Mapping[str, Any]) -> float:
+def _refuse_disagreement(key: str, stated: object, meaning: str, value: int) -> None:
+    """Raise ValueError unless a key states the value of what it means."""
+    if positive_integer(key, stated) != value:
+        raise ValueError(f"config: two spellings of one value disagree: {key}={stated}, {meaning}={value}")
+
+
+def _rope_theta(values: Mapping[str, Any]) -> Any:
     """Return the base of RoPE's frequencies, which transformers moved into `rope_parameters`."""
-    rope = vision.get("rope_parameters") or {}
+    name = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"  # transformers prefers the first
+    rope = {} if values.get(name) is None else values[name]
     if not isinstance(rope, Mapping):
-        raise ValueError(f"config: rope_parameters should be a mapping, got {rope!r}")
-    if rope.get("rope_type", "axial") not in ("axial", "default"):
-        raise ValueError(f"config: rope_type {rope['rope_type']!r} is not supported, expected 'axial'")
-    values = [part["rope_theta"] for part in (rope, vision) if part.get("rope_theta") is not None]
-    if len(values) == 2 and values[0] != values[1]:
-        raise ValueError(f"config: rope_theta is {values[0]!r} in rope_parameters and {values[1]!r} beside it")
-    return values[0] if values else 10000.0
-
-
-def _refuse_if_present(vision: Mapping[str, Any], key: str, family: str) -> tuple[()]:
-    """Return an empty tuple, or raise ValueError if the config states a key that the family does not have."""
-    if vision.get(key):
-        raise ValueError(f"config: {key}={vision[key]} in a {family} config, whose towers have none")
-    return ()
-
-
-def positive_integer(name: str, value: object) -> int:
-    """Return `value`, or raise ValueError with its name unless it is an integer above 0."""
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        raise ValueError(f"{name}: expected a positive integer, got {value!r}")
-    return value
+        raise ValueError(f"config: {name} should be a mapping, got {shown(rope)}")
+    rope_type = rope.get("rope_type", rope.get("type", "axial"))
+    if rope_type not in ("axial", "default"):
+        raise ValueError(f"config: rope_type {shown(rope_type)} is not supported, expected 'axial'")
+    stated = [part["rope_theta"] for part in (rope, values) if part.get("rope_theta") is not None]
+    if len(stated) == 2 and not (isinstance(stated[1], int | float) and stated[0] == stated[1]):
+        raise ValueError(f"config: rope_theta is {shown(stated[0])} in {name} and {shown(stated[1])} beside it")
+    return stated[0] if stated else DEFAULT_ROPE_THETA

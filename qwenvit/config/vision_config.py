@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwenvit.config.families import FAMILIES, Family
-from qwenvit.config.hf_config import fields_from_hf, positive_integer
+from qwenvit.config.hf_config import fields_from_hf
+from qwenvit.config.limits import LIMITS, MAX_ROPE_THETA, positive_integer, shown
 
 HF_ACTIVATIONS = ("quick_gelu", "silu", "gelu_pytorch_tanh", "gelu")  # transformers' names
 NORM_EPS = 1e-6  # the modelling code of every family fixes it; config.json does not state it
@@ -84,20 +85,25 @@ class VisionConfig:
         return self.window_size is None or block in self.fullatt_block_indexes
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> "VisionConfig":
+    def from_hf(cls, config: Mapping[str, Any], family: str | None = None) -> "VisionConfig":
         """Build the config from a Hugging Face `config.json`.
 
+        The vision config may be nested in any way (`vision_config`, `thinker_config.vision_config`, `vlm_config`, ...).
+        Every key that it leaves out has the default of transformers' class.
+
         Args:
-            config: the parsed file, either composite (with `vision_config` or `thinker_config`) or the vision tower's.
+            config: the parsed file, of a whole model or of the vision tower alone.
+            family: the tower's family if the caller knows it; then every `model_type` is ignored.
 
         Raises:
             TypeError: `config` is not a mapping.
-            ValueError: the family is unknown, a key is missing, the activation is unsupported, or values contradict
-                each other.
+            UnknownModelType: no `model_type` names a family. (A ValueError.)
+            ValueError: `family` is unknown, there is no vision config or there are several different ones, values
+                contradict each other, or a value is one that no tower of the family can have.
         """
         if not isinstance(config, Mapping):
             raise TypeError(f"config: expected a mapping as read from config.json, got {type(config).__name__}")
-        return cls(**fields_from_hf(config))
+        return cls(**fields_from_hf(config, family))
 
     def to_hf(self) -> dict[str, Any]:
         """Return the vision config as transformers' config classes read it (the inverse of `from_hf`)."""
@@ -130,16 +136,35 @@ class VisionConfig:
 
 
 def _check(c: VisionConfig) -> None:
-    if c.family not in FAMILIES:
-        raise ValueError(f"family: expected one of {sorted(FAMILIES)}, got {c.family!r}")
-    for name in ("depth", "hidden_size", "intermediate_size", "num_heads", "out_hidden_size", "patch_size"):
-        positive_integer(name, getattr(c, name))
-    for name in ("temporal_patch_size", "spatial_merge_size", "in_channels"):
-        positive_integer(name, getattr(c, name))
-    if not isinstance(c.rope_theta, int | float) or not 0 < c.rope_theta < math.inf:
-        raise ValueError(f"rope_theta: expected a positive number, got {c.rope_theta!r}")
+    if not isinstance(c.family, str) or c.family not in FAMILIES:
+        raise ValueError(f"family: expected one of {sorted(FAMILIES)}, got {shown(c.family)}")
+    optional = {
+        "window_size": (c.traits.windowed, "windows"),
+        "num_position_embeddings": (c.traits.learned_positions, "learned positions"),
+    }
+    for name, limit in LIMITS.items():
+        value = getattr(c, name)
+        if name in optional:
+            expected, what = optional[name]
+            if expected != (value is not None):
+                raise ValueError(f"{name}: {c.family} towers have {'' if expected else 'no '}{what}")
+        if value is not None or name not in (*optional, "tokens_per_second"):
+            positive_integer(name, value, limit)
+    if isinstance(c.rope_theta, bool) or not isinstance(c.rope_theta, int | float) or not c.rope_theta > 0:
+        raise ValueError(f"rope_theta: expected a positive number, got {shown(c.rope_theta)}")
+    if not 1 / MAX_ROPE_THETA <= c.rope_theta <= MAX_ROPE_THETA:
+        raise ValueError(
+            f"rope_theta: expected a number from {1 / MAX_ROPE_THETA} to {MAX_ROPE_THETA}, got {shown(c.rope_theta)}"
+        )
     if c.hidden_act not in HF_ACTIVATIONS:
-        raise ValueError(f"hidden_act: expected one of {HF_ACTIVATIONS}, got {c.hidden_act!r}")
+        raise ValueError(f"hidden_act: expected one of {HF_ACTIVATIONS}, got {shown(c.hidden_act)}")
+    _check_relations(c)
+    for name in ("fullatt_block_indexes", "deepstack_visual_indexes"):
+        _check_block_indexes(name, getattr(c, name), c.depth)
+
+
+def _check_relations(c: VisionConfig) -> None:
+    """Raise ValueError if values contradict each other or the family."""
     if c.hidden_size % c.num_heads or c.head_dim % 4:
         raise ValueError(
             f"num_heads: {c.hidden_size} channels do not split into {c.num_heads} heads of a multiple of 4 channels "
@@ -150,23 +175,31 @@ def _check(c: VisionConfig) -> None:
             f"intermediate_size: expected a multiple of hidden_size={c.hidden_size} in a qwen2_vl tower, "
             f"got {c.intermediate_size}"
         )
-    if c.traits.windowed != (c.window_size is not None):
-        raise ValueError(f"window_size: {c.family} towers have {'' if c.traits.windowed else 'no '}windows")
-    if c.window_size is not None and positive_integer("window_size", c.window_size) % (
-        c.patch_size * c.spatial_merge_size
-    ):
+    if c.window_size is not None and c.window_size % (c.patch_size * c.spatial_merge_size):
         raise ValueError(
             f"window_size: expected a multiple of patch_size x spatial_merge_size = "
             f"{c.patch_size * c.spatial_merge_size} pixels, got {c.window_size}"
         )
-    if c.traits.learned_positions != (c.num_position_embeddings is not None):
-        no = "" if c.traits.learned_positions else "no "
-        raise ValueError(f"num_position_embeddings: {c.family} towers have {no}learned positions")
     if c.num_position_embeddings is not None and c.position_grid**2 != c.num_position_embeddings:
         raise ValueError(f"num_position_embeddings: expected a square number, got {c.num_position_embeddings}")
+    if c.fullatt_block_indexes and not c.traits.windowed:
+        raise ValueError(
+            f"fullatt_block_indexes: {c.family} towers have no windows, got {shown(c.fullatt_block_indexes)}"
+        )
     if c.deepstack_visual_indexes and not c.traits.deepstack:
-        raise ValueError(f"deepstack_visual_indexes: {c.family} towers have none, got {c.deepstack_visual_indexes}")
-    for name in ("fullatt_block_indexes", "deepstack_visual_indexes"):
-        indexes = getattr(c, name)
-        if list(indexes) != sorted({i for i in indexes if isinstance(i, int) and 0 <= i < c.depth}):
-            raise ValueError(f"{name}: expected increasing block numbers below depth={c.depth}, got {indexes}")
+        raise ValueError(
+            f"deepstack_visual_indexes: {c.family} towers have none, got {shown(c.deepstack_visual_indexes)}"
+        )
+    if c.tokens_per_second is not None and not c.traits.windowed:
+        raise ValueError(f"tokens_per_second: {c.family} configs have none, got {c.tokens_per_second}")
+    if c.tokens_per_second is None and c.family == "qwen2_5_vl":
+        raise ValueError("tokens_per_second: expected a positive integer in a qwen2_5_vl config, got None")
+
+
+def _check_block_indexes(name: str, indexes: tuple[int, ...], depth: int) -> None:
+    """Raise ValueError unless these are increasing numbers of blocks, in a tuple."""
+    of_blocks = isinstance(indexes, tuple) and all(type(index) is int and 0 <= index < depth for index in indexes)
+    if not of_blocks or list(indexes) != sorted(set(indexes)):
+        raise ValueError(
+            f"{name}: expected a tuple of increasing block numbers below depth={depth}, got {shown(indexes)}"
+        )

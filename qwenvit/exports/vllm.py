@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qwenvit.exports.checks import check_items
 from qwenvit.exports.fields import grids, joined, times
-from qwenvit.weights.local import write_safetensors
+from qwenvit.weights.save import write_safetensors
 
 if TYPE_CHECKING:
     from qwenvit.outputs import ItemEmbeddings

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from qwenvit.config.families import FAMILY_OF_MODEL_TYPE
-from qwenvit.config.hf_config import positive_integer
+from qwenvit.config.limits import positive_integer
 from qwenvit.config.vision_config import VisionConfig
 
 

@@ -1,12 +1,12 @@
 """Building the processors that a checkpoint's preprocessor configs describe."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from qwenvit.preprocess.image_processor import ImageProcessor
 from qwenvit.preprocess.video_processor import VideoProcessor
+from qwenvit.weights.strict_json import read_json
 
 
 def read_processors(directory: str | os.PathLike[str], family: str) -> tuple[ImageProcessor, VideoProcessor]:
@@ -20,7 +20,8 @@ def read_processors(directory: str | os.PathLike[str], family: str) -> tuple[Ima
     Pillow does.
 
     Raises:
-        ValueError: a file that is not valid JSON or does not describe such a processor.
+        OSError: a file cannot be read.
+        ValueError: a file that is not valid JSON, is no regular file or does not describe such a processor.
     """
     folder = Path(directory)
     nested = _read_json(folder / "processor_config.json") or {}
@@ -41,12 +42,5 @@ def read_processors(directory: str | os.PathLike[str], family: str) -> tuple[Ima
 
 def _read_json(path: Path) -> dict[str, Any] | None:
     """Return the object in a JSON file, or None where there is no file."""
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
+    # A broken link or a named pipe is there, and read_json refuses it: the defaults may be other settings.
+    return read_json(path) if os.path.lexists(path) else None

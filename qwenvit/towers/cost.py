@@ -1,16 +1,13 @@
 """Count a tower's parameters, and the floating-point operations of an input, from the config."""
 
-import torch
-
 from qwenvit.config.vision_config import VisionConfig
 from qwenvit.plan.grid_plan import GridPlan
-from qwenvit.towers.reference import ReferenceTower
+from qwenvit.towers.shapes import weight_shapes
 
 
 def parameters(config: VisionConfig) -> int:
     """Return the number of parameters of the tower."""
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in ReferenceTower(config).parameters())
+    return sum(shape.numel() for shape in weight_shapes(config).values())
 
 
 def flops(config: VisionConfig, plan: GridPlan) -> int:

@@ -41,7 +41,7 @@ def build_tower(impl: Impl, device: torch.device, dtype: torch.dtype | None) -> 
     Raises:
         ValueError: the tower cannot run on the device.
     """
-    warnings.warn(ANNOUNCEMENT, stacklevel=3)
+    warnings.warn(ANNOUNCEMENT, stacklevel=4)
     with torch.device("meta"):
         tower = tower_class(impl, CONFIG, device)(CONFIG)
         parameters = ReferenceTower(CONFIG).state_dict()

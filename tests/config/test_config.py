@@ -10,7 +10,6 @@ from qwenvit.config.families import FAMILIES
 from qwenvit.config.published import PUBLISHED, published_config
 from qwenvit.config.vision_config import VisionConfig
 from qwenvit.weights.names import NAME_TABLES
-from support.pinned import needs_pinned_transformers
 from support.towers import FULL, SMALL
 
 QWEN2_VL_7B = {  # as published: no hidden_act, `in_chans` for in_channels, `hidden_size` is the output width
@@ -108,24 +107,10 @@ def test_configs_written_by_transformers_are_read(variant, tmp_path):
     assert reloaded.to_dict() == tower_class(variant).config_class(**saved).to_dict()
 
 
-@needs_pinned_transformers
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_value_that_is_not_stated_is_transformers_default(family):
-    stated = {"tokens_per_second": 9} | FULL[family].to_hf()
-    sizes = {"depth", "num_heads", "embed_dim", "hidden_size", "out_hidden_size", "intermediate_size"}
-    for key in sorted(stated.keys() - {"model_type"}):
-        rest = {name: value for name, value in stated.items() if name != key}
-        if key in sizes:  # every published config.json states these
-            with pytest.raises(ValueError, match=f"{key}.* is missing"):
-                VisionConfig.from_hf(rest)
-        else:
-            ours, theirs = VisionConfig.from_hf(rest).to_hf(), tower_class(family).config_class(**rest).to_dict()
-            assert ours.get(key) == theirs.get(key), key
-
-
-@pytest.mark.parametrize("where", ["beside", "inside"])
+@pytest.mark.parametrize("where", ["beside", "rope_parameters", "rope_scaling"])
 def test_rope_theta_is_read_where_transformers_reads_it(where):
-    theta = {"rope_theta": 1000.0} if where == "beside" else {"rope_parameters": {"rope_theta": 1000.0}}
+    inside = {"rope_theta": 1000.0}
+    theta = {"beside": inside, "rope_parameters": {where: inside}, "rope_scaling": {where: inside}}[where]
     config = edited(QWEN2_5_VL_7B, **theta)
     theirs = tower_class("qwen2_5_vl").config_class(**config["vision_config"] | {"in_channels": 3})
     assert VisionConfig.from_hf(config).rope_theta == theirs.rope_parameters["rope_theta"] == 1000.0
@@ -140,15 +125,23 @@ def edited(config, **changes):
     [
         ({"model_type": "llava"}, "unknown model_type 'llava'"),
         ({"vision_config": {"depth": 1}}, "no model_type"),
-        (edited(QWEN2_5_VL_7B, model_type="siglip_vision_model"), "unknown model_type 'siglip_vision_model'"),
+        (edited(QWEN2_5_VL_7B | {"model_type": "llava"}, model_type="siglip"), "unknown model_type 'siglip'"),
+        ({"model_type": ["qwen2_vl"], "vision_config": {}}, r"the model_type of the whole config, got \['qwen2_vl'\]"),
+        (edited(QWEN2_5_VL_7B, model_type=3), "expected a string for the model_type of 'vision_config', got 3"),
         (edited(QWEN2_5_VL_7B, model_type="qwen2_vl"), "another family"),
         (edited(QWEN2_5_VL_7B, hidden_act="relu"), "hidden_act: expected one of"),
         (edited(QWEN2_5_VL_7B, in_channels=4), "two spellings of one value disagree"),
         (edited(QWEN2_5_VL_7B, num_heads=7), "do not split into 7 heads"),
         (edited(QWEN2_5_VL_7B, window_size=100), "multiple of patch_size x spatial_merge_size = 28"),
-        (edited(QWEN2_5_VL_7B, fullatt_block_indexes=[7, 32]), "below depth=32"),
+        (edited(QWEN2_5_VL_7B, fullatt_block_indexes=[-1, 7]), "below depth=32"),
+        (edited(QWEN2_5_VL_7B, fullatt_block_indexes=7), "expected a list of block numbers, got 7"),
         (edited(QWEN2_5_VL_7B, fullatt_block_indexes=[15, 7]), "increasing"),
-        (edited(QWEN2_5_VL_7B, depth=None), "depth / num_hidden_layers is missing"),
+        (edited(QWEN2_5_VL_7B, depth=None), "depth: expected a positive integer, got None"),
+        (edited(QWEN2_5_VL_7B, num_hidden_layers=31), "num_hidden_layers=31, depth=32"),
+        (edited(QWEN2_5_VL_7B, spatial_patch_size=16), "spatial_patch_size=16, patch_size=14"),
+        (edited(QWEN2_5_VL_7B, num_key_value_heads=8), "num_key_value_heads=8, num_heads=16"),
+        (edited(QWEN2_5_VL_7B, head_dim=64), "head_dim=64, channels / num_heads=80"),
+        (edited(QWEN2_VL_7B, intermediate_size=4304), "intermediate_size=4304, embed_dim x mlp_ratio=5120"),
         (edited(QWEN2_5_VL_7B, depth=0), "depth: expected a positive integer, got 0"),
         (
             edited(QWEN2_5_VL_7B, patch_size=[14, 14], spatial_patch_size=None),
@@ -159,8 +152,8 @@ def edited(config, **changes):
         (edited(QWEN2_5_VL_7B, rope_parameters={"rope_theta": 1000.0}, rope_theta=500.0), "1000.0 in rope_parameters"),
         (edited(QWEN2_5_VL_7B, rope_theta=-1), "rope_theta: expected a positive number, got -1"),
         (edited(QWEN2_5_VL_7B, rope_theta=float("nan")), "rope_theta: expected a positive number, got nan"),
-        (edited(QWEN2_VL_7B, mlp_ratio="4"), "mlp_ratio should be a positive number, got '4'"),
-        (edited(QWEN2_VL_7B, embed_dim=None), "embed_dim is missing"),
+        (edited(QWEN2_VL_7B, mlp_ratio="4"), "mlp_ratio: expected a positive integer, got '4'"),
+        (edited(QWEN2_VL_7B, embed_dim=None), "embed_dim: expected a positive integer, got None"),
         ({"model_type": "qwen3_5", "vision_config": PUBLISHED["qwen3_vl-8b"].config.to_hf()}, "another family"),
         (PUBLISHED["qwen3_5-9b"].config.to_hf() | {"deepstack_visual_indexes": [3]}, "deepstack_visual_indexes"),
         (PUBLISHED["qwen3_vl-8b"].config.to_hf() | {"num_position_embeddings": 2300}, "square number"),
@@ -169,12 +162,50 @@ def edited(config, **changes):
             {"thinker_config": edited(QWEN3_OMNI["thinker_config"], apply_vit_abs_pos_embed=False)},
             "apply_vit_abs_pos_embed=False",
         ),
-        ({"model_type": "qwen2_vl", "vision_config": "none"}, "should be a mapping"),
+        ({"model_type": "qwen2_vl", "vision_config": "none"}, "vision_config should be a mapping, got 'none'"),
+        ({"model_type": "qwen2_5_omni", "thinker_config": [1]}, r"'thinker_config' should be a mapping, got \[1\]"),
     ],
 )
 def test_bad_config_is_refused_by_name(config, message):
     with pytest.raises(ValueError, match=message):
         VisionConfig.from_hf(config)
+
+
+def test_block_numbers_that_transformers_never_reaches_have_no_effect():
+    """Small copies of Qwen2.5-VL state the large model's blocks; transformers asks each block whether it is listed."""
+    config = VisionConfig.from_hf(edited(QWEN2_5_VL_7B, depth=8))
+    assert config.fullatt_block_indexes == (7,)
+    assert VisionConfig.from_hf(edited(QWEN2_5_VL_7B, depth=7)).fullatt_block_indexes == ()
+
+
+def test_mlp_ratio_as_transformers_4_took_it():
+    assert VisionConfig.from_hf(edited(QWEN2_VL_7B, mlp_ratio=4.0)) == PUBLISHED["qwen2_vl-7b"].config
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("qwen2_vl", {"fullatt_block_indexes": (3,)}, "fullatt_block_indexes: qwen2_vl towers have no windows"),
+        ("qwen3_vl", {"tokens_per_second": 2}, "tokens_per_second: qwen3_vl configs have none"),
+        ("qwen2_5_vl", {"tokens_per_second": None}, "tokens_per_second: expected a positive integer"),
+        ("qwen2_5_vl", {"fullatt_block_indexes": (7, 32)}, "below depth=32"),
+        ("qwen2_5_vl", {"fullatt_block_indexes": (True,)}, "below depth=32"),
+        ("qwen2_5_vl", {"window_size": None}, "window_size: qwen2_5_vl towers have windows"),
+        ("qwen3_5", {"window_size": 112}, "window_size: qwen3_5 towers have no windows"),
+        ("qwen3_5", {"num_position_embeddings": None}, "num_position_embeddings: qwen3_5 towers have learned"),
+        ("qwen2_vl", {"num_position_embeddings": 4}, "num_position_embeddings: qwen2_vl towers have no learned"),
+        ("qwen3_5", {"family": ["qwen3_5"]}, "family: expected one of"),
+    ],
+)
+def test_values_that_to_hf_could_not_write_are_refused(family, changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(FULL[family], **changes)
+
+
+@pytest.mark.parametrize("family", ["qwen9", "", ["qwen2_vl"], 3])
+def test_unknown_family(family):
+    with pytest.raises(ValueError, match="family: expected one of"):
+        VisionConfig.from_hf(QWEN2_VL_7B, family)
 
 
 def test_not_a_mapping():

@@ -1,10 +1,12 @@
 """`load_embeddings`: what `qwenvit encode` wrote, and nothing else."""
 
 import json
+import os
 
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import qwenvit
@@ -62,6 +64,25 @@ def test_copies_on_the_cpu_keep_nothing_of_their_batch():
     same({"": copy}, {"": item})
     for ours, theirs in zip([copy.tokens, *copy.deepstack], [item.tokens, *item.deepstack], strict=True):
         assert ours.untyped_storage().nbytes() == theirs.nbytes < theirs.untyped_storage().nbytes()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="named pipes")
+def test_a_named_pipe_is_refused_without_waiting(tmp_path):
+    os.mkfifo(tmp_path / "a.safetensors")
+    for path in (tmp_path, tmp_path / "a.safetensors"):
+        with pytest.raises(ValueError, match=r"a\.safetensors: expected .*a regular file, got a named pipe"):
+            qwenvit.load_embeddings(path)
+
+
+def test_metadata_that_means_two_things_is_refused(tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_embeddings(path, {"a": embeddings()[0]}, "somewhere")
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    grids = metadata["grids"].removesuffix("}") + ', "a": [1, 2, 2]}'
+    save_file(load_file(path), path, metadata | {"grids": grids})
+    with pytest.raises(ValueError, match=r"expected a file of `qwenvit encode`, .*'a' twice"):
+        qwenvit.load_embeddings(path)
 
 
 def test_other_files_are_refused(tmp_path):

@@ -1,15 +1,27 @@
 """A Hub on 127.0.0.1: the endpoints that huggingface_hub uses, with the faults of real servers."""
 
 import contextlib
+import hashlib
 import json
 import re
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 RESOLVE = re.compile(r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
-MODEL_INFO = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)/revision/(?P<revision>[^/]+)")
+MODEL_INFO = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)/revision/(?P<revision>[^/?]+)(\?blobs=true)?")
+
+
+def file_sha256(file: Path) -> str:
+    return _file_sha256(file, file.stat().st_mtime_ns)
+
+
+@cache
+def _file_sha256(file: Path, _: int) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 @dataclass
@@ -30,6 +42,7 @@ class Hub:
     revisions: dict[str, str] = field(default_factory=lambda: {"main": "a" * 40})
     token: str | None = None  # required for every file
     gated: bool = False  # every file is refused
+    lists_hashes: bool = True  # sizes and hashes in the listing, and the hash of large files in `X-Linked-Etag`
     ignores_ranges: bool = False
     truncated: dict[str, int] = field(default_factory=dict)  # file -> its size in bytes after truncation
     drops: int = 0  # number of range responses that break off halfway
@@ -40,6 +53,7 @@ class Hub:
     stalled: threading.Event = field(default_factory=threading.Event)
     go_on: threading.Event = field(default_factory=threading.Event)
     storage: "Hub | None" = None  # another host, to which requests for tensors are redirected
+    lie: "Callable[[str, str, Reply], None] | None" = None  # changes replies: method, path, reply
     requests: list[Request] = field(default_factory=list)
 
     def __enter__(self) -> "Hub":
@@ -68,6 +82,16 @@ class Hub:
 
     def tensor_bytes(self) -> int:
         return sum(request.served for request in self.tensor_requests())
+
+    def describe(self, file: Path) -> dict[str, object]:
+        """Return the listing's entry for a file."""
+        entry: dict[str, object] = {"rfilename": file.relative_to(self.folder).as_posix()}
+        if self.lists_hashes:
+            data = file.read_bytes()
+            entry |= {"size": len(data), "blobId": hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()}
+            if file.suffix == ".safetensors":
+                entry |= {"blobId": "0" * 40, "lfs": {"sha256": file_sha256(file), "size": len(data)}}
+        return entry
 
     def take(self, wanted: int) -> int:
         """Return how many of `wanted` tensor bytes to send before the connection breaks."""
@@ -117,15 +141,18 @@ class _Handler(BaseHTTPRequestHandler):
         if commit not in hub.revisions.values():
             return self.refuse(404, "RevisionNotFound")
         if info:
-            names = [{"rfilename": str(f.relative_to(hub.folder))} for f in sorted(hub.folder.iterdir())]
-            return self.send(200, json.dumps({"id": hub.repo_id, "sha": commit, "siblings": names}).encode(), {})
+            listed = [hub.describe(file) for file in sorted(hub.folder.rglob("*")) if file.is_file()]
+            listing = {"id": hub.repo_id, "sha": commit, "siblings": listed}
+            return self.send(200, json.dumps(listing).encode(), {}, request)
         if hub.gated:
             return self.refuse(403, "GatedRepo")
         file = hub.folder / match["file"]
         if not file.is_file():
             return self.refuse(404, "EntryNotFound", commit)
         body = file.read_bytes()[: hub.truncated.get(file.name)]
-        fields = {"X-Repo-Commit": commit, "ETag": f'"{commit[:8]}-{file.name}"', "Accept-Ranges": "bytes"}
+        fields = {"X-Repo-Commit": commit, "ETag": f'"{file_sha256(file)}"', "Accept-Ranges": "bytes"}
+        if hub.lists_hashes and file.suffix == ".safetensors":
+            fields["X-Linked-Etag"] = f'"{file_sha256(file)}"'
         if file.suffix == ".safetensors" and hub.storage is not None:
             return self.send(302, b"", fields | {"Location": hub.storage.url + self.path})
         if request.range is None or hub.ignores_ranges:
@@ -147,18 +174,57 @@ class _Handler(BaseHTTPRequestHandler):
         self.send(status, b"", {"X-Error-Code": code, "X-Repo-Commit": commit})
 
     def send(self, status: int, body: bytes, fields: dict[str, str], request: Request | None = None) -> None:
-        self.send_response(status)
-        for name, value in fields.items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command == "HEAD":
-            return
-        sent = self.hub.take(len(body)) if status == 206 else len(body)
+        reply = Reply(status, fields | {"Content-Length": str(len(body))}, body)
+        if self.hub.lie is not None:
+            self.hub.lie(self.command, self.path, reply)
+        sent = self.hub.take(len(reply.body)) if reply.status == 206 and self.command == "GET" else len(reply.body)
+        reply.cut = min(sent, len(reply.body) if reply.cut is None else reply.cut)
         try:
-            self.wfile.write(body[:sent])
+            written = self.write(reply)
         except ConnectionError:
-            sent = 0
-        if request is not None:
-            request.served += sent
-        self.close_connection |= sent < len(body)
+            written = 0
+            self.close_connection = True
+        if request is not None and self.command == "GET":
+            request.served += written
+        self.close_connection |= written < len(body)
+
+    def write(self, reply: "Reply") -> int:
+        """Send the reply; return how many bytes of its body."""
+        line = f"HTTP/1.1 {reply.status} {reply.reason}\r\n"
+        head = line + "".join(f"{name}: {value}\r\n" for name, value in reply.fields.items()) + "\r\n"
+        if reply.slow_head:
+            self.drip(head.encode("latin-1"), reply)
+        else:
+            self.wfile.write(head.encode("latin-1"))
+        if self.command == "HEAD":
+            return len(reply.body)
+        body = reply.body[: reply.cut]
+        if reply.drips:
+            self.drip(body, reply)
+        else:
+            self.wfile.write(body)
+        while reply.endless and not self.hub.go_on.is_set():
+            self.wfile.write(bytes(64 << 10))
+        self.close_connection |= reply.endless or reply.drips
+        return len(body)
+
+    def drip(self, data: bytes, reply: "Reply") -> None:
+        for index in range(len(data)):
+            self.wfile.write(data[index : index + 1])
+            if self.hub.go_on.wait(reply.pause_s):
+                return
+
+
+@dataclass
+class Reply:
+    """What goes over the wire; `Hub.lie` may change it."""
+
+    status: int
+    fields: dict[str, str]
+    body: bytes
+    reason: str = "OK"
+    cut: int | None = None  # bytes of body, after which the connection closes
+    slow_head: bool = False  # headers byte by byte
+    drips: bool = False  # body byte by byte
+    pause_s: float = 0.02
+    endless: bool = False  # zeros follow the body

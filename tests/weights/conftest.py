@@ -6,8 +6,8 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
-from qwenvit.weights import ranges
-from qwenvit.weights.hub import fetch_tower
+from qwenvit.weights.hub import ranges, reader
+from qwenvit.weights.hub.fetch import fetch_tower
 from support.hub_server import Hub
 from support.tiny_towers import FAMILIES, Tower, build
 
@@ -43,7 +43,7 @@ def hub(big, tmp_path, monkeypatch):
     (folder / "preprocessor_config.json").write_text('{"patch_size": 4}')
     save_file(big.composite() | {"lm_head.weight": torch.ones(8 << 18)}, folder / "model.safetensors")
     monkeypatch.setattr(ranges, "CHUNK_BYTES", 128 << 10)
-    monkeypatch.setattr(ranges, "RETRY_WAITS_S", (0.0, 0.0, 0.0, 0.0))
+    monkeypatch.setattr(reader, "RETRY_WAITS_S", (0.0, 0.0, 0.0, 0.0))
     with Hub(folder) as hub:
         serve(hub, monkeypatch)
         yield hub

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants, hf_hub_download
 
-from qwenvit.weights.hub import HEADER_GUESS_BYTES, fetch_config, fetch_tower
+from qwenvit.weights.hub.fetch import fetch_config, fetch_tower
+from qwenvit.weights.hub.repository import HEADER_GUESS_BYTES
 from support.hub_server import Hub
 
 A, B = "a" * 40, "b" * 40
@@ -135,16 +136,16 @@ def test_a_pin_is_replaced_in_one_step(hub, fetch, monkeypatch):
     tower = fetch()
     (pin,) = (tower.parent / "refs").iterdir()
     move(hub)
-    write_text = Path.write_text
+    write_bytes = Path.write_bytes
 
-    def write_to_full_disk(file: Path, text: str, *options: str) -> int:
-        written = write_text(file, text[:7] if file.parent == pin.parent else text, *options)
-        if written < len(text):
+    def write_to_full_disk(file: Path, data: bytes) -> int:
+        written = write_bytes(file, data[:7] if file.parent == pin.parent else data)
+        if written < len(data):
             raise OSError(errno.ENOSPC, "No space left on device", str(file))
         return written
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", write_to_full_disk)
+        patch.setattr(Path, "write_bytes", write_to_full_disk)
         with pytest.raises(OSError, match="No space left"):
             fetch(force_download=True)
     assert fetch(local_files_only=True) == tower

@@ -1,0 +1,51 @@
+"""From the name of a model to its tower: find or fetch the checkpoint and the adapter, and load them."""
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from qwenvit.arguments import Impl
+from qwenvit.towers import demo
+from qwenvit.towers.checkpoint import ConfigSource, load_tower
+from qwenvit.towers.choose import Tower
+from qwenvit.towers.locate import directory_of, locate
+from qwenvit.weights.hub.adapter import locate_adapter
+
+
+def load_pretrained(
+    model: str | os.PathLike[str],
+    *,
+    impl: Impl,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    subfolder: str | None,
+    config: ConfigSource | None,
+    family: str | None,
+    prefix: str | None,
+    adapter: str | os.PathLike[str] | Literal[False] | None,
+    revision: str | None,
+    **hub: Any,
+) -> tuple[Tower, Path | None]:
+    """Load the tower of a model, for `Encoder.from_pretrained`, which describes the arguments and errors.
+
+    Returns:
+        The tower, and the directory of the checkpoint's JSON files (None for `"demo"`, which has none).
+    """
+    checkpoint: dict[str, Any] = {"config": config, "family": family, "prefix": prefix}
+    if os.fspath(model) == demo.NAME:
+        for name, value in {"subfolder": subfolder, "adapter": adapter or None, **checkpoint}.items():
+            if value is not None:
+                raise ValueError(f"{name}: expected None with model='demo', which is made by code, got {value!r}")
+        return demo.build_tower(impl, device, dtype), None
+    found: Path | Literal[False] | None
+    source = locate(model, subfolder=subfolder, prefix=prefix, revision=revision, needs_config=config is None, **hub)
+    if isinstance(adapter, str | os.PathLike):
+        found = locate_adapter(adapter, **hub)
+    elif adapter is None or adapter is False:
+        found = adapter
+    else:
+        raise TypeError(f"adapter: expected a path, a Hub repository, False or None, got {adapter!r}")
+    tower = load_tower(source, impl=impl, device=device, dtype=dtype, adapter=found, **checkpoint)
+    return tower, directory_of(source)
