@@ -24,15 +24,12 @@ from qwenvit.outputs import ItemEmbeddings
 from qwenvit.plan.grid_plan import GridPlan
 from qwenvit.preprocess.decode import open_image
 from qwenvit.preprocess.from_checkpoint import read_processors
+from qwenvit.preprocess.image_file import SUFFIXES
 from qwenvit.preprocess.image_processor import ImageProcessor
 from qwenvit.towers import demo
-from qwenvit.towers.checkpoint import directory_of, locate, read_config
+from qwenvit.towers.checkpoint import read_config
 from qwenvit.towers.cost import flops, parameters
-
-IMAGE_SUFFIXES = {
-    ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg",
-    ".pgm", ".png", ".ppm", ".tga", ".tif", ".tiff", ".webp",
-}  # fmt: skip
+from qwenvit.towers.locate import directory_of, locate
 
 
 class CommandError(Exception):
@@ -128,7 +125,9 @@ def info(arguments: argparse.Namespace) -> int:
 
 def fetch(arguments: argparse.Namespace) -> int:
     """Write a model's vision tower and its configs to a folder."""
-    encoder = Encoder.from_pretrained(arguments.model, device="cpu", dtype="auto", **_hub_options(arguments))
+    encoder = Encoder.from_pretrained(
+        arguments.model, device="cpu", dtype="auto", **_hub_options(arguments), **_checkpoint_options(arguments)
+    )
     encoder.save_pretrained(arguments.output)
     print(f"{arguments.model}: {parameters(encoder.config) / 1e6:.1f} M parameters -> {arguments.output}")
     return 0
@@ -149,12 +148,22 @@ def picture(arguments: argparse.Namespace) -> int:
 
 def _load(arguments: argparse.Namespace) -> Encoder:
     return Encoder.from_pretrained(
-        arguments.model, device=arguments.device, dtype=arguments.dtype, impl=arguments.impl, **_hub_options(arguments)
+        arguments.model,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        impl=arguments.impl,
+        **_hub_options(arguments),
+        **_checkpoint_options(arguments),
     )
 
 
 def _hub_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {key: getattr(arguments, key) for key in ("revision", "local_files_only", "force_download")}
+    keys = ("subfolder", "revision", "local_files_only", "force_download")
+    return {key: getattr(arguments, key) for key in keys}
+
+
+def _checkpoint_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {key: getattr(arguments, key) for key in ("config", "family", "prefix", "adapter")}
 
 
 def _pixel_bounds(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -165,12 +174,14 @@ def _config_and_processor(arguments: argparse.Namespace) -> tuple[VisionConfig, 
     """Return a model's config and image processor without loading its weights."""
     if arguments.model == demo.NAME:
         return demo.CONFIG, ImageProcessor.for_family(demo.CONFIG.family)
-    if not Path(arguments.model).expanduser().exists():
+    given = {"config": arguments.config, "family": arguments.family}
+    published = arguments.subfolder is None and not any(given.values())
+    if published and not Path(arguments.model).expanduser().exists():
         with suppress(ValueError):
             config = published_config(arguments.model)
             return config, ImageProcessor.for_family(config.family)
     source = locate(arguments.model, config_only=True, **_hub_options(arguments))
-    config = read_config(source)
+    config = read_config(source, prefix=arguments.prefix, **given)
     return config, read_processors(directory_of(source), config.family)[0]
 
 
@@ -181,9 +192,9 @@ def _image_files(inputs: Sequence[Path]) -> list[tuple[Path, str]]:
         if path.is_dir():
             # macOS writes metadata files such as `._photo.jpg` on disks of other file systems.
             all_files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("._"))
-            images = [p for p in all_files if p.suffix.lower() in IMAGE_SUFFIXES]
+            images = [p for p in all_files if p.suffix.lower() in SUFFIXES]
             if not images:
-                raise CommandError(f"{path}: no images in this folder ({', '.join(sorted(IMAGE_SUFFIXES))})")
+                raise CommandError(f"{path}: no images in this folder ({', '.join(sorted(SUFFIXES))})")
             if others := len(all_files) - len(images):
                 print(f"qwenvit: {path}: {others} other files skipped", file=sys.stderr)
             files += [(p, p.relative_to(path).as_posix()) for p in images]

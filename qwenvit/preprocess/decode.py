@@ -1,20 +1,28 @@
 """Opening images: files, bytes, PIL images, arrays and tensors to RGB tensors."""
 
 import io
+import math
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
-from pathlib import Path
+from contextlib import closing
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from qwenvit.ops.resampling import ResizeRule
+from qwenvit.preprocess.image_file import (
+    EIGHT_BIT_MODES,
+    check_undecoded,
+    decode_file,
+    naming_broken_files,
+    open_source,
+    read_header,
+)
 from qwenvit.preprocess.jpeg import Decoder, decode_jpeg
 
 EncodedImage = bytes | bytearray | memoryview | io.BytesIO
@@ -24,8 +32,6 @@ Channels = Literal["first", "last"] | None
 Backend = ResizeRule
 """Whose arithmetic resizes and normalises."""
 
-# Modes with 8 bits a channel, which Pillow converts to RGB losing only the alpha.
-EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV")
 CHANNEL_COUNTS = (1, 3, 4)
 
 _LOADING = tuple(threading.Lock() for _ in range(61))
@@ -40,6 +46,7 @@ def each_image(images: ImageInput | Iterable[ImageInput]) -> Iterator[ImageInput
         TypeError: neither an image nor an iterable of images.
     """
     if isinstance(images, np.ndarray | Tensor) and images.ndim > 3:
+        check_array(images, "images")
         raise ValueError(f"images: expected a list, got one array {list(images.shape)}; pass list(images)")
     if isinstance(images, IMAGE_TYPES):
         yield images
@@ -55,20 +62,45 @@ def each_image(images: ImageInput | Iterable[ImageInput]) -> Iterator[ImageInput
         raise ValueError("images: expected at least one image, got none")
 
 
+class UnreadableImage(Image.Image):
+    """Takes the place of an image that could not be copied: its owner may go on to its next frame."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self._error = error
+
+    def load(self) -> Any:
+        """Raise the error of the image."""
+        raise self._error
+
+
 def snapshot(image: ImageInput) -> ImageInput:
-    """Copy an image that its owner may write to again, as a generator that fills one array over and over does."""
-    if isinstance(image, Tensor):
-        return image.detach().clone()
-    if isinstance(image, np.ndarray):
-        return image.copy()
+    """Copy an image that its owner may write to again, as a generator that fills one array over and over does.
+
+    An image that cannot be used is refused only in its turn, when it is opened.
+    """
     if isinstance(image, bytearray | memoryview):
         return bytes(image)
     if isinstance(image, io.BytesIO):
         return image.getvalue()
+    try:
+        if isinstance(image, np.ndarray | Tensor):
+            check_array(image, "image")
+        elif isinstance(image, Image.Image):
+            check_undecoded(image, "image")
+    except (TypeError, ValueError):
+        return image
+    if isinstance(image, Tensor):
+        return image.detach().clone()
+    if isinstance(image, np.ndarray):
+        return image.copy()
     if isinstance(image, Image.Image):
         # This decodes an image file that was only opened: its owner may close it, or go on to its next frame.
-        with suppress(Exception):  # a broken one fails in its turn, when it is opened
+        try:
+            _load(image)
             return image.copy()
+        except Exception as error:  # noqa: BLE001 raised when the image is opened
+            return UnreadableImage(error)
     return image
 
 
@@ -107,71 +139,44 @@ def open_image(
 
     Raises:
         TypeError: not an image, or a dtype other than uint8 (float32 with `do_rescale=False`).
-        ValueError: an empty, ambiguous or wrongly shaped array; a URL; a file that is broken, larger than
-            `PIL.Image.MAX_IMAGE_PIXELS` or of more than 8 bits a channel.
+        ValueError: an empty, ambiguous or wrongly shaped array, or one without values of its own; a URL; a path of
+            something else than a file; a file, or a PIL image opened from one, that is broken, larger than
+            `PIL.Image.MAX_IMAGE_PIXELS` or of more than 8 bits a channel; a file in none of `image_file.FORMATS`; a PIL
+            image that Pillow would decode with another program.
         OSError: a file that cannot be read.
     """
     if channels not in (None, "first", "last"):
         raise ValueError(f"channels: expected 'first', 'last' or None, got {channels!r}")
     if isinstance(image, np.ndarray | Tensor):
+        check_array(image, name)
         return _to_rgb(_channels_first(_to_tensor(image, do_rescale, device, name), channels, name), backend)
     if isinstance(image, io.BytesIO | bytearray | memoryview):
         image = image.getvalue() if isinstance(image, io.BytesIO) else bytes(image)
-    if isinstance(image, bytes | str | os.PathLike):
-        data, name = _read(image, name)
-        if decode == "nvjpeg" and device is not None and (jpeg := decode_jpeg(data, device, name)) is not None:
-            return jpeg
-        image = _decode(data, name)
-    if not isinstance(image, Image.Image):
+    if not isinstance(image, bytes | str | os.PathLike | Image.Image):
         raise TypeError(
             f"{name}: expected a PIL image, a uint8 array or tensor, a path or bytes, got {type(image).__name__}"
         )
     if not do_rescale:
         raise TypeError(f"{name}: do_rescale=False is for float32 arrays in [0, 1], got an 8-bit image")
-    return _from_pil(image, pinned=device is not None and device.type == "cuda", name=name)
-
-
-def _read(source: bytes | str | os.PathLike[str], name: str) -> tuple[bytes, str]:
-    """Return the bytes of an image file, and the name with its path."""
-    if isinstance(source, bytes):
-        return source, name
-    if isinstance(source, str) and ("://" in source or source.startswith("data:")):
-        raise ValueError(f"{name}: expected a path, got the URL {source[:80]!r}; download it and pass its bytes")
-    try:
-        return Path(source).read_bytes(), f"{name} ({os.fspath(source)})"
-    except OSError as error:  # say which of the images it is
-        raise type(error)(error.errno, f"{name}: {error.strerror}", os.fspath(source)) from error
-    except ValueError as error:  # a null byte, or characters that no file name has
-        raise ValueError(f"{name}: expected a path, got {os.fspath(source)!a}: {error}") from error
-
-
-def _decode(data: bytes, name: str) -> Image.Image:
-    """Decode an image file and rotate it by its EXIF orientation."""
-    limit = Image.MAX_IMAGE_PIXELS
-    try:
-        image = Image.open(io.BytesIO(data))
-        if limit is not None and image.width * image.height > limit:  # Pillow refuses only twice as many
-            raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
-        image.load()
-        ImageOps.exif_transpose(image, in_place=True)
-        # transformers converts files here: this drops an alpha channel but keeps a transparent colour in `info`.
-        return image.convert("RGB") if image.mode in EIGHT_BIT_MODES and image.mode != "RGB" else image
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(
-            f"{name}: expected at most {limit} pixels, got more ({error}); if you trust the file, raise "
-            "PIL.Image.MAX_IMAGE_PIXELS"
-        ) from error
-    except UnidentifiedImageError as error:
-        raise ValueError(
-            f"{name}: expected an image file, got {len(data)} bytes in no format that Pillow reads"
-        ) from error
-    except MemoryError:
-        raise
-    except Exception as error:  # Pillow's decoders raise errors of almost any type on broken files
-        raise ValueError(f"{name}: broken image file ({type(error).__name__}: {error})") from error
+    pinned = device is not None and device.type == "cuda"
+    if isinstance(image, Image.Image):
+        check_undecoded(image, name)
+        return _from_pil(image, pinned, name)
+    stream, name = open_source(image, name)
+    with closing(stream):
+        header = read_header(stream, name)
+        if (
+            decode == "nvjpeg"
+            and device is not None
+            and (jpeg := decode_jpeg(stream, header, device, name)) is not None
+        ):
+            return jpeg
+        return _from_pil(decode_file(header, name), pinned, name)
 
 
 def _from_pil(image: Image.Image, pinned: bool, name: str) -> Tensor:
+    with naming_broken_files(name):
+        _load(image)
     if image.mode not in EIGHT_BIT_MODES:
         raise ValueError(
             f"{name}: expected an image of 8 bits a channel (mode {', '.join(EIGHT_BIT_MODES)}), "
@@ -179,21 +184,53 @@ def _from_pil(image: Image.Image, pinned: bool, name: str) -> Tensor:
         )
     if 0 in image.size:
         raise ValueError(f"{name}: expected at least one pixel, got {image.width} x {image.height}")
-    try:
-        with _LOADING[id(image) // 16 % len(_LOADING)]:
-            image.load()
+    with naming_broken_files(name):
         if "A" in image.getbands() or image.info.get("transparency") is not None:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         if image.mode != "RGB":
             image = image.convert("RGB")
-    except MemoryError:
-        raise
-    except Exception as error:  # Pillow decodes an image that the user opened only now; its errors are of many types
-        raise ValueError(f"{name}: broken image file ({type(error).__name__}: {error})") from error
     pixels = torch.empty(image.height, image.width, 3, dtype=torch.uint8, device="cpu", pin_memory=pinned)
     np.copyto(pixels.numpy(), np.asarray(image))
     return pixels.permute(2, 0, 1)
+
+
+def _load(image: Image.Image) -> None:
+    """Decode an image whose file was only opened.
+
+    Some of Pillow's decoders return a partial picture when they are asked again after an error. So an error leaves the
+    image as it was: asked again, it fails again.
+    """
+    with _LOADING[id(image) // 16 % len(_LOADING)]:
+        before = dict(vars(image))
+        try:
+            image.load()
+        except BaseException:
+            vars(image).update(before)
+            raise
+
+
+def check_array(image: NDArray[Any] | Tensor, name: str) -> None:
+    """Raise TypeError or ValueError for an array or tensor that is no block of values in memory."""
+    if isinstance(image, Tensor):
+        kind = "nested" if image.is_nested else "quantised" if image.is_quantized else str(image.layout)
+        if kind != "torch.strided":
+            raise TypeError(f"{name}: expected a dense tensor, got a tensor that is {kind}; convert it")
+        if image.is_meta:
+            raise ValueError(f"{name}: expected a tensor with values, got one on the meta device, which has none")
+        item, strides = image.element_size(), [stride * image.element_size() for stride in image.stride()]
+    else:
+        item, strides = image.itemsize, list(image.strides)
+    if 0 in image.shape or image.ndim not in (2, 3):
+        return
+    pixels = math.prod(image.shape) // (min(image.shape) if image.ndim == 3 else 1)
+    memory = item + sum((size - 1) * abs(stride) for size, stride in zip(image.shape, strides, strict=True))
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and pixels > limit and memory < pixels:
+        raise ValueError(
+            f"{name}: expected an array in memory of its own, or of at most {limit} pixels "
+            f"(PIL.Image.MAX_IMAGE_PIXELS), got shape {list(image.shape)} in {memory} bytes"
+        )
 
 
 def _to_tensor(image: NDArray[Any] | Tensor, do_rescale: bool, device: torch.device | None, name: str) -> Tensor:

@@ -5,8 +5,11 @@ import warnings
 from typing import Literal
 
 import torch
-from PIL import Image
+from PIL import ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
+
+from qwenvit.preprocess.image_file import LargeFile
 
 Decoder = Literal["pillow", "nvjpeg"]
 """What decodes JPEG files. nvJPEG is fast, and differs from Pillow by tens of levels where colours change sharply: it
@@ -38,34 +41,35 @@ def check_decoder(decode: Decoder, device: torch.device) -> None:
             raise ValueError(f"decode: 'nvjpeg' needs torchvision, which cannot be imported: {error}") from error
 
 
-def decode_jpeg(data: bytes, device: torch.device, name: str) -> Tensor | None:
+def decode_jpeg(
+    stream: io.BytesIO | LargeFile, header: ImageFile.ImageFile, device: torch.device, name: str
+) -> Tensor | None:
     """Decode a JPEG file on a GPU and rotate it by its EXIF orientation.
 
     Args:
-        data: the file's bytes.
+        stream: the file.
+        header: what `read_header` read of it.
         device: a CUDA device.
         name: the image's name in the warning.
 
     Returns:
-        `[3, H, W]` uint8 on the device, complete on every stream; None, with a warning, for what nvJPEG does not decode
-        or Pillow would refuse: another format, CMYK, a broken file, an image above `PIL.Image.MAX_IMAGE_PIXELS`.
+        `[3, H, W]` uint8 on the device, complete on every stream; None, with a warning, for what nvJPEG does not
+        decode: another format, CMYK, a broken file, a file larger than `MAX_WHOLE_BYTES`.
     """
     from torchvision.io import ImageReadMode, decode_jpeg
 
     try:
-        with Image.open(io.BytesIO(data)) as header:  # reads no pixels
-            limit = Image.MAX_IMAGE_PIXELS
-            small_enough = limit is None or header.width * header.height <= limit
-            fits = header.format in ("JPEG", "MPO") and header.mode in ("RGB", "L") and small_enough
+        # A file with two frame headers has two sizes, of which nvJPEG might take the one that was not checked.
+        if isinstance(header, JpegImageFile) and header.mode in ("RGB", "L") and len(header.layer) == header.layers:
             orientation = header.getexif().get(EXIF_ORIENTATION, 1)
-        if fits:
-            encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            with torch.cuda.device(device):
-                image = decode_jpeg(encoded, mode=ImageReadMode.RGB, device=device)
-                swap, axes = UPRIGHT.get(orientation, (False, ()))
-                image = (image.transpose(1, 2) if swap else image).flip(axes)
-                torch.cuda.current_stream().synchronize()
-            return image
+            if isinstance(stream, io.BytesIO):
+                encoded = torch.frombuffer(bytearray(stream.getbuffer()), dtype=torch.uint8)
+                with torch.cuda.device(device):
+                    image = decode_jpeg(encoded, mode=ImageReadMode.RGB, device=device)
+                    swap, axes = UPRIGHT.get(orientation, (False, ()))
+                    image = (image.transpose(1, 2) if swap else image).flip(axes)
+                    torch.cuda.current_stream().synchronize()
+                return image
     except Exception:  # noqa: BLE001  Pillow decodes the file or says what is wrong with it
         pass
     warnings.warn(f"{name}: not a JPEG file that nvJPEG decodes; Pillow decodes it", stacklevel=2)

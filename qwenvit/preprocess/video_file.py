@@ -1,15 +1,20 @@
 """Video files: their length, frame rate and size, and chosen frames as RGB."""
 
+import errno
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
+
+from qwenvit.weights.regular_file import open_regular
 
 if TYPE_CHECKING:
     import av
@@ -37,7 +42,8 @@ class VideoFile:
     Raises:
         ImportError: PyAV is not installed.
         TypeError: not a path.
-        ValueError: a URL; a file that is broken, or without a video stream, frames or a frame rate.
+        ValueError: a URL; a path of something else than a file; a file that is broken, or without a video stream,
+            frames or a frame rate; a playlist of other files; frames larger than `PIL.Image.MAX_IMAGE_PIXELS`.
         OSError: a file that cannot be read.
     """
 
@@ -116,14 +122,30 @@ class VideoFile:
     def _open(self) -> "Iterator[tuple[InputContainer, VideoStream]]":
         """Open the file at its start, and name it in the errors of FFmpeg."""
         av = _import_av()
-        with open(self.path, "rb"):  # Python's own error where the file cannot be read
-            pass
+        with open_regular(Path(self.path)) as file:
+            try:
+                # FFmpeg may read this file and nothing else: a playlist would name other files. Titles may be in any
+                # encoding.
+                stream, options = _FileForFFmpeg(file, self.path), {"protocol_whitelist": ""}
+                with av.open(stream, metadata_errors="replace", options=options) as container:
+                    yield container, _video_stream(container, self.path)
+            except av.FFmpegError as error:
+                raise ValueError(f"{self.path}: broken video file ({error.strerror})") from error
+
+
+class _FileForFFmpeg:
+    """An open file with its name, by which FFmpeg guesses formats that have no signature."""
+
+    def __init__(self, file: BinaryIO, name: str) -> None:
+        self.name, self.read, self.tell = name, file.read, file.tell
+        self._seek = file.seek
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Seek; return an error of the system as FFmpeg's own files do, so that FFmpeg decides what it means."""
         try:
-            # "file:" keeps FFmpeg from taking a name with a colon for a protocol. Titles may be in any encoding.
-            with av.open("file:" + self.path, metadata_errors="replace") as container:
-                yield container, _video_stream(container, self.path)
-        except av.FFmpegError as error:
-            raise ValueError(f"{self.path}: broken video file ({error.strerror})") from error
+            return self._seek(offset, whence)
+        except OSError as error:
+            return -(error.errno or errno.EIO)
 
 
 @dataclass(frozen=True)
@@ -153,6 +175,12 @@ def _video_stream(container: "InputContainer", path: str) -> "VideoStream":
     """Return the first video stream that is no cover picture."""
     for stream in container.streams.video:
         if not stream.disposition & type(stream.disposition).attached_pic:
+            limit = Image.MAX_IMAGE_PIXELS
+            if limit is not None and stream.width * stream.height > limit:
+                raise ValueError(
+                    f"{path}: expected frames of at most {limit} pixels (PIL.Image.MAX_IMAGE_PIXELS), got "
+                    f"{stream.width} x {stream.height}"
+                )
             stream.thread_type = "AUTO"
             return stream
     raise ValueError(f"{path}: expected a video stream, got none")

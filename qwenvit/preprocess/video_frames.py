@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from qwenvit.preprocess.decode import Channels, ImageInput, open_image, snapshot
+from qwenvit.preprocess.decode import Channels, ImageInput, check_array, open_image, snapshot
 from qwenvit.preprocess.patch_processor import PatchProcessor
 from qwenvit.preprocess.prepared import Grid, Prepared, PreparedFrames, compute_on_host
 
@@ -25,11 +25,13 @@ def sized_frames(frames: Iterable[ImageInput] | NDArray[Any] | Tensor) -> Any:
     """Return frames whose number is known: those of a generator are collected.
 
     Raises:
-        TypeError: neither a list of images nor an array of them.
-        ValueError: an array of another number of dimensions, or no frames.
+        TypeError: neither a list of images nor an array of them, or a tensor that is not dense.
+        ValueError: an array of another number of dimensions or without values, or no frames.
     """
-    if isinstance(frames, np.ndarray | Tensor) and frames.ndim != 4:
-        raise ValueError(f"frames: expected [frames, H, W, C] or [frames, C, H, W], got {list(frames.shape)}")
+    if isinstance(frames, np.ndarray | Tensor):
+        check_array(frames, "frames")
+        if frames.ndim != 4:
+            raise ValueError(f"frames: expected [frames, H, W, C] or [frames, C, H, W], got {list(frames.shape)}")
     if isinstance(frames, Image.Image | str | bytes) or not isinstance(frames, Iterable):
         expected = "the path of a video file, a list of images or one array of them"
         raise TypeError(f"frames: expected {expected}, got {type(frames).__name__}")

@@ -1,6 +1,7 @@
 """Preprocessor configs: reading and writing them, against transformers."""
 
 import json
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -172,10 +173,25 @@ def test_without_files_the_familys_processors_are_built(tmp_path) -> None:
     assert read_processors(tmp_path, "qwen3_5") == expected
 
 
-@pytest.mark.parametrize("content", ["{", "[]"])
-def test_broken_files_are_named(content: str, tmp_path) -> None:
-    (tmp_path / "preprocessor_config.json").write_text(content)
-    with pytest.raises(ValueError, match=r"preprocessor_config\.json"):
+@pytest.mark.parametrize(
+    "content", [b"{", b"[]", b"\xef\xbb\xbf{}", b'{"patch_size": 14, "patch_size": 16}', b"[" * 5000, b'{"a": NaN}']
+)
+@pytest.mark.parametrize("part", ["preprocessor", "video_preprocessor", "processor"])
+def test_broken_files_are_named(part: str, content: bytes, tmp_path) -> None:
+    (tmp_path / f"{part}_config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=f"/{part}_config.json: expected "):
+        read_processors(tmp_path, "qwen2_vl")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="named pipes")
+def test_files_that_cannot_be_read_are_not_passed_over(tmp_path) -> None:
+    file = tmp_path / "preprocessor_config.json"
+    os.mkfifo(file)
+    with pytest.raises(ValueError, match="expected a regular file, got a named pipe"):
+        read_processors(tmp_path, "qwen2_vl")
+    file.unlink()
+    file.symlink_to("absent")
+    with pytest.raises(FileNotFoundError):
         read_processors(tmp_path, "qwen2_vl")
 
 

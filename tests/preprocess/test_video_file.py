@@ -1,5 +1,6 @@
 """Video files against the arrays written into them and against PyAV's own conversion."""
 
+import os
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from qwenvit.preprocess.video_file import VideoFile
 
@@ -156,12 +158,54 @@ def test_errors_of_the_file_system_are_pythons_own(tmp_path) -> None:
     with pytest.raises(FileNotFoundError) as caught:
         VideoFile(tmp_path / "none.mp4")
     assert caught.value.filename == str(tmp_path / "none.mp4")
-    with pytest.raises(IsADirectoryError):
-        VideoFile(tmp_path)
     with pytest.raises(ValueError, match=r"path: expected a path, got the URL 'http://host/clip\.mp4'"):
         VideoFile("http://host/clip.mp4")
     with pytest.raises(TypeError, match="path: expected a path, got bytes"):
         VideoFile(b"clip.mp4")
+
+
+@pytest.mark.parametrize("kind", ["named pipe", "device", "folder"])
+def test_a_path_of_something_else_is_refused_at_once(kind: str, tmp_path) -> None:
+    path = {"device": Path("/dev/zero"), "folder": tmp_path}.get(kind, tmp_path / "clip.mp4")
+    if kind == "named pipe":
+        os.mkfifo(path)
+    with pytest.raises(ValueError, match=rf"^{path}: expected a regular file, got a {kind}"):
+        VideoFile(path)
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.m3u8", "clip.txt"])
+@pytest.mark.parametrize(
+    "playlist",
+    [
+        "ffconcat version 1.0\nfile {name}\n",
+        "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:0.4,\n{path}\n#EXT-X-ENDLIST\n",
+        "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:0.4,\nfile://{path}\n#EXT-X-ENDLIST\n",
+    ],
+    ids=["concat", "hls", "hls-url"],
+)
+def test_a_playlist_opens_no_other_file(playlist: str, name: str, tmp_path) -> None:
+    clip = write(tmp_path / "other.ts", pictures(12, 32, 32), ("mpeg2video", "yuv420p"))
+    assert VideoFile(clip).num_frames == 12
+    (tmp_path / name).write_text(playlist.format(name=clip.name, path=clip))
+    with pytest.raises(ValueError, match=rf"{name}: broken video file"):
+        VideoFile(tmp_path / name)
+
+
+def test_names_of_several_files_are_taken_as_they_are(tmp_path) -> None:
+    for index in range(3):
+        write(tmp_path / f"img{index}.avi", pictures(1, 16, 16))
+    with pytest.raises(FileNotFoundError):
+        VideoFile(tmp_path / "img%d.avi")
+
+
+def test_frames_have_the_limit_of_images(tmp_path, monkeypatch) -> None:
+    path = write(tmp_path / "clip.mkv", pictures(2, 20, 30))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 599)
+    with pytest.raises(ValueError, match=r"clip\.mkv: expected frames of at most 599 pixels .*got 30 x 20"):
+        VideoFile(path)
+    for limit in (600, None):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        assert VideoFile(path).num_frames == 2
 
 
 def test_an_mp4_that_is_cut_short_is_refused(tmp_path) -> None:
