@@ -4,6 +4,7 @@
 # make test-triton   the kernels' tests with another version of Triton: TRITON=3.9.0
 # make test-vllm   exported embeddings in a real vLLM engine, in an environment of its own
 # make mutants   mistakes put into a copy of the code, to see that the tests notice each
+# make fuzz   1,000 damaged checkpoints, images and Hub servers each: SEED=0 COUNT=1000
 # make lint   ruff and the type checker
 #
 # PYTHON picks the interpreter (3.11 or later), VENV the environment's folder.
@@ -11,11 +12,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 TRITON ?= 3.9.0
+SEED ?= 0
+COUNT ?= 1000
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 # A strict editable install lists every file, so that type checkers find qwenvit.kernels and qwenvit.weights.
 EDITABLE := --config-settings editable_mode=strict --editable
 
-.PHONY: demo test test-all test-triton test-vllm mutants lint clean
+.PHONY: demo test test-all test-triton test-vllm mutants fuzz lint clean
 
 demo: $(VENV)/qwenvit
 	$(VENV)/bin/qwenvit encode scripts/pictures --model demo --output demo-output/embeddings.safetensors
@@ -51,6 +54,9 @@ $(VENV)/vllm/installed: constraints-vllm.txt scripts/common/torchvision_cpu.py
 
 mutants: $(VENV)/test
 	PYTHONPATH=tests $(VENV)/bin/python -m mutants.mutate
+
+fuzz: $(VENV)/test
+	PYTHONPATH=tests:scripts $(VENV)/bin/python -m fuzz.run --seed $(SEED) --count $(COUNT)
 
 lint: $(VENV)/test
 	$(VENV)/bin/ruff check .
