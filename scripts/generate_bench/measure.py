@@ -24,6 +24,8 @@ Row = dict[str, Any]
 """Figures of one case."""
 
 USE_TOWER, USE_QWENVIT, ENCODER = "use_tower", "use_qwenvit", "encoder alone"
+INSIDE = "use_tower, the tower inside"
+"""What `get_image_features` calls: the rest of its time is transformers', which asks the GPU for the grids."""
 OURS = (USE_TOWER, USE_QWENVIT)
 NEW_TOKENS = 16
 """Tokens that are generated and compared."""
@@ -63,7 +65,7 @@ class GenerateBench:
 
         Returns:
             `parity`: see `parity`; `first` and `tower`: quantiles of the seconds until the first token and of
-            `get_image_features`, by contender; the latter also of the encoder alone.
+            `get_image_features`, by contender; the latter also of the tower inside it and of the encoder alone.
 
         Raises:
             ParityError: a contender's outputs, log-probabilities or tokens differ by more than rounding.
@@ -74,9 +76,10 @@ class GenerateBench:
         pixels, grid = inputs["pixel_values"], case.grid_thw()
         first: dict[str, Callable[[], Any]] = {name: partial(self.generate, name, inputs, 1) for name in self.models}
         tower: dict[str, Callable[[], Any]] = {name: partial(self.features, name, inputs) for name in self.models}
+        tower[INSIDE] = lambda: self.inside(inputs)
         tower[ENCODER] = lambda: self.encoder(pixels, grid)
         for kind, calls in (("first", first), ("tower", tower)):
-            for name in [*calls.keys() & {*OURS, ENCODER}] * WARM_CALLS:
+            for name in [*calls.keys() & {*OURS, INSIDE, ENCODER}] * WARM_CALLS:
                 calls[name]()
             seconds = time_interleaved(calls, ROUNDS, MAX_SECONDS, MIN_ROUNDS)
             row[kind] = {name: quantiles(times) for name, times in seconds.items()}
@@ -135,6 +138,11 @@ class GenerateBench:
     def features(self, name: str, inputs: dict[str, Tensor]) -> Any:
         """Return what the contender's `get_image_features` returns."""
         return features(self.models[name], inputs)
+
+    @torch.no_grad()
+    def inside(self, inputs: dict[str, Tensor]) -> Any:
+        """Return what the tower inside `get_image_features` of `use_tower` returns."""
+        return self.models[USE_TOWER].model.visual(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"])
 
 
 @torch.no_grad()
