@@ -96,12 +96,12 @@ class Encoder:
                 differentiable. `"auto"` takes the fast tower where it can run; an explicit choice never falls back.
             subfolder: the folder inside the model's that has the checkpoint, such as `"text_encoder"`.
             config: what to read instead of the checkpoint's `config.json`: another file, its folder, its content, or a
-                `VisionConfig`.
+                `VisionConfig`. Preprocessors' configs beside that file are read if the checkpoint has none.
             family: the tower's family, such as `"qwen2_5_vl"`. Default: that of `model_type`, or if this is unknown,
                 that of the tensors' names.
             prefix: what the names of the tower's tensors start with, in a checkpoint with several towers.
             adapter: a LoRA adapter to merge: folder, file or Hub repository. Default: the one beside the checkpoint or
-                in it, if there is one. False: none.
+                in it, if there is one. False: none (biases trained in place of the base's stay).
             revision: Hub branch, tag or commit. A branch stays at the commit of its first download until
                 `force_download=True`.
             token: Hub token; default: the one that huggingface_hub finds.

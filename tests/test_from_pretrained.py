@@ -254,8 +254,9 @@ def test_an_adapter_is_merged_wherever_it_is(tmp_path, adapted):
     for path in (adapter, str(adapter), adapter / "adapter_model.safetensors"):
         assert differing(load(base, adapter=path).tower.state_dict(), after) == []
     both = link(tmp_path, base, adapter)
-    assert differing(load(both).tower.state_dict(), after) == []
-    assert differing(load(both / SINGLE).tower.state_dict(), after) == []
+    for model in (both, both / SINGLE):
+        with pytest.warns(UserWarning, match=r"the LoRA adapter beside the checkpoint is merged into it"):
+            assert differing(load(model).tower.state_dict(), after) == []
     assert differing(load(both, adapter=False).tower.state_dict(), before) == []
     assert differing(load(both, adapter=both).tower.state_dict(), after) == []
     with pytest.warns(UserWarning, match=r"the adapter beside the checkpoint is not merged") as caught:
@@ -360,3 +361,58 @@ def test_a_whole_models_folder_is_not_overwritten(tmp_path, qwen3):
         write(tmp_path / str(number), qwen3, config=content)
         with pytest.raises(ValueError, match=r"holds the config\.json of a whole model"):
             encoder.save_pretrained(tmp_path / str(number))
+
+
+@pytest.mark.parametrize("lost", ["config", "weights", "config's target", "weights, a pickle there"])
+def test_half_an_adapter_beside_the_base_is_not_passed_over(tmp_path, adapted, lost):
+    folder, before, _ = adapted
+    both = link(tmp_path, folder / "base", folder / "adapter")
+    file = both / ("adapter_config.json" if "config" in lost else "adapter_model.safetensors")
+    file.unlink()
+    if lost == "config's target":
+        file.symlink_to(tmp_path / "nowhere")
+    if "pickle" in lost:
+        (both / "adapter_model.bin").write_bytes(b"")
+    with pytest.raises((FileNotFoundError, ValueError), match="adapter"):
+        load(both)
+    assert differing(load(both, adapter=False).tower.state_dict(), before) == []
+
+
+@pytest.mark.parametrize(("name", "told"), [("model.gguf", "GGUF"), ("pytorch_model.bin", "pickle")])
+def test_another_format_without_a_config_is_named(tmp_path, name, told):
+    (tmp_path / name).write_bytes(b"")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    for model in (tmp_path, tmp_path / name):
+        (tmp_path / name).write_bytes(b"GGUF\x03" + bytes(60) if "gguf" in name else b"PK\x03\x04" + bytes(60))
+        with pytest.raises(ValueError, match=rf"only safetensors files are read.*{told}"):
+            load(model)
+
+
+def test_numbers_that_python_writes_in_configs_are_read(tmp_path, qwen3):
+    """Language models' configs have infinities, as time_step_limit of those with a state space."""
+    config = {"model_type": "qwen3_vl", "vision_config": config_of(qwen3), "text_config": {"limit": [0, float("inf")]}}
+    assert_loaded(load(write(tmp_path, qwen3, config=config)), qwen3)
+    write(tmp_path, qwen3, config=config | {"vision_config": config_of(qwen3) | {"hidden_size": float("nan")}})
+    with pytest.raises(ValueError, match="hidden_size"):
+        load(tmp_path)
+
+
+def test_processors_configs_beside_the_config_are_read_if_the_checkpoint_has_none(tmp_path, qwen3):
+    write(tmp_path / "whole", qwen3)
+    processor = {"image_mean": [0.25] * 3, "patch_size": 16}
+    (tmp_path / "whole" / "preprocessor_config.json").write_text(json.dumps(processor))
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (tmp_path / "whole" / SINGLE).rename(alone / SINGLE)
+    for config in (tmp_path / "whole", tmp_path / "whole" / "config.json"):
+        assert load(alone, config=config).image_processor.image_mean == (0.25, 0.25, 0.25)
+    (alone / "preprocessor_config.json").write_text(json.dumps(processor | {"image_mean": [0.75] * 3}))
+    assert load(alone, config=tmp_path / "whole").image_processor.image_mean == (0.75, 0.75, 0.75)
+
+
+def test_options_of_a_wrong_type_are_named(tmp_path, qwen3):
+    write(tmp_path, qwen3)
+    with pytest.raises(TypeError, match="prefix: expected a string or None, got 3"):
+        load(tmp_path, prefix=3)
+    with pytest.raises(ValueError, match=r"^family: expected one of .*got 'qwen9'"):
+        load(tmp_path, family="qwen9")

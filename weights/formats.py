@@ -52,12 +52,12 @@ def gguf_error(where: Path) -> ValueError:
     )
 
 
-def pickle_error(where: Path, pickles: Sequence[str]) -> ValueError:
-    """Return the error for a checkpoint that consists of `pickles`."""
+def pickle_error(where: Path, pickles: Sequence[str], converted: str = "model.safetensors") -> ValueError:
+    """Return the error for weights that consist of `pickles`, and what to call them once they are `converted`."""
     return ValueError(
         f"{where}: only safetensors files are read, since loading a pickle ({', '.join(pickles[:3])}) runs the code "
         "in it; if you trust it, convert it with safetensors.torch.save_file(torch.load(file, weights_only=True), "
-        "'model.safetensors')"
+        f"{converted!r})"
     )
 
 

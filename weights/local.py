@@ -19,6 +19,7 @@ from qwenvit.weights.recognise import FoundTower, NoTowerError, find_tower
 # file to an index.
 CHECKPOINT_FILES = ("model_visual.safetensors", "model.safetensors", "model.safetensors.index.json")
 _PATCH_WEIGHT = "patch_embed.proj.weight"
+_OTHER_ADAPTERS = (".ia3_", ".hada_", ".lokr_", ".oft_", ".vera_", ".boft_", ".hra_", ".ln_tuning_")
 _MAX_LISTED = 12
 
 
@@ -225,10 +226,10 @@ def _advice(entries: Mapping[str, TensorEntry], tower: FoundTower, mismatched: S
             f"The tower's weights are quantised: {quantisation}. Quantised towers are not supported: use the "
             "unquantised checkpoint of the same model."
         )
-    if any(part in name for name in entries for part in (".lora_", ".modules_to_save.", ".original_module.")):
+    if any(part in name for name in entries for part in _OTHER_ADAPTERS):
         advice.append(
-            "A PEFT adapter was saved unmerged together with the tower: call merge_and_unload() of the PEFT model "
-            "before save_pretrained()."
+            "A PEFT adapter of another kind than LoRA was saved unmerged together with the tower: call "
+            "merge_and_unload() of the PEFT model before save_pretrained()."
         )
     if _PATCH_WEIGHT in mismatched:
         advice.append(

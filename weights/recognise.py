@@ -6,7 +6,7 @@ tower, another vision model) make no complete set, so they need no list.
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from heapq import nlargest, nsmallest
 
@@ -20,6 +20,8 @@ _TOP_MODULES = frozenset(module.partition(".")[0] for module in _ALL_MODULES)
 _SPLIT = re.compile(rf"(.*\.|)((?:{'|'.join(sorted(_TOP_MODULES))})\..+)")
 _MAX_LISTED = 12
 _MAX_BLOCKS = 1024  # more than any config may state
+_ALMOST_COMPLETE = 0.9
+"""The share of its modules from which on an incomplete tower may be the one that is meant, and its file damaged."""
 _MAX_LOOKED_AT = 64
 """The most prefixes that are looked at, those with the most modules: a broken header may have a million."""
 
@@ -48,8 +50,9 @@ class FoundTower:
 def find_tower(names: Iterable[str], prefix: str | None = None) -> FoundTower:
     """Return the vision tower among the names of a checkpoint's tensors.
 
-    All other tensors (language model, audio tower, talker, ...) are ignored, and so is an incomplete tower beside a
-    complete one. If no tower is complete, the most complete one is returned: its `missing` says what it lacks.
+    All other tensors (language model, audio tower, talker, ...) are ignored, and so is a tower that lacks a tenth of
+    its modules or more beside a complete one. If no tower is complete, the most complete one is returned: its `missing`
+    says what it lacks.
 
     Names that PEFT gives to the weights below an adapter (`attn.qkv.base_layer.weight`) are understood as the plain
     ones (`attn.qkv.weight`). The adapter's own names are in the result's `names` like others that no tower has.
@@ -60,7 +63,7 @@ def find_tower(names: Iterable[str], prefix: str | None = None) -> FoundTower:
 
     Raises:
         NoTowerError: no name is a vision tower's, or none under `prefix`.
-        ValueError: several towers are equally complete; two names are one weight's.
+        ValueError: several towers are complete, or almost, or equally incomplete; two names are one weight's.
     """
     plain = {name: plain_name(name) for name in names}
     modules: dict[str, set[str]] = defaultdict(set)
@@ -77,7 +80,7 @@ def find_tower(names: Iterable[str], prefix: str | None = None) -> FoundTower:
             known = ", ".join(repr(found) for found in complete or towers) or f"none among {_overview(plain)}"
             raise NoTowerError(f"prefix: expected one with vision tensors ({known}), got {prefix!r}")
     else:
-        chosen = _choose(plain, towers, complete)
+        chosen = _choose(plain.values(), towers, complete)
     # A tower inside the chosen one's prefix, as in a checkpoint with two, is not part of it.
     inner = tuple(found for found in complete if found != chosen and found.startswith(chosen))
     own_names = {
@@ -137,7 +140,7 @@ def _best_families(present: set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]
 
 
 def _choose(
-    names: Iterable[str], towers: dict[str, tuple[tuple[str, ...], tuple[str, ...], int]], complete: list[str]
+    names: Collection[str], towers: dict[str, tuple[tuple[str, ...], tuple[str, ...], int]], complete: list[str]
 ) -> str:
     """Return the prefix of the only complete tower, or of the most complete one if there is none."""
     if not towers:
@@ -145,16 +148,24 @@ def _choose(
             "no vision tensors: expected a tower's names (patch_embed, blocks, merger) under any prefix, such as "
             f"model.visual., or none, got {_overview(names)}"
         )
+    share = {found: present / (present + len(missing)) for found, (_, missing, present) in towers.items()}
     best = complete
     if not best:
-        share = {found: present / (present + len(missing)) for found, (_, missing, present) in towers.items()}
         most = max(share.values())
         best = [found for found in share if share[found] == most]
+    elif len(best) == 1:
+        damaged = [found for found in share if found not in complete and share[found] >= _ALMOST_COMPLETE]
+        best = complete + [found for found in damaged if _has_no_other_module(names, found)]
     if len(best) == 1:
         return best[0]
-    which = "complete" if complete else "equally incomplete"
+    which = ("complete" if len(complete) > 1 else "almost complete") if complete else "equally incomplete"
     listed = " and ".join(f"{found or 'no prefix'} ({' or '.join(towers[found][0])})" for found in best[:_MAX_LISTED])
     raise ValueError(f"expected one vision tower, got {len(best)} {which} ones, under {listed}: choose one by prefix=")
+
+
+def _has_no_other_module(names: Iterable[str], prefix: str) -> bool:
+    """Return whether all that is under a prefix is a vision tower's, as it would not be in another vision model."""
+    return all(_module_of(name.removeprefix(prefix)) for name in names if _is_under(name, prefix))
 
 
 def _is_under(name: str, prefix: str) -> bool:

@@ -63,6 +63,8 @@ def write_safetensors(
             os.fsync(stream.fileno())
         os.replace(temporary, target)
     except OSError as error:
+        if error.errno is None:
+            raise
         raise type(error)(error.errno, error.strerror, str(target)) from error  # not the temporary name
     finally:
         temporary.unlink(missing_ok=True)

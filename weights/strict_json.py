@@ -28,7 +28,7 @@ _ALL_BUT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
-def parse_json(data: bytes, source: str | Path) -> Any:
+def parse_json(data: bytes, source: str | Path, finite: bool = True) -> Any:
     """Return the value that a JSON text describes.
 
     Integers that do not fit into 64 bits become floats, as in most parsers.
@@ -36,11 +36,12 @@ def parse_json(data: bytes, source: str | Path) -> Any:
     Args:
         data: the text; callers bound its length.
         source: where it came from, for messages.
+        finite: refuse NaN and infinities, which Python writes in configs and JSON does not have.
 
     Raises:
         ValueError: `data` is not JSON by RFC 8259 in UTF-8 without a byte order mark, repeats a key, has half of a
-            surrogate pair or a number beyond float64, or exceeds `MAX_VALUES` or `MAX_DEPTH`. The message names
-            `source` and the place.
+            surrogate pair or (if `finite`) a number beyond float64, or exceeds `MAX_VALUES` or `MAX_DEPTH`. The
+            message names `source` and the place.
     """
     try:
         text = data.decode("utf-8")
@@ -51,7 +52,11 @@ def parse_json(data: bytes, source: str | Path) -> Any:
     _check_extent(data, source)
     try:
         value = json.loads(
-            text, object_pairs_hook=_unique, parse_int=_integer, parse_float=_finite, parse_constant=_no_constant
+            text,
+            object_pairs_hook=_unique,
+            parse_int=_integer,
+            parse_float=_finite if finite else float,
+            parse_constant=_no_constant if finite else float,
         )
     except ValueError as error:
         raise ValueError(f"{source}: expected JSON: {error}") from None
@@ -66,13 +71,13 @@ def read_json(file: Path) -> dict[str, Any]:
     Raises:
         OSError: the file cannot be read.
         ValueError: it is not a regular file, has more than `MAX_BYTES`, or is not the JSON of an object, see
-            `parse_json`.
+            `parse_json`. NaN and infinities are read: language models' configs may have them.
     """
     with open_regular(file) as stream:
         data = stream.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
         raise ValueError(f"{file}: expected JSON of at most {MAX_BYTES} bytes, got a larger file")
-    value = parse_json(data, file)
+    value = parse_json(data, file, finite=False)
     if not isinstance(value, dict):
         raise ValueError(f"{file}: expected a JSON object, got {type(value).__name__}")
     return value

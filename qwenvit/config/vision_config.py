@@ -192,8 +192,6 @@ def _check_relations(c: VisionConfig) -> None:
         )
     if c.tokens_per_second is not None and not c.traits.windowed:
         raise ValueError(f"tokens_per_second: {c.family} configs have none, got {c.tokens_per_second}")
-    if c.tokens_per_second is None and c.family == "qwen2_5_vl":
-        raise ValueError("tokens_per_second: expected a positive integer in a qwen2_5_vl config, got None")
 
 
 def _check_block_indexes(name: str, indexes: tuple[int, ...], depth: int) -> None:

@@ -34,7 +34,7 @@ Backend = ResizeRule
 
 CHANNEL_COUNTS = (1, 3, 4)
 
-_LOADING = tuple(threading.Lock() for _ in range(61))
+_LOADING = tuple(threading.RLock() for _ in range(61))
 """Pillow reads an image's file at first use, and not from two threads at once: a lock by the address of the image."""
 
 

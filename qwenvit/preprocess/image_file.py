@@ -98,6 +98,7 @@ def open_source(source: bytes | str | os.PathLike[str], name: str) -> tuple[io.B
     if len(data) <= MAX_WHOLE_BYTES:
         file.close()
         return io.BytesIO(data), name
+    file.seek(0)
     return LargeFile(file), name
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from qwenvit.arguments import Impl
-from qwenvit.config.families import UnknownModelType
+from qwenvit.config.families import FAMILIES, UnknownModelType
 from qwenvit.config.hf_config import unstated_choices
 from qwenvit.config.nesting import find_vision_config
 from qwenvit.config.vision_config import VisionConfig
@@ -22,11 +22,13 @@ from qwenvit.weights.adapters.adapter import (
     adapter_alone_error,
     adapter_beside,
     adapter_in_checkpoint,
+    is_adapter_alone,
     read_adapter,
     split_unmerged,
 )
+from qwenvit.weights.adapters.config import ADAPTER_CONFIG
 from qwenvit.weights.header import TensorEntry
-from qwenvit.weights.local import CHECKPOINT_FILES, check_entries, checkpoint_dtype, find_tensors, load_tensors
+from qwenvit.weights.local import check_entries, checkpoint_dtype, find_tensors, load_tensors
 from qwenvit.weights.recognise import find_tower, refuse_incomplete
 from qwenvit.weights.save import save_tensors
 from qwenvit.weights.strict_json import read_json
@@ -55,6 +57,8 @@ def read_config(
         if family not in (None, config.family):
             raise ValueError(f"family: expected {config.family!r}, the family of config, got {family!r}")
         return config
+    if family is not None and family not in FAMILIES:
+        raise ValueError(f"family: expected one of {', '.join(FAMILIES)}, got {family!r}")
     where, content = _config_content(source, config)
     try:
         if family is None:
@@ -69,7 +73,7 @@ def read_config(
                     ) from unknown
         return VisionConfig.from_hf(content, family=family)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise ValueError(str(error) if where == "config" else f"{where}: {error}") from error
 
 
 def _config_content(
@@ -113,7 +117,7 @@ def refuse_whole_checkpoint(directory: Path) -> None:
         ValueError: the directory has such files, which the message lists.
     """
     preferred_files = (
-        "model_visual.safetensors", "model.safetensors.index.json", "processor_config.json", "adapter_config.json"
+        "model_visual.safetensors", "model.safetensors.index.json", "processor_config.json", ADAPTER_CONFIG
     )  # fmt: skip
     found = [name for name in preferred_files if (directory / name).exists()]
     config = directory / CONFIG
@@ -160,10 +164,11 @@ def load_tower(
         ValueError: the tower cannot run on the device; the config or the adapter does not fit.
     """
     directory = directory_of(source)
-    if source.is_dir() and adapter_beside(source) and not any((source / name).exists() for name in CHECKPOINT_FILES):
+    if source.is_dir() and is_adapter_alone(source):
         raise adapter_alone_error(source)
+    tensors_found = find_tensors(source, prefix)  # first: a format that is not read often comes without a config.json
     vision = read_config(source, config=config, family=family, prefix=prefix)
-    entries, merged = _with_adapter(directory, find_tensors(source, prefix), adapter)
+    entries, merged = _with_adapter(directory, tensors_found, adapter)
     # Hold the config against the header before a tower of its sizes is built.
     expected = weight_shapes(vision)
     check_entries(entries, expected, vision.family)
@@ -198,6 +203,12 @@ def _with_adapter(
         return own, adapter_in_checkpoint(directory, entries)
     if adapter is None:
         found = None if beside is None else read_adapter(beside)
+        if found is not None and found.tower_tensors:
+            warnings.warn(
+                f"{beside}: the LoRA adapter beside the checkpoint is merged into it; adapter=False if it is merged "
+                "there already, adapter= this folder to merge it without this warning",
+                stacklevel=5,
+            )
     else:
         found = read_adapter(adapter)
         if beside is not None and beside.resolve() != directory_of(adapter).resolve():

@@ -18,6 +18,7 @@ def locate(
     revision: str | None = None,
     config_only: bool = False,
     needs_config: bool = True,
+    with_adapter: bool = True,
     **hub: Any,
 ) -> Path:
     """Return the local directory or `.safetensors` file of a model, after fetching it from the Hub if necessary.
@@ -30,6 +31,7 @@ def locate(
         revision: branch, tag or commit of a repository.
         config_only: fetch no weights; the directory may then contain only `config.json`.
         needs_config: whether a repository without `config.json` is refused.
+        with_adapter: whether an adapter beside a repository's tower is fetched with it.
         **hub: `token`, `cache_dir`, `local_files_only`, `force_download` (see `fetch_tower`).
 
     Raises:
@@ -58,7 +60,7 @@ def locate(
         return (
             fetch_config(name, **hub)
             if config_only
-            else fetch_tower(name, prefix=prefix, needs_config=needs_config, **hub)
+            else fetch_tower(name, prefix=prefix, needs_config=needs_config, with_adapter=with_adapter, **hub)
         )
     except (ConnectionError, FileNotFoundError) as error:
         raise type(error)(f"{error}; nor is there a local folder {name!r}") from error

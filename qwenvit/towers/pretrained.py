@@ -12,6 +12,7 @@ from qwenvit.towers.checkpoint import ConfigSource, load_tower
 from qwenvit.towers.choose import Tower
 from qwenvit.towers.locate import directory_of, locate
 from qwenvit.weights.hub.adapter import locate_adapter
+from qwenvit.weights.hub.fetch import PROCESSOR_CONFIGS
 
 
 def load_pretrained(
@@ -31,8 +32,11 @@ def load_pretrained(
     """Load the tower of a model, for `Encoder.from_pretrained`, which describes the arguments and errors.
 
     Returns:
-        The tower, and the directory of the checkpoint's JSON files (None for `"demo"`, which has none).
+        The tower, and the directory of the preprocessors' configs: the checkpoint's, or that of `config` if only that
+        one has some (None for `"demo"`, which has no directory).
     """
+    if not isinstance(prefix, str | None):
+        raise TypeError(f"prefix: expected a string or None, got {prefix!r}")
     checkpoint: dict[str, Any] = {"config": config, "family": family, "prefix": prefix}
     if os.fspath(model) == demo.NAME:
         for name, value in {"subfolder": subfolder, "adapter": adapter or None, **checkpoint}.items():
@@ -40,7 +44,8 @@ def load_pretrained(
                 raise ValueError(f"{name}: expected None with model='demo', which is made by code, got {value!r}")
         return demo.build_tower(impl, device, dtype), None
     found: Path | Literal[False] | None
-    source = locate(model, subfolder=subfolder, prefix=prefix, revision=revision, needs_config=config is None, **hub)
+    wanted = {"needs_config": config is None, "with_adapter": adapter is None}
+    source = locate(model, subfolder=subfolder, prefix=prefix, revision=revision, **wanted, **hub)
     if isinstance(adapter, str | os.PathLike):
         found = locate_adapter(adapter, **hub)
     elif adapter is None or adapter is False:
@@ -48,4 +53,8 @@ def load_pretrained(
     else:
         raise TypeError(f"adapter: expected a path, a Hub repository, False or None, got {adapter!r}")
     tower = load_tower(source, impl=impl, device=device, dtype=dtype, adapter=found, **checkpoint)
-    return tower, directory_of(source)
+    directories = [directory_of(source)]
+    if isinstance(config, str | os.PathLike):
+        directories.append(directory_of(Path(config).expanduser()))
+    with_processors = [one for one in directories if any((one / name).exists() for name in PROCESSOR_CONFIGS)]
+    return tower, (with_processors or directories)[0]

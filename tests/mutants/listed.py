@@ -68,7 +68,7 @@ MUTANTS = [
         ("find_tower", "and not own.startswith(inner)", ""),
         ("find_tower", "None if is_adapter_name(name) else _SPLIT", "_SPLIT"),
         ("_is_under", 'name.partition(".")[0] in _TOP_MODULES', "True"),
-        ("_choose", "if len(best) == 1:", "if best:"),
+        ("_choose", "if len(best) == 1:\n        return best[0]", "if best:\n        return best[0]"),
     ),
     *_mutants(
         "weights/local.py", "tests/weights/test_local.py",
@@ -77,7 +77,7 @@ MUTANTS = [
         ("_fits", "return stored in (expected, channels_last)", "return sorted(stored) == sorted(expected)"),
     ),
     *_mutants(
-        "weights/formats.py", "tests/weights/test_formats.py",
+        "weights/formats.py", "tests/weights/test_other_formats.py",
         ("refuse_other_format", "if head[4:8] == bytes(4):", "if False:"),
         ("quantisation_of", 'any(dtype.startswith("F8_") for dtype in weights)', "False"),
     ),

@@ -30,6 +30,7 @@ class Request:
     path: str
     range: str | None
     authorization: str | None
+    cookie: str | None
     served: int = 0  # bytes of body
 
 
@@ -129,7 +130,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def answer(self) -> None:
         hub, headers = self.hub, self.headers
-        request = Request(self.command, self.path, headers.get("Range"), headers.get("Authorization"))
+        request = Request(
+            self.command, self.path, headers.get("Range"), headers.get("Authorization"), headers.get("Cookie")
+        )
         hub.requests.append(request)
         info, resolve = MODEL_INFO.fullmatch(self.path), RESOLVE.fullmatch(self.path)
         match = info or resolve

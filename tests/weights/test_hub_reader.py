@@ -273,3 +273,41 @@ def test_sessions_of_both_libraries(either_session, server):
         with pytest.raises((ValueError, StatusError, TransferError), match=told):
             HubReader({}).read(url(server), 1 << 20)
         server.go_on.set()
+
+
+def test_two_servers_may_have_two_etags_for_one_file(server):
+    reader = HubReader({})
+    for number, etag in enumerate(("one", "two")):
+        lie(server, fields={"ETag": f'"{etag}"', "X-Linked-Etag": "e" * 64})
+        assert read(server, 100 * number, 100, reader) == DATA[100 * number :][:100]
+
+
+def test_a_transfer_that_gets_on_has_all_its_retries_again(server, monkeypatch):
+    monkeypatch.setattr(reader, "PROGRESS_BYTES", 20_000)
+    lie(server, cut=30_000)
+    assert read(server) == DATA
+    assert len(server.requests) == -(-len(DATA) // 30_000) > 1 + len(reader.RETRY_WAITS_S)
+    lie(server, cut=1000)
+    with pytest.raises(TransferError, match="did not arrive"):
+        read(server)
+
+
+def test_the_hubs_own_rate_limit_is_kept_to(server):
+    limit = {"RateLimit": '"api";r=0;t=1'}
+    lie(server, 1, status=429, fields=limit)
+    before = time.monotonic()
+    assert read(server) == DATA
+    assert time.monotonic() - before >= 1
+    lie(server, status=429, fields=limit | {"RateLimit": '"api";r=0;t=3000'})
+    with pytest.raises(TransferError, match="asks for no request in the next 3000 s"):
+        read(server)
+
+
+def test_the_users_cookies_stay_with_their_host(server, monkeypatch):
+    requests = pytest.importorskip("requests")
+    with Hub(server.folder) as storage, requests.Session() as own:
+        own.headers["Cookie"] = "sso=SECRET"
+        monkeypatch.setattr(session, "get_session", lambda: own)
+        lie(server, status=302, fields={"Location": f"{storage.url}/org/model/resolve/main/data"})
+        assert read(server, 0, 100) == DATA[:100]
+        assert [request.cookie for request in storage.requests] == [None]

@@ -197,3 +197,24 @@ def test_a_failed_lookup_leaves_no_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="network is off"):
         fetch_tower("org/typo", cache_dir=tmp_path / "cache", local_files_only=True)
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_config_on_this_machine_serves_where_the_hub_does_not_answer(hub, config, unplug):
+    found = config()
+    unplug()
+    with pytest.warns(UserWarning, match=r"no answer from .* is used, which is on this machine"):
+        assert config() == found
+    with pytest.raises(ConnectionError, match="no answer from"):
+        config(force_download=True)
+
+
+@pytest.mark.parametrize("token", ["hf_\u00e9", "hf_a\nb"])
+def test_a_token_that_no_header_can_have_is_refused_and_not_shown(hub, fetch, token):
+    with pytest.raises(ValueError, match=r"^token: expected printable ASCII") as error:
+        fetch(token=token)
+    assert "hf_" not in str(error.value)
+
+
+def test_a_token_read_from_a_file_may_end_in_a_new_line(hub, fetch):
+    fetch(token="hf_secret\n")
+    assert {request.authorization for request in hub.requests} == {"Bearer hf_secret"}

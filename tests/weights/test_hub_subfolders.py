@@ -8,8 +8,10 @@ import torch
 from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file, save_file
 
+from qwenvit.towers.checkpoint import load_tower
 from qwenvit.weights.hub.fetch import fetch_adapter, fetch_config, fetch_tower
 from qwenvit.weights.local import find_tensors, load_tensors
+from support.tiny_adapters import base_model, differing, merged_by_peft, wrap
 
 NAME, WEIGHT = "base_model.model.visual.blocks.0.attn.qkv.lora_A.weight", torch.arange(600_000.0)
 
@@ -47,9 +49,9 @@ def test_a_tower_in_a_subfolder(pipeline, fetch, big, tmp_path):
     assert fetch(subfolder="text_encoder/", local_files_only=True) == tower
     assert fetch_config("org/model", **options) == fetch_config("org/model", local_files_only=True, **options) == tower
     assert not pipeline.requests
-    with pytest.raises(FileNotFoundError, match=r"has no file .*/config.json"):
+    with pytest.raises(FileNotFoundError, match=r"expected one of .* got model_index\.json"):
         fetch()
-    with pytest.raises(FileNotFoundError, match=r"has no file .*/vae/config.json"):
+    with pytest.raises(FileNotFoundError, match=r"org/model/vae: expected one of .* got no files"):
         fetch(subfolder="vae")
 
 
@@ -129,3 +131,42 @@ def test_two_repositories_do_not_share_a_place(hub, fetch, tmp_path):
     hub.requests.clear()
     assert fetch_tower("org/other", cache_dir=tmp_path / "cache").parent.name == "org--other"
     assert hub.tensor_requests()
+
+
+def test_a_tower_without_the_adapter_beside_it(hub, fetch):
+    put_adapter(hub.folder)
+    tower = fetch(with_adapter=False)
+    assert not (tower / "adapter_model.safetensors").exists()
+    assert fetch(with_adapter=False, local_files_only=True) == tower
+    hub.requests.clear()
+    assert fetch() == tower
+    assert_adapter(tower)
+    assert not any("/model.safetensors" in request.path for request in hub.requests)
+    (hub.folder / "adapter_model.safetensors").rename(hub.folder / "adapter_model.bin")
+    hub.revisions["main"] = "b" * 40
+    assert fetch(with_adapter=False, force_download=True).name == "b" * 40
+
+
+def test_an_adapter_that_is_unmerged_in_the_checkpoint(hub, fetch, tmp_path):
+    """The file keeps full names, which the adapter's settings mean (`alpha_pattern`)."""
+    model = base_model("qwen3_vl")
+    wrapped = wrap(model, target_modules=["qkv"], r=2, alpha_pattern={"model.visual.blocks.0.attn.qkv": 64})
+    wrapped.save_pretrained(tmp_path / "adapter")
+    for file in hub.folder.iterdir():
+        file.unlink()
+    model.config.save_pretrained(hub.folder)
+    # As saved without merging, the adapter's name is in its tensors' names.
+    tensors = {name: tensor.contiguous().clone() for name, tensor in wrapped.base_model.model.state_dict().items()}
+    save_file(tensors, hub.folder / "model.safetensors")
+    shutil.copy(tmp_path / "adapter" / "adapter_config.json", hub.folder)
+    tower = load_tower(fetch(), impl="reference", device=torch.device("cpu"), dtype=torch.float32)
+    assert differing(tower.state_dict(), merged_by_peft(base_model("qwen3_vl"), tmp_path / "adapter")) == []
+
+
+@pytest.mark.parametrize(("name", "told"), [("model.gguf", "GGUF"), ("pytorch_model.bin", "pickle")])
+def test_a_repository_of_another_format_is_named_as_such(hub, fetch, name, told):
+    for file in hub.folder.iterdir():
+        file.unlink()
+    (hub.folder / name).write_bytes(b"x")
+    with pytest.raises(ValueError, match=told):
+        fetch()

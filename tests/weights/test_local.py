@@ -93,9 +93,14 @@ def test_the_base_below_an_unmerged_adapter_is_read_and_the_adapter_refused(tmp_
     assert_same(load(tmp_path, tower), tower)
     lora = {f"{tower.prefix}{adapted}.lora_{m}.default.weight": torch.ones(2, 2) for m in "AB"}
     save_file(tensors | lora, tmp_path / SINGLE)
-    with pytest.raises(CheckpointError, match="merge_and_unload") as error:
+    with pytest.raises(CheckpointError) as error:
         load(tmp_path, tower)
     assert set(error.value.unexpected) == set(lora)
+    other = {f"{tower.prefix}{adapted}.ia3_l.default": torch.ones(2, 1)}
+    save_file(tensors | other, tmp_path / SINGLE)
+    with pytest.raises(CheckpointError, match=r"of another kind than LoRA[\s\S]*merge_and_unload") as error:
+        load(tmp_path, tower)
+    assert set(error.value.unexpected) == set(other)
 
 
 def test_tower_that_transformers_saved_alone(tmp_path, tower):

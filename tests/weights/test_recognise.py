@@ -225,3 +225,13 @@ def test_the_message_lists_what_is_missing_under_the_nested_prefix():
 def test_a_tower_shows_where_it_is():
     assert str(FoundTower("a.", ("qwen2_vl",), {}, ())) == "a. (qwen2_vl)"
     assert str(FoundTower("", ("qwen2_vl",), {}, ())) == "no prefix (qwen2_vl)"
+
+
+def test_a_damaged_tower_beside_a_copy_is_not_replaced_by_the_copy(tower):
+    """The model's own tower lacks a module, and the averaged one of its training is whole: which is meant?"""
+    lacking = next(name for name in tower.state if name.startswith("merger.")).rpartition(".")[0]
+    own = [f"visual.{name}" for name in tower.state if not name.startswith(f"{lacking}.")]
+    copy = [f"ema.visual.{name}" for name in tower.state]
+    with pytest.raises(ValueError, match=r"2 almost complete ones, under .*ema\.visual\. .*choose one by prefix="):
+        find_tower([*own, *copy])
+    assert find_tower([*own, *copy], prefix="ema.visual").missing == ()

@@ -50,8 +50,3 @@ def test_with_another_adapter_beside_it(tmp_path):
     shutil.copy(tmp_path / "adapter" / ADAPTER_FILE, tmp_path)
     with pytest.raises(ValueError, match="expected one adapter, got an adapter that is not merged"):
         adapter_in_checkpoint(tmp_path, read_header(tmp_path / "all.safetensors"))
-
-
-def test_two_weights_for_one():
-    with pytest.raises(ValueError, match="expected one tensor for each weight of the base"):
-        split_unmerged(["blocks.0.attn.qkv.weight", "blocks.0.attn.qkv.base_layer.weight"])

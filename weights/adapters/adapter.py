@@ -4,6 +4,7 @@ An adapter is a folder with `adapter_config.json` and `adapter_model.safetensors
 a checkpoint that was saved without merging it (`…base_layer.weight`, `…lora_A.default.weight`).
 """
 
+import os
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -23,7 +24,7 @@ from qwenvit.weights.adapters.names import (
     parse_adapter_name,
     plain_name,
 )
-from qwenvit.weights.formats import pickle_error, refuse_other_format
+from qwenvit.weights.formats import PICKLES, pickle_error, refuse_other_format
 from qwenvit.weights.header import FLOAT_DTYPES, TensorEntry, read_header
 from qwenvit.weights.names import canonical_name, official_name
 
@@ -161,8 +162,9 @@ class Adapter:
 
 
 def adapter_beside(directory: Path) -> Path | None:
-    """Return the folder of the adapter beside the checkpoint in `directory`: itself, if it has adapter_config.json."""
-    return directory if (directory / ADAPTER_CONFIG).exists() else None
+    """Return the folder of the adapter beside the checkpoint in `directory`: itself, if it has a file of one."""
+    files = (ADAPTER_CONFIG, ADAPTER_FILE, PICKLE_FILE)
+    return directory if any(os.path.lexists(directory / name) for name in files) else None
 
 
 def read_adapter(path: Path) -> Adapter:
@@ -174,12 +176,13 @@ def read_adapter(path: Path) -> Adapter:
     directory, file = (path, path / ADAPTER_FILE) if path.is_dir() else (path.parent, path)
     if not (directory / ADAPTER_CONFIG).exists():
         raise FileNotFoundError(
-            f"adapter: {path}: expected {ADAPTER_CONFIG} and {ADAPTER_FILE}, got no {ADAPTER_CONFIG}"
+            f"adapter: {path}: expected {ADAPTER_CONFIG} and {ADAPTER_FILE}, got no {ADAPTER_CONFIG}, which has the "
+            "rank and alpha; adapter=False loads a base beside it as it is"
         )
     refuse_other_weights(directory, [name for name in OTHER_WEIGHTS if (directory / name).exists()])
     if not file.exists():
         if (directory / PICKLE_FILE).exists():
-            raise pickle_error(directory, [PICKLE_FILE])
+            raise pickle_error(directory, [PICKLE_FILE], ADAPTER_FILE)
         raise FileNotFoundError(
             f"adapter: {directory}: expected {file.name} beside {ADAPTER_CONFIG}, got none; adapter=False loads a base "
             "beside it as it is"
@@ -203,14 +206,9 @@ def split_unmerged(names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
     Return the base's names in the file by plain name (`….base_layer.weight` by `….weight`; a checkpoint without
     adapters has them all here, unchanged), and the adapter's names in the file (`….lora_A.default.weight`).
     """
-    base: dict[str, str] = {}
-    adapter = []
-    for name in names:
-        if is_adapter_name(name):
-            adapter.append(name)
-        elif (other := base.setdefault(plain_name(name), name)) != name:
-            raise ValueError(f"expected one tensor for each weight of the base, got {other} and {name}")
-    return base, adapter
+    names = list(names)
+    base = {plain_name(name): name for name in names if not is_adapter_name(name)}
+    return base, [name for name in names if is_adapter_name(name)]
 
 
 def adapter_in_checkpoint(directory: Path, entries: Mapping[str, TensorEntry]) -> Adapter:
@@ -233,6 +231,13 @@ def adapter_in_checkpoint(directory: Path, entries: Mapping[str, TensorEntry]) -
         )
     refuse_other_weights(directory, [name for name in OTHER_WEIGHTS if (directory / name).exists()])
     return _build(directory, AdapterConfig.read(directory / ADAPTER_CONFIG), own)
+
+
+def is_adapter_alone(directory: Path) -> bool:
+    """Return whether a folder has an adapter and no other weights."""
+    weights = {file.name for file in directory.iterdir() if file.suffix in (".safetensors", ".gguf", *PICKLES)}
+    index = directory / "model.safetensors.index.json"
+    return (directory / ADAPTER_CONFIG).is_file() and weights <= {ADAPTER_FILE, PICKLE_FILE} and not index.exists()
 
 
 def adapter_alone_error(directory: Path) -> ValueError:

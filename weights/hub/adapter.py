@@ -4,6 +4,7 @@ import os
 import re
 from pathlib import Path
 
+from qwenvit.weights.hub.cache import snapshot_in
 from qwenvit.weights.hub.fetch import fetch_adapter
 
 
@@ -17,8 +18,8 @@ def locate_adapter(
 ) -> Path:
     """Return the local folder or .safetensors file of an adapter, for `read_adapter`.
 
-    `adapter` is an existing path or a Hub repository, whose `main` branch is used. The other arguments are those of
-    `fetch_tower`.
+    `adapter` is an existing path (also a `models--ORG--NAME` folder of huggingface_hub's cache) or a Hub repository,
+    whose `main` branch is used. The other arguments are those of `fetch_tower`.
 
     Raises FileNotFoundError (no such repository or file), PermissionError (gated), ConnectionError (no answer), and
     ValueError (neither a path nor a repository's name; no adapter in safetensors).
@@ -26,7 +27,7 @@ def locate_adapter(
     name = os.fspath(adapter)
     path = Path(name).expanduser()
     if name and path.exists():
-        return path
+        return snapshot_in(path)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name, re.ASCII) or name.endswith(".safetensors"):
         raise ValueError(
             f"adapter: expected an existing folder or file, or a Hub repository (organisation/name), got {name!r}"

@@ -14,11 +14,12 @@ from huggingface_hub.utils import WeakFileLock
 
 from qwenvit.weights.adapters.adapter import ADAPTER_FILE
 from qwenvit.weights.adapters.config import ADAPTER_CONFIG
+from qwenvit.weights.adapters.names import is_adapter_name
 from qwenvit.weights.header import read_header
 from qwenvit.weights.hub.cache import HubCache, clean_subfolder, replace_file
 from qwenvit.weights.hub.repository import Repository, Token
 from qwenvit.weights.hub.tower import download_adapter, download_tower
-from qwenvit.weights.local import find_tensors
+from qwenvit.weights.local import CHECKPOINT_FILES, find_tensors
 
 CONFIG = "config.json"
 PROCESSOR_CONFIGS = ("preprocessor_config.json", "processor_config.json")
@@ -34,6 +35,7 @@ def fetch_tower(
     subfolder: str | None = None,
     prefix: str | None = None,
     needs_config: bool = True,
+    with_adapter: bool = True,
     revision: str | None = "main",
     token: Token = None,
     cache_dir: CacheDir = None,
@@ -59,6 +61,7 @@ def fetch_tower(
         subfolder: the folder of the repository with the config and the weights; the result is this folder.
         prefix: which of several towers, see `find_tower`; the directory's tensors then keep their full names.
         needs_config: whether a repository or snapshot without `config.json` is refused.
+        with_adapter: whether an adapter beside the tower is fetched with it.
         revision: a branch, a tag or a commit; None for main.
         token: as in huggingface_hub.
         cache_dir: as in huggingface_hub.
@@ -75,25 +78,41 @@ def fetch_tower(
             `force_download` while offline.
     """
 
+    def tower_problem(folder: Path) -> str | None:
+        return _problem(partial(find_tensors, folder, prefix))
+
+    def has_unmerged_adapter(folder: Path) -> bool:
+        return any(map(is_adapter_name, find_tensors(folder, prefix)))
+
     def problem(folder: Path) -> str | None:
         if needs_config and not (folder / CONFIG).is_file():
             return f"no {CONFIG}"
-        if (folder / ADAPTER_CONFIG).is_file() and not (folder / ADAPTER_FILE).is_file():
+        if (lacks := tower_problem(folder)) is not None:
+            return lacks
+        has_config, has_weights = ((folder / name).is_file() for name in (ADAPTER_CONFIG, ADAPTER_FILE))
+        if with_adapter and has_weights and not has_config:
+            return f"{ADAPTER_FILE} without {ADAPTER_CONFIG}"
+        if with_adapter and has_config and not has_weights and not has_unmerged_adapter(folder):
             return f"{ADAPTER_CONFIG} without {ADAPTER_FILE}"
-        return _problem(partial(find_tensors, folder, prefix))
+        return None
 
     def download(repository: Repository, folder: Path) -> None:
-        if needs_config and CONFIG not in repository.files:
+        has_weights = any(name in repository.files for name in CHECKPOINT_FILES)  # else download_tower names the format
+        if needs_config and has_weights and CONFIG not in repository.files:
             raise FileNotFoundError(
                 f"{repo_id} ({revision or 'main'}): the repository has no file {repository.url(CONFIG)}"
             )
-        if ADAPTER_CONFIG in repository.files:
+        has_adapter = with_adapter and ADAPTER_CONFIG in repository.files
+        if has_adapter and ADAPTER_FILE in repository.files:
             download_adapter(repository, folder)
-        download_tower(repository, folder, prefix)
+        if tower_problem(folder) is not None:  # it may be there without its adapter
+            download_tower(repository, folder, prefix)
+        if has_adapter and ADAPTER_FILE not in repository.files and not has_unmerged_adapter(folder):
+            download_adapter(repository, folder)  # raises
 
     part = _Part("vision tower", SMALL_FILES, problem, download, "" if prefix is None else prefix.rstrip("."))
     found = _fetch(part, repo_id, subfolder, revision, token, cache_dir, local_files_only, force_download)
-    if not any((found / name).is_file() for name in PROCESSOR_CONFIGS) and (found.parent.name == "snapshots"):
+    if not any((found / name).is_file() for name in PROCESSOR_CONFIGS) and "snapshots" in found.parts:
         warnings.warn(
             f"{found} has none of {', '.join(PROCESSOR_CONFIGS)}: if the repository has them, `hf download {repo_id} "
             f"--include '*processor*'` adds them; until then the family's own bounds and normalisation are used",
@@ -163,7 +182,15 @@ def fetch_config(
                 return place
     if offline:
         raise _offline_error(cache, CONFIG, repo_id, revision, folder, lambda place: _absent(place / CONFIG))
-    repository = Repository(repo_id, pinned or revision, folder, token)
+    try:
+        repository = Repository(repo_id, pinned or revision, folder, token)
+    except ConnectionError as error:
+        seen = [] if force_download else [known for known in (cache.seen_commit(revision), shared) if known is not None]
+        places = [place for known in seen for place in cache.places(known, folder) if (place / CONFIG).is_file()]
+        if not places:
+            raise
+        warnings.warn(f"{error}; {places[0] / CONFIG} is used, which is on this machine", stacklevel=2)
+        return places[0]
     if CONFIG not in repository.files:
         raise FileNotFoundError(f"{repo_id} ({revision}): the repository has no file {repository.url(CONFIG)}")
     directory = cache.directory(repository.commit, folder)

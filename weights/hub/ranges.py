@@ -55,7 +55,7 @@ def download(reader: HubReader, ranges: Sequence[Chunk], head: bytes, file: Path
     # Before the ranges are split: a lying header may ask for more chunks than fit into memory.
     check_space(file, len(head) + total)
     chunks = [chunk for part in ranges for chunk in split(part)]
-    versions = [(url, reader.versions.get(url)) for url in sorted({part.url for part in ranges})]
+    versions = [(url, str(reader.versions.get(url))) for url in sorted({part.url for part in ranges})]
     plan = hashlib.sha256(repr((head, *chunks, *versions)).encode()).hexdigest()
     journal = journal_path(file)
     done = _finished_chunks(journal, file, plan, chunks)

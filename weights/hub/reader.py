@@ -12,9 +12,11 @@ from qwenvit.weights.hub.session import TRANSPORT_ERRORS, Answer, get
 
 RETRY_WAITS_S = (0.5, 1.0, 2.0, 4.0)
 MAX_RETRY_AFTER_S = 120.0  # a server that asks for a longer wait gets no retry
+PROGRESS_BYTES = 1 << 20  # a transfer that brought as much since its last failure has all its retries again
 MAX_ERROR_BYTES = 4 << 10  # how much of an error's body is read
 _RETRYABLE_STATUSES = (408, 429, 500, 502, 503, 504)
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)")
+_RATE_LIMIT = re.compile(r"\bt=(\d{1,9})\b")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _COMMIT_HEADER = "X-Repo-Commit"
 
@@ -33,7 +35,9 @@ class StatusError(ConnectionError):
     def __init__(self, url: str, answer: Answer) -> None:
         self.url, self.status = url, answer.status
         self.code = answer.headers.get("X-Error-Code") or ""
-        self.retry_after_s = _seconds(answer.headers.get("Retry-After"))
+        # The Hub says it in a header of its own: `"api";r=0;t=55` (no request left, for 55 seconds).
+        limit = _RATE_LIMIT.search(answer.headers.get("RateLimit") or "") if self.status == 429 else None
+        self.retry_after_s = max(_seconds(answer.headers.get("Retry-After")), float(limit[1]) if limit else 0.0)
         # Ends at the first byte that does not come: the status says enough.
         text, body = b"", answer.body
         try:
@@ -54,9 +58,18 @@ class Version:
     sha256: str | None  # of the whole file, where the Hub sends it (`X-Linked-Etag`)
 
     def contradicts(self, other: "Version") -> bool:
-        """Return whether the two cannot be of one file. Not every server of a network sends every header."""
-        pairs = ((self.size, other.size), (self.etag, other.etag), (self.sha256, other.sha256))
+        """Return whether the two cannot be of one file. Not every server of a network sends every header.
+
+        Two servers may have two ETags for one file, so these count only where the hashes are not known.
+        """
+        pairs = [(self.size, other.size), (self.sha256, other.sha256)]
+        if self.sha256 is None or other.sha256 is None:
+            pairs.append((self.etag, other.etag))
         return any(own != others for own, others in pairs if own is not None and others is not None)
+
+    def __str__(self) -> str:
+        """What identifies the file, for the plan of a download that may be resumed."""
+        return f"{self.size} {self.sha256 or self.etag}"
 
 
 class HubReader:
@@ -80,8 +93,11 @@ class HubReader:
         ValueError if the server cannot send ranges or the file differs from that of an earlier answer.
         """
         position, end = first, first + length
-        attempts = _Attempts(stop)
+        attempts, failed_at = _Attempts(stop), first
         for attempt in attempts:
+            if position - failed_at >= PROGRESS_BYTES:
+                attempts.start_again()
+                failed_at = position
             with attempt, get(url, {**self._headers, "Range": f"bytes={position}-{end - 1}"}, stop) as answer:
                 size = self._check_part(answer, url, position)
                 end = end if size is None else min(end, size)
@@ -166,10 +182,16 @@ class _Attempts:
 
     def __init__(self, stop: threading.Event | None) -> None:
         self._stop = stop or threading.Event()
+        self._waits: Iterator[float] = iter(())
         self._failure: BaseException | None = None
 
+    def start_again(self) -> None:
+        """Count from the first attempt again."""
+        self._waits = iter(RETRY_WAITS_S)
+
     def __iter__(self) -> Iterator["_Attempts"]:
-        for wait in (0.0, *RETRY_WAITS_S):
+        self._waits = iter((0.0, *RETRY_WAITS_S))
+        while (wait := next(self._waits, None)) is not None:
             asked = self._failure.retry_after_s if isinstance(self._failure, StatusError) else 0.0
             if asked > MAX_RETRY_AFTER_S or self._stop.wait(max(wait, asked)):
                 return

@@ -34,6 +34,15 @@ class RemoteFile:
     git_sha1: str | None  # of small ones, as git computes it
 
 
+def _headers(token: Token) -> dict[str, str]:
+    """Return the headers of all requests; ValueError, without its value, for a token that no header can have."""
+    if isinstance(token, str):
+        token = token.strip()  # as read from a file
+        if not (token.isascii() and token.isprintable()):
+            raise ValueError("token: expected printable ASCII characters, got others")
+    return build_hf_headers(token=token)
+
+
 class Repository:
     """The files of one folder of a repository at its current commit of `revision`.
 
@@ -46,7 +55,7 @@ class Repository:
 
     def __init__(self, repo_id: str, revision: str, subfolder: str, token: Token) -> None:
         self.repo_id, self._subfolder = repo_id, subfolder
-        headers = build_hf_headers(token=token)
+        headers = _headers(token)
         url = f"{constants.ENDPOINT}/api/models/{repo_id}/revision/{quote(revision, safe='')}?blobs=true"
         with explain_hub_errors(repo_id, revision):
             listing = parse_json(HubReader(headers).read(url, MAX_SMALL_BYTES), url)

@@ -169,6 +169,8 @@ def _requests_exchange(session: Any, url: str, headers: Mapping[str, str]) -> _S
             request = request.copy()  # rebuild_auth compares it with the one that the response has
             target = request.url = urljoin(request.url, target)
             session.rebuild_auth(request, response)  # drops the token if it goes to another host
+            request.headers.pop("Cookie", None)  # and so do the user's cookies
+            request.prepare_cookies(session.cookies)
         return response, response.iter_content(_PIECE_BYTES), target
 
     return send

@@ -8,6 +8,7 @@ from typing import Any
 
 from qwenvit.weights.adapters.adapter import ADAPTER_FILE, refuse_other_weights
 from qwenvit.weights.adapters.config import ADAPTER_CONFIG
+from qwenvit.weights.adapters.names import is_adapter_name
 from qwenvit.weights.formats import no_checkpoint_error
 from qwenvit.weights.header import TensorEntry, build_header, read_header
 from qwenvit.weights.hub.errors import explain_hub_errors
@@ -44,7 +45,8 @@ def download_tower(repository: Repository, directory: Path, prefix: str | None) 
     )
     tower = find_tower(entries, prefix)
     refuse_incomplete(tower)
-    if prefix is None:
+    # Full names stay where several towers are told apart by them, or an unmerged adapter's settings name modules so.
+    if prefix is None and not any(map(is_adapter_name, entries)):
         entries = {name.removeprefix(tower.prefix): entry for name, entry in entries.items()}
     _refuse_giant(repository.where, entries.values())
     metadata = {
