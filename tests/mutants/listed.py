@@ -86,7 +86,7 @@ MUTANTS = [
         ("load_tower", "merged.merge(tensors, vision.family)", "pass"),
         ("load_tower", "check_entries(entries, expected, vision.family)", "pass"),
         ("_with_adapter", "if adapter is False:", "if False:"),
-        ("refuse_whole_checkpoint", ', "adapter_config.json"', ""),
+        ("refuse_whole_checkpoint", ', ADAPTER_CONFIG', ""),
     ),
     *_mutants(
         "weights/hub/ranges.py", "tests/weights/test_ranges.py",
