@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import CONFIG_MAPPING
 
 import qwenvit
 from qwenvit import cli, default_encoder
@@ -416,3 +417,36 @@ def test_options_of_a_wrong_type_are_named(tmp_path, qwen3):
         load(tmp_path, prefix=3)
     with pytest.raises(ValueError, match=r"^family: expected one of .*got 'qwen9'"):
         load(tmp_path, family="qwen9")
+
+
+@pytest.mark.parametrize(("model_type", "family"), [("qwen4_exp", "qwen3_5"), ("cohere_compass", "qwen3_vl")])
+def test_other_models_with_such_a_tower_give_transformers_bits(tmp_path, model_type, family):
+    """Neither their own model_type nor that of their vision config is a name of a family."""
+    module = pytest.importorskip(f"transformers.models.{model_type}.modeling_{model_type}")
+    config = CONFIG_MAPPING[model_type]()
+    for name, value in {"depth": 2, "hidden_size": 64, "num_heads": 2, "intermediate_size": 100}.items():
+        setattr(config.vision_config, name, value)
+    if getattr(config.vision_config, "deepstack_visual_indexes", None):
+        config.vision_config.deepstack_visual_indexes = [0, 1]
+    [vision_class] = [value for name, value in vars(module).items() if name.endswith("VisionModel")]
+    tower = vision_class(config.vision_config).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in tower.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    save_file({f"model.visual.{name}": tensor for name, tensor in tower.state_dict().items()}, tmp_path / SINGLE)
+    config.save_pretrained(tmp_path)
+    encoder = load(tmp_path, impl="reference", device="cpu")
+    assert encoder.config.family == family
+    grid = torch.tensor([[1, 8, 12], [1, 4, 4]])
+    pixels = torch.randn(112, encoder.config.patch_dim, generator=generator)
+    with torch.no_grad():
+        ours, theirs = encoder(pixels, grid), tower(pixels, grid_thw=grid)
+    assert torch.equal(ours.pooler_output, theirs.pooler_output)
+    for own, other in zip(ours.deepstack_features, getattr(theirs, "deepstack_features", None) or [], strict=True):
+        assert torch.equal(own, other)
+
+
+def test_the_command_line_takes_no_checkpoint_options_with_the_demo(capsys):
+    assert cli.main(["info", "demo", "--family", "qwen3_vl"]) == 1
+    assert "family: expected None with model='demo'" in capsys.readouterr().err

@@ -30,6 +30,7 @@ from qwenvit.towers import demo
 from qwenvit.towers.checkpoint import read_config
 from qwenvit.towers.cost import flops, parameters
 from qwenvit.towers.locate import directory_of, locate
+from qwenvit.towers.pretrained import refuse_for_demo
 
 
 class CommandError(Exception):
@@ -173,6 +174,7 @@ def _pixel_bounds(arguments: argparse.Namespace) -> dict[str, Any]:
 def _config_and_processor(arguments: argparse.Namespace) -> tuple[VisionConfig, ImageProcessor]:
     """Return a model's config and image processor without loading its weights."""
     if arguments.model == demo.NAME:
+        refuse_for_demo({"subfolder": arguments.subfolder} | _checkpoint_options(arguments))
         return demo.CONFIG, ImageProcessor.for_family(demo.CONFIG.family)
     given = {"config": arguments.config, "family": arguments.family}
     published = arguments.subfolder is None and not any(given.values())

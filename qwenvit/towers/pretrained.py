@@ -1,6 +1,7 @@
 """From the name of a model to its tower: find or fetch the checkpoint and the adapter, and load them."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,9 +40,7 @@ def load_pretrained(
         raise TypeError(f"prefix: expected a string or None, got {prefix!r}")
     checkpoint: dict[str, Any] = {"config": config, "family": family, "prefix": prefix}
     if os.fspath(model) == demo.NAME:
-        for name, value in {"subfolder": subfolder, "adapter": adapter or None, **checkpoint}.items():
-            if value is not None:
-                raise ValueError(f"{name}: expected None with model='demo', which is made by code, got {value!r}")
+        refuse_for_demo({"subfolder": subfolder, "adapter": adapter or None, **checkpoint})
         return demo.build_tower(impl, device, dtype), None
     found: Path | Literal[False] | None
     wanted = {"needs_config": config is None, "with_adapter": adapter is None}
@@ -58,3 +57,10 @@ def load_pretrained(
         directories.append(directory_of(Path(config).expanduser()))
     with_processors = [one for one in directories if any((one / name).exists() for name in PROCESSOR_CONFIGS)]
     return tower, (with_processors or directories)[0]
+
+
+def refuse_for_demo(options: Mapping[str, object]) -> None:
+    """Raise ValueError for an option about a checkpoint, given with the demo, which has none."""
+    for name, value in options.items():
+        if value is not None:
+            raise ValueError(f"{name}: expected None with model={demo.NAME!r}, which is made by code, got {value!r}")

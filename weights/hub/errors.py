@@ -32,7 +32,8 @@ def _explained(error: StatusError, repo_id: str, revision: str) -> OSError | Val
         return FileNotFoundError(f"{where}: the repository exists, but this revision does not")
     if error.code == "GatedRepo" or error.status == 403:
         return PermissionError(
-            f"{where}: access is restricted: accept the licence at {page}, then pass token=... or run `hf auth login`"
+            f"{where}: access is restricted: accept the licence at {page}, then pass token=... or run `hf auth login` "
+            f"({error})"
         )
     if error.code == "RepoNotFound" or error.status == 401:
         return FileNotFoundError(
