@@ -230,6 +230,9 @@ def test_bad_pixel_values():
 
 
 def test_config_json_that_is_missing_or_broken(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"expected one of model_visual\.safetensors, .* got no files"):
+        Encoder.from_pretrained(tmp_path)
+    save_file({"visual.merger.mlp.0.weight": torch.ones(2)}, tmp_path / "model.safetensors")
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
         Encoder.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{")

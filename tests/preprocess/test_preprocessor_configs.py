@@ -174,7 +174,7 @@ def test_without_files_the_familys_processors_are_built(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"{", b"[]", b"\xef\xbb\xbf{}", b'{"patch_size": 14, "patch_size": 16}', b"[" * 5000, b'{"a": NaN}']
+    "content", [b"{", b"[]", b"\xef\xbb\xbf{}", b'{"patch_size": 14, "patch_size": 16}', b"[" * 5000]
 )
 @pytest.mark.parametrize("part", ["preprocessor", "video_preprocessor", "processor"])
 def test_broken_files_are_named(part: str, content: bytes, tmp_path) -> None:
