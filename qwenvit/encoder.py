@@ -111,7 +111,7 @@ class Encoder:
 
         Raises:
             ValueError: unknown model, device, dtype or impl; an explicit impl that cannot run here; a checkpoint with
-                missing, unexpected or wrongly shaped vision tensors (the message lists them all).
+                missing, unexpected or wrongly shaped vision tensors (the message counts them and names 12 of a kind).
             TypeError: a config or an adapter of an unsupported type.
             OSError: the Hub or the files cannot be read.
         """

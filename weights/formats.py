@@ -40,7 +40,7 @@ def no_checkpoint_error(where: Path, files: Sequence[str], expected: Sequence[st
             return pickle_error(where, pickles)
     return FileNotFoundError(
         f"{where}: expected one of {', '.join(expected)}, got {', '.join(files[:12]) or 'no files'} "
-        "(pass a .safetensors file of another name by its path)"
+        "(pass a .safetensors file of another name by its path, and a folder inside as subfolder=)"
     )
 
 

@@ -158,9 +158,9 @@ def _choose(
         best = complete + [found for found in damaged if _has_no_other_module(names, found)]
     if len(best) == 1:
         return best[0]
-    which = ("complete" if len(complete) > 1 else "almost complete") if complete else "equally incomplete"
+    which = ("" if len(complete) > 1 else "almost complete ") if complete else "equally incomplete "
     listed = " and ".join(f"{found or 'no prefix'} ({' or '.join(towers[found][0])})" for found in best[:_MAX_LISTED])
-    raise ValueError(f"expected one vision tower, got {len(best)} {which} ones, under {listed}: choose one by prefix=")
+    raise ValueError(f"expected one vision tower, got {len(best)} {which}under {listed}: choose one by prefix=")
 
 
 def _has_no_other_module(names: Iterable[str], prefix: str) -> bool:

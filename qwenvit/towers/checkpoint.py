@@ -91,6 +91,10 @@ def _config_content(
             )
     elif isinstance(config, str | os.PathLike):
         path = Path(config).expanduser()
+        if not os.path.exists(path):  # also false for a text that no path can be
+            raise FileNotFoundError(
+                f"config: expected an existing file or folder, a mapping or a VisionConfig, got {str(config)[:200]!r}"
+            )
         path = path / CONFIG if path.is_dir() else path
     else:
         raise TypeError(f"config: expected a path, a mapping or a VisionConfig, got {type(config).__name__}")
@@ -124,7 +128,7 @@ def refuse_whole_checkpoint(directory: Path) -> None:
     if config.is_file() and not _is_of_tower_alone(config):
         found.append("the config.json of a whole model")
     if found:
-        raise ValueError(f"directory: {directory} holds {', '.join(found)}; choose an empty one for the tower alone")
+        raise ValueError(f"directory: {directory} contains {', '.join(found)}; choose an empty one for the tower alone")
 
 
 def _is_of_tower_alone(config: Path) -> bool:
@@ -160,7 +164,7 @@ def load_tower(
             is one. False: none.
 
     Raises:
-        CheckpointError: tensors are missing, unexpected or wrongly shaped; the message lists them all.
+        CheckpointError: tensors are missing, unexpected or wrongly shaped; its attributes list them all.
         ValueError: the tower cannot run on the device; the config or the adapter does not fit.
     """
     directory = directory_of(source)

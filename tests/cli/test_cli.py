@@ -153,7 +153,7 @@ def test_a_tower_never_overwrites_a_whole_model(capsys, tmp_path, model_type):
     before = (tmp_path / "config.json").read_bytes()
     code, _, err = run(capsys, "fetch", "demo", tmp_path)
     assert code == 1
-    assert "holds the config.json of a whole model; choose an empty one" in err
+    assert "contains the config.json of a whole model; choose an empty one" in err
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
     assert (tmp_path / "config.json").read_bytes() == before
 
