@@ -99,7 +99,11 @@ def test_odd_fields_are_refused_by_name(family: str, data: st.DataObject) -> Non
         assert len(config) < 1000
         assert any(field in config for field in FIELDS), config
     else:
-        assert VisionConfig.from_hf(config.to_hf()) == config
+        read = VisionConfig.from_hf(config.to_hf())
+        if changes == {"tokens_per_second": None}:  # left out, and read as transformers' default
+            assert read.tokens_per_second == (4 if family == "qwen2_5_vl" else None)
+            read = replace(read, tokens_per_second=None)
+        assert read == config
         hash(config)
 
 
