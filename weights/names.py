@@ -65,6 +65,11 @@ NAME_TABLES: dict[str, dict[str, str]] = {
 }
 """Canonical to official module names, for each family."""
 
+ALL_MODULES = frozenset(module for table in NAME_TABLES.values() for module in table.values())
+"""The official names of every family's modules, without prefix."""
+TOP_MODULES = frozenset(module.partition(".")[0] for module in ALL_MODULES)
+"""Their first parts: `blocks`, `merger`, ..."""
+
 _REVERSE_TABLES = {
     family: {official: canonical for canonical, official in table.items()} for family, table in NAME_TABLES.items()
 }

@@ -11,13 +11,11 @@ from dataclasses import dataclass
 from heapq import nlargest, nsmallest
 
 from qwenvit.weights.adapters.names import is_adapter_name, plain_name
-from qwenvit.weights.names import NAME_TABLES, split_index, with_index
+from qwenvit.weights.names import ALL_MODULES, NAME_TABLES, TOP_MODULES, split_index, with_index
 
 _MODULES = {family: frozenset(table.values()) for family, table in NAME_TABLES.items()}
-_ALL_MODULES = frozenset().union(*_MODULES.values())
-_TOP_MODULES = frozenset(module.partition(".")[0] for module in _ALL_MODULES)
 # The prefix ends before the last name of a top module: a prefix may contain `blocks.`, a module's own name does not.
-_SPLIT = re.compile(rf"(.*\.|)((?:{'|'.join(sorted(_TOP_MODULES))})\..+)")
+_SPLIT = re.compile(rf"(.*\.|)((?:{'|'.join(sorted(TOP_MODULES))})\..+)")
 _MAX_LISTED = 12
 _MAX_BLOCKS = 1024  # more than any config may state
 _ALMOST_COMPLETE = 0.9
@@ -110,7 +108,7 @@ def refuse_incomplete(tower: FoundTower) -> None:
 def _module_of(official: str) -> str | None:
     """Return the module of a tensor's official name, or None if no family has it."""
     module = official.rpartition(".")[0]
-    return module if split_index(module)[0] in _ALL_MODULES else None
+    return module if split_index(module)[0] in ALL_MODULES else None
 
 
 def _best_families(present: set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -170,7 +168,7 @@ def _has_no_other_module(names: Iterable[str], prefix: str) -> bool:
 
 def _is_under(name: str, prefix: str) -> bool:
     # Without a prefix, the tower's siblings are the rest of the model.
-    return name.startswith(prefix) and (prefix != "" or name.partition(".")[0] in _TOP_MODULES)
+    return name.startswith(prefix) and (prefix != "" or name.partition(".")[0] in TOP_MODULES)
 
 
 def _overview(names: Iterable[str]) -> str:

@@ -77,9 +77,14 @@ def read_json(file: Path) -> dict[str, Any]:
         data = stream.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
         raise ValueError(f"{file}: expected JSON of at most {MAX_BYTES} bytes, got a larger file")
-    value = parse_json(data, file, finite=False)
+    return parse_object(data, file, finite=False)
+
+
+def parse_object(data: bytes, source: str | Path, finite: bool = True) -> dict[str, Any]:
+    """Return what `parse_json` does if that is an object; ValueError if it is another value."""
+    value = parse_json(data, source, finite)
     if not isinstance(value, dict):
-        raise ValueError(f"{file}: expected a JSON object, got {type(value).__name__}")
+        raise ValueError(f"{source}: expected a JSON object, got {type(value).__name__}")
     return value
 
 

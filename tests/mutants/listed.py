@@ -67,7 +67,7 @@ MUTANTS = [
         "weights/recognise.py", "tests/weights/test_recognise.py",
         ("find_tower", "and not own.startswith(inner)", ""),
         ("find_tower", "None if is_adapter_name(name) else _SPLIT", "_SPLIT"),
-        ("_is_under", 'name.partition(".")[0] in _TOP_MODULES', "True"),
+        ("_is_under", 'name.partition(".")[0] in TOP_MODULES', "True"),
         ("_choose", "if len(best) == 1:\n        return best[0]", "if best:\n        return best[0]"),
     ),
     *_mutants(

@@ -8,14 +8,14 @@ the adapter's name comes in between: `lora_A.default.weight`, `modules_to_save.d
 import re
 from dataclasses import dataclass
 
-from qwenvit.weights.names import NAME_TABLES
+from qwenvit.weights.names import ALL_MODULES, TOP_MODULES
 
-_MODULES = {module for table in NAME_TABLES.values() for module in table.values()}
-_TOP_MODULES = {module.partition(".")[0] for module in _MODULES}
 # Longest first: a regular expression takes the first alternative that matches.
 _MODULE = re.compile(
     r"(?:^|\.)("
-    + "|".join(re.escape(module).replace(r"\.N\.", r"\.[0-9]+\.") for module in sorted(_MODULES, key=len, reverse=True))
+    + "|".join(
+        re.escape(module).replace(r"\.N\.", r"\.[0-9]+\.") for module in sorted(ALL_MODULES, key=len, reverse=True)
+    )
     + r")(?=\.)"
 )
 _WRAPPER = re.compile(
@@ -59,7 +59,7 @@ def parse_adapter_name(name: str) -> AdapterTensor | None:
 
 def looks_like_tower(name: str) -> bool:
     """Return whether a name that `parse_adapter_name` does not understand may still be a vision tower's."""
-    return not _TOP_MODULES.isdisjoint(parts := name.split(".")) or "visual" in parts
+    return not TOP_MODULES.isdisjoint(parts := name.split(".")) or "visual" in parts
 
 
 def is_adapter_name(name: str) -> bool:

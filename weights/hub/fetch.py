@@ -175,22 +175,24 @@ def fetch_config(
     ):
         commits = [shared]
     else:
-        commits = [seen for seen in (cache.seen_commit(revision), shared) if offline and seen is not None]
-    for commit in commits:
-        for place in cache.places(commit, folder):
-            if (place / CONFIG).is_file():
-                return place
+        commits = []
+    unconfirmed = [] if force_download else [seen for seen in (cache.seen_commit(revision), shared) if seen is not None]
+
+    def find(commits: list[str]) -> Path | None:
+        places = (place for commit in commits for place in cache.places(commit, folder))
+        return next((place for place in places if (place / CONFIG).is_file()), None)
+
+    if (found := find(commits or unconfirmed * offline)) is not None:
+        return found
     if offline:
         raise _offline_error(cache, CONFIG, repo_id, revision, folder, lambda place: _absent(place / CONFIG))
     try:
         repository = Repository(repo_id, pinned or revision, folder, token)
     except ConnectionError as error:
-        seen = [] if force_download else [known for known in (cache.seen_commit(revision), shared) if known is not None]
-        places = [place for known in seen for place in cache.places(known, folder) if (place / CONFIG).is_file()]
-        if not places:
+        if (found := find(unconfirmed)) is None:
             raise
-        warnings.warn(f"{error}; {places[0] / CONFIG} is used, which is on this machine", stacklevel=2)
-        return places[0]
+        warnings.warn(f"{error}; {found / CONFIG} is used, which is on this machine", stacklevel=2)
+        return found
     if CONFIG not in repository.files:
         raise FileNotFoundError(f"{repo_id} ({revision}): the repository has no file {repository.url(CONFIG)}")
     directory = cache.directory(repository.commit, folder)

@@ -4,7 +4,6 @@ import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from qwenvit.weights.adapters.adapter import ADAPTER_FILE, refuse_other_weights
 from qwenvit.weights.adapters.config import ADAPTER_CONFIG
@@ -17,7 +16,7 @@ from qwenvit.weights.hub.repository import Repository
 from qwenvit.weights.index import parse_index
 from qwenvit.weights.local import CHECKPOINT_FILES, find_vision_tensors
 from qwenvit.weights.recognise import find_tower, refuse_incomplete
-from qwenvit.weights.strict_json import parse_json
+from qwenvit.weights.strict_json import parse_object
 
 TOWER_FILE = "model.safetensors"
 MAX_BYTES = 64 << 30
@@ -39,7 +38,7 @@ def download_tower(repository: Repository, directory: Path, prefix: str | None) 
         raise no_checkpoint_error(repository.where, sorted(repository.files), CHECKPOINT_FILES)
     entries = find_vision_tensors(
         candidates,
-        lambda file: parse_index(_object(repository.read(file.name), file), file),
+        lambda file: parse_index(parse_object(repository.read(file.name), file), file),
         lambda file: repository.header(file.name),
         prefix,
     )
@@ -90,13 +89,6 @@ def download_adapter(repository: Repository, directory: Path) -> None:
     _check_hash(repository, ADAPTER_FILE, digest.hexdigest(), incomplete)
     read_header(incomplete)
     _finish(incomplete, directory / ADAPTER_FILE)
-
-
-def _object(data: bytes, source: Path) -> dict[str, Any]:
-    content = parse_json(data, source)
-    if not isinstance(content, dict):
-        raise ValueError(f"{source}: expected a JSON object, got {type(content).__name__}")
-    return content
 
 
 def _refuse_giant(where: Path, entries: Iterable[TensorEntry]) -> None:
