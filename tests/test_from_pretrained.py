@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from support.tiny_models import visual
 from support.tiny_towers import FAMILIES, Tower, build, save_sharded
 
 SINGLE, COMMIT, OTHER = "model.safetensors", "0123456789abcdef" * 2 + "01234567", "f" * 40
-load = Encoder.from_pretrained
+load = partial(Encoder.from_pretrained, device="cpu")  # whose dtype is float32, as the tensors written here
 
 
 def build_tower(family: str) -> Tower:

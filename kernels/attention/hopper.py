@@ -46,7 +46,6 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -67,6 +66,7 @@ from qwenvit.kernels.attention.hopper_producer import (
     wait_for_ticket,
 )
 from qwenvit.kernels.attention.hopper_scheduler import CONSUMERS, UNIT_QUERIES, saves_a_wave
+from qwenvit.kernels.attention.pad_values import pad_with_ones
 from qwenvit.kernels.attention.varlen import LOG2_E
 from qwenvit.kernels.compile_options import COMPILE_OPTIONS
 from qwenvit.kernels.device import capability, multiprocessors
@@ -392,7 +392,7 @@ def end_with_ones(v: Operand) -> Operand:
         return v
     if v.shape[2] % 16 == 0:
         return v
-    return v[..., :64], F.pad(v[..., 64:], (0, -v.shape[2] % 16), value=1.0)
+    return v[..., :64], pad_with_ones(v[..., 64:])
 
 
 _kernels: dict[tuple, Any] = {}

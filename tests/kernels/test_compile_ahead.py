@@ -11,9 +11,9 @@ import triton
 
 KERNELS = {
     "_activate", "_add_position_rows", "_clone_rows", "_convert_rows", "_count_tokens", "_merge_average",
-    "_merge_concat", "_plan_patches", "_plan_segments", "_place_tokens", "_project_and_activate", "_project_and_rotate",
-    "_resize_rows", "_resize_to_patches", "_rotate_by_head", "_rotate_in_place", "_swiglu", "_varlen_attention",
-    "_window_attention", "norm_rows",
+    "_merge_concat", "_pad_with_ones", "_plan_patches", "_plan_segments", "_place_tokens", "_project_and_activate",
+    "_project_and_rotate", "_resize_rows", "_resize_to_patches", "_rotate_by_head", "_rotate_in_place", "_swiglu",
+    "_varlen_attention", "_window_attention", "norm_rows",
 }  # fmt: skip
 SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
 """Bytes of shared memory that a block may use."""

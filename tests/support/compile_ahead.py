@@ -89,6 +89,10 @@ def call_everything(dtype: torch.dtype) -> None:
                     *qkv.unbind(1), angles, angles, cu_seqlens, max_seqlen, None, interleaved, impl="triton"
                 )
             ops.rope_attention(*qkv.unbind(1), None, None, cu_seqlens, max_seqlen, impl="triton")
+        if head_dim == 72 and dtype != torch.float32:
+            from qwenvit.kernels.attention.pad_values import pad_with_ones
+
+            pad_with_ones(qkv[:, 2, :, 64:])
         width = 16 * head_dim
         packed = zeros(256, 3 * width)
         ops.rotate_qk_(packed, angles, angles, 16, impl="triton")

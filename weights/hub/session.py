@@ -26,8 +26,11 @@ _CONNECT_TIMEOUT_S = 10.0
 _PIECE_BYTES = 16 << 10  # of requests, whose reads wait for as much; at the slowest speed it arrives within the window
 _POLL_S = 0.2  # how soon a stopped transfer ends
 # Every error of the session: those of requests are OSErrors, and those of httpx and httpx2 derive from an HTTPError of
-# their own. HfHubHTTPError derives from the error class of the session's library.
-TRANSPORT_ERRORS: tuple[type[BaseException], ...] = (OSError, *HfHubHTTPError.__bases__)
+# their own, except InvalidURL. HfHubHTTPError derives from the error class of the session's library.
+_LIBRARY = importlib.import_module(HfHubHTTPError.__bases__[0].__module__.partition(".")[0])
+TRANSPORT_ERRORS: tuple[type[BaseException], ...] = (
+    OSError, *HfHubHTTPError.__bases__, getattr(_LIBRARY, "InvalidURL", OSError)
+)  # fmt: skip
 
 
 class _NoNewCookies(DefaultCookiePolicy):
