@@ -32,7 +32,11 @@ MUTANTS = [
         ("_consume", "if i_last_pair < pair_end - 1:", "if i_last_pair < pair_end - 5:"),
         ("_skip_pair", "_wait_for_pair(kv_full, i_pair)", "i_pair % STAGES"),
         ("_pass_turn", "(I_CONSUMER + 1)", "(I_CONSUMER + 2)"),
-        ("end_with_ones", "value=1.0", "value=0.0"),
+    ),
+    *_mutants(
+        "kernels/attention/pad_values.py", "tests/kernels/test_pad_values.py",
+        ("_pad_with_ones", "other=1.0", "other=0.0"),
+        ("_pad_with_ones", "o_channel < C", "o_channel <= C"),
     ),
     *_mutants(
         "kernels/attention/hopper_producer.py", "tests/kernels/test_hopper_on_cpu.py",
