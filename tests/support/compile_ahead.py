@@ -88,6 +88,8 @@ def call_everything(dtype: torch.dtype) -> None:
                 ops.rope_attention(
                     *qkv.unbind(1), angles, angles, cu_seqlens, max_seqlen, None, interleaved, impl="triton"
                 )
+            half = angles[:, : head_dim // 2].to(dtype).contiguous()  # as vLLM's towers have them
+            ops.rope_attention(*qkv.unbind(1), half, half, cu_seqlens, max_seqlen, impl="triton")
             ops.rope_attention(*qkv.unbind(1), None, None, cu_seqlens, max_seqlen, impl="triton")
         width = 16 * head_dim
         packed = zeros(256, 3 * width)
