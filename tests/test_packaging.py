@@ -91,7 +91,10 @@ def test_every_module_of_the_wheel_is_imported_and_it_encodes_from_another_direc
         f"assert qwenvit.__file__.startswith({str(tmp_path)!r}) and len(qwenvit.__path__) == 1\n"
         f"for name in {names}:\n"
         "    if name != 'qwenvit.__main__':\n"
-        f"        assert importlib.import_module(name).__file__.startswith({str(tmp_path)!r}), name\n"
+        "        try:\n"
+        f"            assert importlib.import_module(name).__file__.startswith({str(tmp_path)!r}), name\n"
+        "        except ModuleNotFoundError as error:\n"  # vLLM is not installed where this runs
+        "            assert error.name == 'vllm' and name.startswith('qwenvit.integrations.vllm.'), name\n"
         "from PIL import Image\n"
         "print(qwenvit.encode(Image.new('RGB', (300, 200), 'red'), model='demo', device='cpu')[0].tokens.shape)\n"
     )

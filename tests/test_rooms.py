@@ -29,7 +29,7 @@ ALLOWED = {
     "default_encoder": BASE | BELOW_THE_TOP | {"encoder", "pipeline"},
     "packing": {"ops"},
     "registry": {"config"},
-    "integrations": BASE | BELOW_THE_TOP - {"preprocess"} | {"encoder", "default_encoder"},
+    "integrations": BASE | BELOW_THE_TOP | {"encoder", "default_encoder", "__version__"},
     "cli": BASE | BELOW_THE_TOP | {"encoder", "default_encoder", "embedding_file", "__version__"},
     "__main__": {"cli"},
     "__init__": BASE | BELOW_THE_TOP | {"encoder", "default_encoder", "embedding_file", "packing", "registry"},
@@ -37,7 +37,8 @@ ALLOWED = {
     "weights": set(),
 }
 SCRIPTS = {
-    "commands": {"compare", "e2e", "encode_bench", "generate_bench", "kernel_bench", "peers", "common"},
+    "commands": {"compare", "e2e", "encode_bench", "generate_bench", "kernel_bench", "peers", "vllm_bench", "common"},
+    "vllm_bench": {"generate_bench", "e2e", "common"},
     "generate_bench": {"e2e", "peers", "common"},
     "e2e": {"compare", "peers", "common"},
     "compare": {"common"},

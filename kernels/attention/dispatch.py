@@ -73,6 +73,8 @@ def rope_attention(
     """
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     if out.numel() and len(cu_seqlens) > 1:
+        if cos is not None and sin is not None and cos.stride() != sin.stride():
+            cos, sin = cos.contiguous(), sin.contiguous()  # the kernels address both alike
         attend = _varlen_attention_on_hopper if runs_hopper(q.device, q.dtype) else varlen_attention
         if max_seqlen is not None and max_seqlen <= MAX_WINDOW:
             attend = window_attention

@@ -16,8 +16,8 @@ from qwenvit.kernels.compile_options import COMPILE_OPTIONS
 
 @triton.jit
 def load_angles(
-    cos_ptr,  # fp32, shape (S, D), at the tile's first row; the second half repeats the first and is not read
-    sin_ptr,  # fp32, shape (S, D), at the tile's first row; the second half repeats the first and is not read
+    cos_ptr,  # shape (S, D / 2 or D), at the tile's first row; a second half repeats the first and is not read
+    sin_ptr,  # shape (S, D / 2 or D), at the tile's first row; a second half repeats the first and is not read
     o_row,
     m_row,
     D: tl.constexpr,
@@ -25,13 +25,14 @@ def load_angles(
     FIRST_PAIR: tl.constexpr,
     PAIRS: tl.constexpr,
 ):
-    """Return cosines and sines of pairs FIRST_PAIR .. FIRST_PAIR + PAIRS, [rows, PAIRS] each."""
+    """Return cosines and sines of pairs FIRST_PAIR .. FIRST_PAIR + PAIRS in fp32, [rows, PAIRS] each."""
     o_pair = FIRST_PAIR + tl.arange(0, PAIRS)
     mask = m_row[:, None]
     if FIRST_PAIR + PAIRS > D // 2:
         mask = mask & (o_pair < D // 2)[None, :]
     offset = o_row[:, None] * ANGLE_STRIDE + o_pair[None, :]
-    return tl.load(cos_ptr + offset, mask=mask, other=0.0), tl.load(sin_ptr + offset, mask=mask, other=0.0)
+    b_cos = tl.load(cos_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+    return b_cos, tl.load(sin_ptr + offset, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -95,8 +96,8 @@ def load_rotated(
 def _rotate_tile(
     x_ptr,  # shape (S, H, D), at the program's first row and head
     out_ptr,  # shape (H, S, CHANNELS), at the program's first row and head
-    cos_ptr,  # fp32, shape (S, D), at the program's first row
-    sin_ptr,  # fp32, shape (S, D), at the program's first row
+    cos_ptr,  # shape (S, D / 2 or D), at the program's first row
+    sin_ptr,  # shape (S, D / 2 or D), at the program's first row
     o_x,
     o_out,
     o_row,
@@ -136,8 +137,8 @@ def _rotate_by_head(
     v_ptr,  # shape (S, H, D); not read if the grid has programs for q and k only
     out_ptr,  # shape (2 or 3, H, S, 64)
     rest_ptr,  # shape (2 or 3, H, S, 16)
-    cos_ptr,  # fp32, shape (S, D)
-    sin_ptr,  # fp32, shape (S, D)
+    cos_ptr,  # shape (S, D / 2 or D)
+    sin_ptr,  # shape (S, D / 2 or D)
     stride_qs,  # this and the next five in units of STRIDE_UNIT elements
     stride_qh,
     stride_ks,
@@ -226,6 +227,9 @@ def rotate_by_head(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, interleaved: bool
 ) -> list[tuple[Tensor, Tensor]]:
     """Return queries and keys `[S, H, D]` rotated, and the values, each as two tensors, in one launch.
+
+    `cos` and `sin` are `[S, D / 2]` or `[S, D]` in any floating dtype, of one row stride; the first half of a row is
+    read, and computed with in fp32.
 
     The two are `[S, H, 64]` and, for D > 64, `[S, H, 16]` with the other channels, both stored head by head: so rows
     fill whole sectors of 32 bytes, and neighbouring rows fill cache lines. Past D queries and keys have zeros, and

@@ -282,9 +282,9 @@ def varlen_attention(
 ) -> None:
     """Write attention within segments of any length into `out [S, H, D]`.
 
-    Queries, keys and values are `[S, H, D]`; `cos` and `sin` are fp32 `[S, D]`, or None if q and k are already rotated.
-    I/O: reads Q, K and V, and writes `out`; K and V of a segment are read once per tile of queries, from L2 if they
-    fit. With `cos` and `sin`, plus `rotate_by_head`. A segment of L tokens takes 4 L² H D FLOPs.
+    Queries, keys and values are `[S, H, D]`; `cos` and `sin` as `rotate_by_head` takes them, or None if q and k are
+    already rotated. I/O: reads Q, K and V, and writes `out`; K and V of a segment are read once per tile of queries,
+    from L2 if they fit. With `cos` and `sin`, plus `rotate_by_head`. A segment of L tokens takes 4 L² H D FLOPs.
     """
     S, H, D = q.shape
     n_segments = len(cu_seqlens) - 1

@@ -70,8 +70,8 @@ def _window_attention(
     k_ptr,  # shape (S, H, D)
     v_ptr,  # shape (S, H, D)
     out_ptr,  # shape (S, H, D), contiguous
-    cos_ptr,  # fp32, shape (S, D); None if q and k are already rotated
-    sin_ptr,  # fp32, shape (S, D); None if q and k are already rotated
+    cos_ptr,  # shape (S, D / 2 or D); None if q and k are already rotated
+    sin_ptr,  # shape (S, D / 2 or D); None if q and k are already rotated
     cu_seqlens_ptr,  # int32, shape (n_segments + 1,)
     stride_qs,  # this and the next five in units of STRIDE_UNIT elements
     stride_qh,
@@ -203,9 +203,9 @@ def window_attention(
 ) -> None:
     """Write attention within segments into `out [S, H, D]`; fast for segments of at most MAX_WINDOW tokens.
 
-    Queries, keys and values are `[S, H, D]`; `cos` and `sin` are fp32 `[S, D]`, or None if q and k are already rotated.
-    Longer segments are correct and slow. I/O: reads Q, K, V and the angles once, and writes `out`. A window of L tokens
-    takes 4 L² H D FLOPs.
+    Queries, keys and values are `[S, H, D]`; `cos` and `sin` as `rotate_by_head` takes them, or None if q and k are
+    already rotated. Longer segments are correct and slow. I/O: reads Q, K, V and half of each row of angles once, and
+    writes `out`. A window of L tokens takes 4 L² H D FLOPs.
     """
     S, H, D = q.shape
     n_segments = len(cu_seqlens) - 1

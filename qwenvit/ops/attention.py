@@ -30,10 +30,10 @@ def rope_attention(
     """Rotate queries and keys (RoPE, arXiv:2104.09864), then attend within each segment.
 
     A segment of L tokens takes 4·L²·H·D FLOPs, with H heads of D channels. I/O for S tokens: with `max_seqlen` of at
-    most 64, one kernel reads Q, K and V, writes the output (4·S·H·D elements) and reads half of each row of `cos` and
-    `sin` (4·S·D bytes). Otherwise, if `cos` is given, a pass rotates Q and K first and moves 4·S·H·D elements more; it
-    pads heads of 72 channels to 80 and, in 16-bit dtypes, copies V of that width too (2·S·H·D). `impl="triton"`
-    computes no gradients.
+    most 64, one kernel reads Q, K and V, writes the output (4·S·H·D elements) and reads D / 2 cosines and sines a token
+    (S·D elements). Otherwise, if `cos` is given, a pass rotates Q and K first and moves 4·S·H·D elements more; it pads
+    heads of 72 channels to 80 and, in 16-bit dtypes, copies V of that width too (2·S·H·D). `impl="triton"` computes no
+    gradients.
 
     Args:
         q: queries, `[S, H, D]`, bfloat16, float16 or float32 (IEEE fp32, no TF32), with D one of 64, 72 and 80. The
@@ -41,9 +41,11 @@ def rope_attention(
             Strides and addresses that are multiples of 16 bytes are fastest.
         k: keys, shape, dtype and device of `q`; last stride 1.
         v: values, shape, dtype and device of `q`; last stride 1.
-        cos: cosines `[S, D]` fp32, last stride 1, with equal halves in each row; None if `q` and `k` are already
+        cos: cosines of each pair's angle, `[S, D / 2]`, or `[S, D]` with equal halves in each row; fp32 or the dtype
+            of `q`, last stride 1. The rotation is computed in fp32 with either. None if `q` and `k` are already
             rotated.
-        sin: sines, in the format of `cos`; None exactly if `cos` is None.
+        sin: sines, in the shape and dtype of `cos`; None exactly if `cos` is None. Row strides other than those of
+            `cos` cost a copy.
         cu_seqlens: `[segments + 1]` int32 on the device of `q`, contiguous, non-decreasing from 0 to S; segments may be
             empty. `"triton"` does not check the values, which would synchronise with the GPU.
         max_seqlen: tokens in the longest segment, if the caller knows. At most 64 selects the window kernel. A wrong
@@ -65,11 +67,10 @@ def rope_attention(
     if not checked:
         for name, x in (("q", q), ("k", k), ("v", v)):
             _check_heads(name, x, q)
-    if (cos is None) != (sin is None):
+    if cos is not None and sin is not None:
+        _check_angles(cos, sin, q)
+    elif cos is not sin:
         raise ValueError("cos, sin: expected two tensors or None twice, got one of each")
-    for name, angles in (("cos", cos), ("sin", sin)):
-        if angles is not None:
-            _check_angles(name, angles, q)
     if not checked:
         check_tensor("cu_seqlens", cu_seqlens, (None,), torch.int32, q)
     if not len(cu_seqlens):
@@ -125,8 +126,16 @@ def _check_rows(name: str, x: Tensor, shape: tuple[int, ...], q: Tensor) -> None
         raise ValueError(f"{name}: expected an inner stride of 1, got strides {x.stride()}")
 
 
-def _check_angles(name: str, angles: Tensor, q: Tensor) -> None:
-    if not isinstance(angles, Tensor) or angles.dtype != torch.float32:
-        got = angles.dtype if isinstance(angles, Tensor) else type(angles).__name__
-        raise TypeError(f"{name}: expected a float32 tensor [S, D], got {got}")
-    _check_rows(name, angles, (q.shape[0], q.shape[2]), q)
+def _check_angles(cos: Tensor, sin: Tensor, q: Tensor) -> None:
+    shapes = [(len(q), q.shape[2] // 2), (len(q), q.shape[2])]
+    for name, angles in (("cos", cos), ("sin", sin)):
+        if not isinstance(angles, Tensor) or angles.dtype not in (torch.float32, q.dtype):
+            expected = "float32" if q.dtype == torch.float32 else f"float32 or {q.dtype}"
+            got = angles.dtype if isinstance(angles, Tensor) else type(angles).__name__
+            raise TypeError(f"{name}: expected a {expected} tensor [S, D / 2] or [S, D], got {got}")
+        if angles.shape not in shapes:
+            raise ValueError(f"{name}: expected shape {list(shapes[0])} or {list(shapes[1])}, got {list(angles.shape)}")
+        _check_rows(name, angles, angles.shape, q)
+    if cos.shape != sin.shape or cos.dtype != sin.dtype:
+        both = f"{cos.dtype} {list(cos.shape)} and {sin.dtype} {list(sin.shape)}"
+        raise ValueError(f"cos, sin: expected one shape and dtype, got {both}")

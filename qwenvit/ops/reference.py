@@ -173,7 +173,7 @@ def rope_attention(
 ) -> Tensor:
     """Rotate Q and K, `[S, H, D]`, in fp32 and round them; then attend segment by segment: `[S, H, D]`.
 
-    The operation is `qwenvit.ops.rope_attention`.
+    The operation is `qwenvit.ops.rope_attention`; `cos` and `sin` are `[S, D / 2]` or `[S, D]`.
 
     Raises:
         ValueError: `cu_seqlens` decreases, or does not start at 0 and end at S.
@@ -182,6 +182,8 @@ def rope_attention(
     if bounds[0] != 0 or bounds[-1] != len(q) or bounds != sorted(bounds):
         raise ValueError(f"cu_seqlens: expected to rise from 0 to {len(q)}, got {bounds}")
     if cos is not None and sin is not None:
+        if cos.shape[1] < q.shape[2]:
+            cos, sin = cos.repeat(1, 2), sin.repeat(1, 2)
         q, k = _rotate(q, cos, sin, interleaved), _rotate(k, cos, sin, interleaved)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     for start, end in pairwise(bounds):

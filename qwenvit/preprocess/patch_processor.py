@@ -124,6 +124,8 @@ class PatchProcessor:
     def write_patches(self, frames: Tensor, grid: tuple[int, int, int], backend: Backend, out: Tensor) -> None:
         """Resize frames, normalise them and cut them into patches, on the device of the frames.
 
+        With `out` of uint8, the bytes are not normalised.
+
         The values of 8-bit frames on a GPU equal those on a CPU to the last bit: Pillow's, or those of torch's 8-bit
         kernels for x86 with AVX2 or AVX-512 and without, which agree; other CPUs were not compared.
 
@@ -131,29 +133,37 @@ class PatchProcessor:
             frames: `[F, 3, H, W]` uint8, or float32 in [0, 1]. The last is repeated to fill its group.
             grid: groups of frames, rows and columns of patches.
             backend: whose resizing and normalisation.
-            out: `[patches, C·T·P·P]` in any floating dtype, on the device of the frames.
+            out: `[patches, C·T·P·P]` in any floating dtype, or uint8 for 8-bit frames, on the device of the frames.
         """
         height, width = grid[1] * self.patch_size, grid[2] * self.patch_size
         if frames.is_floating_point() and backend == "pillow":
             frames = bytes_from_floats(frames)
         if frames.is_cuda and not frames.is_floating_point():
+            # The kernel writes floats; bfloat16 represents every byte exactly.
+            values = out if out.is_floating_point() else torch.empty_like(out, dtype=torch.bfloat16)
+            normalise_as = backend if out.is_floating_point() else None
             ops.resize_patches(
                 frames,
                 height,
                 width,
-                _levels(self.image_mean, self.image_std, backend, out.dtype, out.device),
+                _levels(self.image_mean, self.image_std, normalise_as, values.dtype, values.device),
                 rule=backend,
                 vertical_first=backend == "pillow" and pillow_resizes_height_first(frames.shape[2:], (height, width)),
                 patch_size=self.patch_size,
                 temporal_patch_size=self.temporal_patch_size,
                 merge_size=self.merge_size,
-                out=out,
+                out=values,
             )
+            if values is not out:
+                out.copy_(values)
             return
         resized = resize_frames(frames, height, width, backend)
         missing = grid[0] * self.temporal_patch_size - len(resized)
         resized = torch.cat((resized, resized[-1:].expand(missing, -1, -1, -1))) if missing else resized
-        out.copy_(self.pixel_values(resized, backend))
+        if out.is_floating_point():
+            out.copy_(self.pixel_values(resized, backend))
+        else:
+            out.copy_(cut_patches(resized, self.patch_size, self.temporal_patch_size, self.merge_size).flatten(1))
 
 
 def _normalise(patches: Tensor, mean: Channels, std: Channels, backend: Backend) -> Tensor:
@@ -173,11 +183,14 @@ def _normalise(patches: Tensor, mean: Channels, std: Channels, backend: Backend)
 
 
 @lru_cache(maxsize=64)
-def _levels(mean: Channels, std: Channels, backend: Backend, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return the normalised value of each byte, `[3, 256]`, on the device."""
+def _levels(mean: Channels, std: Channels, backend: Backend | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the normalised value of each byte, `[3, 256]`, on the device; the bytes themselves if backend is None."""
     with torch.inference_mode(False):  # the cached tensor is for every caller
         every_byte = torch.arange(256, dtype=torch.uint8, device="cpu").expand(1, 3, -1)
-        levels = _normalise(every_byte, mean, std, backend).unflatten(1, (3, 256))[0].to(device, dtype)
+        if backend is None:
+            levels = every_byte[0].to(device, dtype).contiguous()
+        else:
+            levels = _normalise(every_byte, mean, std, backend).unflatten(1, (3, 256))[0].to(device, dtype)
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()  # callers may be on any stream
     return levels

@@ -19,6 +19,8 @@ def define_torchvision_schemas() -> None:
         return
     if version("torchvision").endswith("+cpu"):  # a build for the CPU defines them itself
         return
+    if hasattr(torch.ops.torchvision, "nms"):  # a copy of this module, which starts with Python, has defined them
+        return
     _library = torch.library.Library("torchvision", "DEF")
     for name in ("nms", "qnms"):
         _library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

@@ -1,57 +1,14 @@
 """Exported embeddings in a real vLLM engine: the log-probabilities must be those that its own tower gives."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from qwenvit import Encoder
 from qwenvit.outputs import Embeddings
 from support.tiny_checkpoints import IMAGE, VIDEO, save_tiny_checkpoint
+from support.vllm_process import ENGINE, FRAME_TIMES, FRAMES, IMAGES, OWN, TEXT, TOLERANCE, needs_vllm, run_engines
 
-ENVIRONMENT = Path(sys.prefix, "vllm")
-pytestmark = [
-    pytest.mark.skipif(not (ENVIRONMENT / "installed").exists(), reason="needs vLLM: run make test-vllm"),
-    pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"]),
-]
-
-TOLERANCE = 1e-3
-"""Of log-probabilities in fp32. Two right towers differ by about 1e-5, embeddings that are 1 % off by 0.05 or more."""
-ENGINE = {
-    "dtype": "float32",
-    "enforce_eager": True,
-    "enable_prefix_caching": False,
-    "max_model_len": 1024,
-    "limit_mm_per_prompt": {"image": 2, "video": 1},
-}
-VARIABLES = {
-    "HF_HUB_OFFLINE": "1",
-    "TORCHDYNAMO_DISABLE": "1",  # vLLM would compile one function of its sampler for 40 s
-    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # each process would import vLLM anew, which is most of the time
-    "VLLM_NO_USAGE_STATS": "1",
-}
-TEXT = {
-    "images": f"Compare {IMAGE} with {IMAGE}: which of the two is larger, and what do they show?",
-    "video": f"Watch {VIDEO} to its end: what happens there?",
-}
-
-
-def noise(*shape):
-    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-
-
-IMAGES = [Image.fromarray(noise(300, 411, 3)), Image.fromarray(noise(256, 200, 3))]
-FRAMES = noise(6, 130, 170, 3)  # one a second: at two, Qwen2.5-VL's seconds per grid would be vLLM's default
-FRAME_TIMES = range(len(FRAMES))
-SHOWN = {"fps": 1.0, "duration": 6.0, "total_num_frames": 6, "frames_indices": list(FRAME_TIMES)}
-OWN = {"images": {"image": IMAGES}, "video": {"video": [(FRAMES, SHOWN | {"do_sample_frames": False})]}}
-"""`multi_modal_data` for vLLM's own tower."""
+pytestmark = [needs_vllm, pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])]
 
 
 def encode(checkpoint):
@@ -77,21 +34,9 @@ def spoil(embeddings, *, only_deepstack=False):
 
 def ask(prompts, folder, **options):
     """Return `{name: (token ids, log-probabilities)}` of prompts from an engine of the model in a folder."""
-    job, answers, log = folder / "job.pt", folder / "answers.pt", folder / "log.txt"
-    engine = ENGINE | {"model": str(folder / "model")} | options
-    torch.save({"engine": engine, "prompts": prompts}, job)
-    program = Path(__file__).parents[1] / "support" / "vllm_engine.py"
-    homes = {f"VLLM_{name}_ROOT": str(folder / name) for name in ("CACHE", "CONFIG")}
-    with log.open("w") as output:
-        done = subprocess.run(
-            [ENVIRONMENT / "bin" / "python", program, job, answers],
-            env=os.environ | VARIABLES | homes,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            timeout=600,
-        )
-    assert done.returncode == 0, log.read_text()[-10_000:]
-    return torch.load(answers)
+    engine = {"arguments": ENGINE | {"model": str(folder / "model")} | options}
+    answers, _ = run_engines(folder, {"engine": engine}, prompts)
+    return {prompt: answer for (_, prompt), answer in answers.items() if prompt != "report"}
 
 
 def check(answers):

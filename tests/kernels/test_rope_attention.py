@@ -34,6 +34,43 @@ def test_no_further_from_the_truth_than_torch(dtype, head_dim, case, interleaved
     assert_close_to_truth(packed(bounds[-1], 3, head_dim, dtype), bounds, max_seqlen, interleaved)
 
 
+@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
+@pytest.mark.parametrize("case", ["windows", "ragged", "max_seqlen too low"])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_angles_of_half_the_width_in_the_dtype_of_the_queries(dtype, head_dim, case, interleaved):
+    bounds, max_seqlen = MIXED[case]
+    assert_close_to_truth(packed(bounds[-1], 2, head_dim, dtype), bounds, max_seqlen, interleaved, half=dtype)
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+@pytest.mark.parametrize("max_seqlen", [64, None], ids=["windows", "long"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_same_bits_for_angles_of_any_width_stride_and_dtype(dtype, max_seqlen, impl):
+    """Only the first half of a row is read, and 16-bit angles are those of fp32 that they equal."""
+    q, k, v = packed(164, 3, 72, dtype)
+    bounds = boundaries(WINDOWS)
+
+    def attend(cos, sin):
+        return ops.rope_attention(q, k, v, cos, sin, bounds, max_seqlen, impl=impl)
+
+    cos, sin = (x.to(dtype).float() for x in angles(164, 72))
+    expected = attend(cos, sin)
+    half_cos, half_sin = cos[:, :36].contiguous(), sin[:, :36].contiguous()
+    wide = torch.full((164, 200), torch.nan, device=DEVICE)
+    wide[:, 1:37], wide[:, 100:136] = half_cos, half_sin
+    forms = {
+        "half": (half_cos, half_sin),
+        "in the dtype of the queries": (half_cos.to(dtype), half_sin.to(dtype)),
+        "whole, in the dtype of the queries": (cos.to(dtype), sin.to(dtype)),
+        "views": (wide[:, 1:37], wide[:, 100:136]),
+        "one a view": (half_cos, wide[:, 100:136]),
+        "the other a view": (wide[:, 1:37], half_sin),
+    }
+    for name, form in forms.items():
+        assert torch.equal(attend(*form), expected), name
+
+
 @pytest.mark.parametrize("max_seqlen", [64, None], ids=["windows", "long"])
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_rotated_before(head_dim, max_seqlen):
@@ -70,6 +107,22 @@ def test_a_segment_does_not_depend_on_its_neighbours(dtype, max_seqlen):
     assert torch.equal(out[10:70], alone)
 
 
+@pytest.mark.parametrize("max_seqlen", [64, None], ids=["windows", "long"])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_spare_segments_and_rows(head_dim, max_seqlen):
+    """A CUDA graph's capacity: empty segments at the end, and rows that belong to none, whatever they contain."""
+    q, k, v = (x.clone() for x in packed(150, 2, head_dim, DTYPES[-1]))
+    cos, sin = angles(150, head_dim, half=DTYPES[-1])
+    own = [x[:103] for x in (q, k, v, cos, sin)]
+    expected = ops.rope_attention(*own, boundaries([0, 64, 100, 103]), max_seqlen, impl="triton")
+    for x in (q, k, v, cos, sin):
+        x[103:] = torch.nan
+    with poisoned():
+        spare = boundaries([0, 64, 100] + [103] * 40)
+        out = ops.rope_attention(q, k, v, cos, sin, spare, max_seqlen, impl="triton")
+    assert torch.equal(out[:103], expected)
+
+
 @hypothesis.settings(max_examples=15, deadline=None)
 @hypothesis.given(
     lengths=st.lists(st.sampled_from([0, 1, 4, 16, 31, 32, 33, 63, 64, 65, 96, 100]), min_size=1, max_size=6),
@@ -98,8 +151,9 @@ def test_the_registered_operation_passes_opcheck():
     q, k, v = packed(20, 2, 64, torch.float32)
     cu_seqlens = boundaries([0, 4, 20])
     ops.rope_attention(q, k, v, None, None, cu_seqlens, impl="triton")  # registers the operation
-    arguments = (q, k, v, *angles(20, 64), cu_seqlens, 64, 0.125, False)
-    torch.library.opcheck(torch.ops.qwenvit.rope_attention.default, arguments)
+    for half in (None, torch.float32):
+        arguments = (q, k, v, *angles(20, 64, half=half), cu_seqlens, 64, 0.125, False)
+        torch.library.opcheck(torch.ops.qwenvit.rope_attention.default, arguments)
 
 
 def test_mistakes_exceed_the_tolerance():
@@ -136,8 +190,20 @@ def test_mistakes_exceed_the_tolerance():
         ({"k": torch.zeros(20, 1, 64)}, ValueError, "k: expected"),
         ({"v": torch.zeros(20, 64, 2).transpose(1, 2)}, ValueError, "v: expected an inner stride of 1"),
         ({"cos": None}, ValueError, "cos, sin: expected two"),
-        ({"cos": torch.zeros(20, 32)}, ValueError, "cos: expected"),
-        ({"sin": torch.zeros(20, 64).half()}, TypeError, "sin: expected a float32"),
+        ({"cos": torch.zeros(20, 48)}, ValueError, r"cos: expected shape \[20, 32\] or \[20, 64\], got \[20, 48\]"),
+        ({"cos": torch.zeros(19, 64)}, ValueError, r"cos: expected shape \[20, 32\] or \[20, 64\], got \[19, 64\]"),
+        ({"cos": torch.zeros(20, 32)}, ValueError, "cos, sin: expected one shape and dtype, got .* 32.* 64"),
+        ({"sin": torch.zeros(20, 64).half()}, TypeError, r"sin: expected a float32 tensor .* got torch\.float16"),
+        (
+            {name: torch.zeros(20, 2, 64).half() for name in "qkv"} | {"sin": torch.zeros(20, 64).bfloat16()},
+            TypeError,
+            r"sin: expected a float32 or torch\.float16 tensor .* got torch\.bfloat16",
+        ),
+        (
+            {name: torch.zeros(20, 2, 64).half() for name in "qkv"} | {"sin": torch.zeros(20, 64).half()},
+            ValueError,
+            r"cos, sin: expected one shape and dtype, got torch\.float32 .* torch\.float16",
+        ),
         ({"cu_seqlens": torch.tensor([0, 20])}, TypeError, r"cu_seqlens: expected torch\.int32"),
         ({"cu_seqlens": torch.zeros(0, dtype=torch.int32)}, ValueError, "cu_seqlens: expected"),
         ({"cu_seqlens": [0, 20]}, TypeError, r"cu_seqlens: expected a torch\.Tensor, got list"),

@@ -65,6 +65,14 @@ def test_windows(dtype, head_dim, case, interleaved):
     assert_close_to_truth(packed(bounds[-1], heads, head_dim, dtype), bounds, 64, interleaved)
 
 
+@pytest.mark.parametrize(("case", "max_seqlen"), [("odd grid", 64), ("mixed", None)])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_angles_of_half_the_width_in_the_dtype_of_the_queries(dtype, head_dim, case, max_seqlen):
+    bounds = cumulative((WINDOWS | LONG)[case])
+    assert_close_to_truth(packed(bounds[-1], 16, head_dim, dtype), bounds, max_seqlen, half=dtype)
+
+
 @pytest.mark.parametrize("case", LONG)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -112,11 +120,12 @@ def test_the_same_bits_again_and_alone(head_dim, dtype, lengths, max_seqlen):
             assert torch.equal(ops.rope_attention(*own, alone, max_seqlen), first[start:end]), (i, end - start)
 
 
+@pytest.mark.parametrize("half", [None, torch.bfloat16], ids=["whole angles", "half"])
 @pytest.mark.parametrize("max_seqlen", [64, None], ids=["windows", "long"])
-def test_compiled_and_captured(max_seqlen):
+def test_compiled_and_captured(max_seqlen, half):
     """torch.compile sees one operation, and a captured graph reads new `cu_seqlens` when it is replayed."""
     q, k, v = packed(192, 4, 80, torch.bfloat16)
-    cos, sin = angles(192, 80)
+    cos, sin = angles(192, 80, half=half)
     cu_seqlens = boundaries([0, 64, 128, 192])
 
     def attend(q, k, v):

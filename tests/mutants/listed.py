@@ -201,6 +201,16 @@ MUTANTS = [
         ("_passes_fast_check", "q.stride(2) == k.stride(2) == v.stride(2) == 1", "q.stride(2) == k.stride(2) == 1"),
     ),
     *_mutants(
+        "kernels/attention/dispatch.py", "tests/kernels/test_rope_attention.py",
+        ("rope_attention", "cos.stride() != sin.stride()", "False"),
+    ),
+    *_mutants(
+        "qwenvit/integrations/vllm/attention.py", "tests/integrations/vllm/test_vllm_attention.py",
+        ("use_attention", "if config.is_full_attention(number)", "if number % 2"),
+        ("_RopeAttention.forward", 'if hasattr(self, "split_qkv"):', "if False:"),
+        ("_check_attention", 'if backend == "FLASHINFER":', "if False:"),
+    ),
+    *_mutants(
         "qwenvit/ops/dispatch.py", "tests/kernels/test_checks.py",
         ("use_triton", "for x in tensors)", "for x in tensors[:1])"),
     ),

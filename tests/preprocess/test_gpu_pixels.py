@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from transformers import Qwen2VLImageProcessor
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from qwenvit import ops
 from qwenvit.config.families import FAMILIES
@@ -100,7 +102,9 @@ def run_as_on_gpu(processor: ImageProcessor, image: object, dtype: torch.dtype, 
     """Return `pixel_values` by the operation in plain torch, and see that the processor called it."""
     frames = open_image(image, channels=channels, backend=processor.resize)[None]
     grid = processor.grid_for(*frames.shape[2:])
-    out = torch.full((int(np.prod(grid)), processor.patch_dim), torch.nan, dtype=dtype)
+    out = torch.full(
+        (int(np.prod(grid)), processor.patch_dim), torch.nan if dtype.is_floating_point else 77, dtype=dtype
+    )
     calls = []
 
     def resize_patches(frames: torch.Tensor, *sizes: object, **options: object) -> torch.Tensor:
@@ -170,6 +174,25 @@ def test_every_byte_value(family: str, dtype: torch.dtype, backend: str) -> None
     else:
         found = run_as_on_gpu(ImageProcessor(**vars(processor) | {"resize": backend}), image, dtype, None)
     assert torch.equal(found.cpu(), expected.to(dtype))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", [(75, 110), (480, 640), (640, 480), (112, 112), (1, 1)])
+def test_bytes_that_something_else_normalises(size: tuple[int, int], backend: str) -> None:
+    theirs = {"torch": Qwen2VLImageProcessor, "pillow": Qwen2VLImageProcessorPil}[backend]()
+    image = picture("RGB", *size, 0)
+    expected = theirs(image, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"]
+    processor = ImageProcessor.from_hf(theirs.to_dict() | {"image_processor_type": type(theirs).__name__})
+    frames = open_image(image)[None]
+    out = torch.full(expected.shape, 77, dtype=torch.uint8)
+    processor.write_patches(frames, processor.grid_for(*size), backend, out)
+    assert torch.equal(out, expected.to(torch.uint8))
+    if GPU:
+        found = torch.full_like(out, 77, device="cuda")
+        processor.write_patches(frames.cuda(), processor.grid_for(*size), backend, found)
+    else:
+        found = run_as_on_gpu(processor, image, torch.uint8, None)
+    assert torch.equal(found.cpu(), out)
 
 
 @needs_gpu

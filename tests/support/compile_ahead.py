@@ -88,6 +88,8 @@ def call_everything(dtype: torch.dtype) -> None:
                 ops.rope_attention(
                     *qkv.unbind(1), angles, angles, cu_seqlens, max_seqlen, None, interleaved, impl="triton"
                 )
+            half = angles[:, : head_dim // 2].to(dtype).contiguous()  # as vLLM's towers have them
+            ops.rope_attention(*qkv.unbind(1), half, half, cu_seqlens, max_seqlen, impl="triton")
             ops.rope_attention(*qkv.unbind(1), None, None, cu_seqlens, max_seqlen, impl="triton")
         if head_dim == 72 and dtype != torch.float32:
             from qwenvit.kernels.attention.pad_values import pad_with_ones

@@ -52,10 +52,12 @@ def packed_with_drift(tokens, heads, head_dim, dtype, drift, device=DEVICE):
     return q.to(dtype), k.to(dtype), v.to(dtype)
 
 
-def angles(tokens, head_dim, device=DEVICE):
-    """Return cosines and sines [tokens, head_dim] in fp32."""
+def angles(tokens, head_dim, device=DEVICE, half=None):
+    """Return cosines and sines [tokens, head_dim] in fp32, or [tokens, head_dim / 2] in the dtype `half`."""
     position = torch.arange(tokens, device=device)[:, None] * 0.37
     angle = position / 10000 ** (torch.arange(head_dim // 2, device=device) / (head_dim // 2))
+    if half is not None:
+        return angle.cos().to(half), angle.sin().to(half)
     return angle.cos().repeat(1, 2), angle.sin().repeat(1, 2)
 
 
@@ -87,27 +89,28 @@ def truth(q, k, v, cos, sin, bounds, interleaved=False, scale=None, rotate_keys=
     return out
 
 
-def assert_close_to_truth(qkv, bounds, max_seqlen, interleaved=False, rotate=True, scale=None):
+def assert_close_to_truth(qkv, bounds, max_seqlen, interleaved=False, rotate=True, scale=None, half=None):
     """Assert that the kernel's error is at most 1.05 times that of plain torch.
 
-    In fp32 a few rows with the largest scores dominate the error, and in a small input chance decides which
-    implementation has the worse ones. There, on a GPU, the errors of seven more inputs with other signs are pooled.
+    `angles` explains `half`. In fp32 a few rows with the largest scores dominate the error, and in a small input chance
+    decides which implementation has the worse ones. There, on a GPU, the errors of seven more inputs with other signs
+    are pooled.
     """
     q, draws = qkv[0], [qkv]
     if q.is_cuda and q.dtype == torch.float32 and len(q) < 2000:
         generator = torch.Generator("cuda").manual_seed(0)
         signs = (torch.randint(2, q.shape, device="cuda", generator=generator) * 2 - 1 for _ in range(3 * 7))
         draws += [tuple(x * sign for x, sign in zip(qkv, signs, strict=False)) for _ in range(7)]
-    pooled = torch.tensor([errors(draw, bounds, max_seqlen, interleaved, rotate, scale) for draw in draws])
+    pooled = torch.tensor([errors(draw, bounds, max_seqlen, interleaved, rotate, scale, half) for draw in draws])
     ours, theirs = pooled.square().mean(0).sqrt().tolist()
     floor = 2**-21 if q.dtype == torch.float32 else 0.0  # a few ulps: with few tokens the errors differ by chance
     assert ours <= max(1.05 * theirs, floor), (ours, theirs)
 
 
-def errors(qkv, bounds, max_seqlen, interleaved, rotate, scale):
+def errors(qkv, bounds, max_seqlen, interleaved, rotate, scale, half):
     """Return the errors of the kernel and of plain torch, both run on NaN-filled memory."""
     q, k, v = qkv
-    cos, sin = angles(len(q), q.shape[2], q.device) if rotate else (None, None)
+    cos, sin = angles(len(q), q.shape[2], q.device, half) if rotate else (None, None)
     arguments = (q, k, v, cos, sin, boundaries(bounds), max_seqlen, scale, interleaved)
     right = truth(q, k, v, cos, sin, bounds, interleaved, scale)
     with poisoned():
