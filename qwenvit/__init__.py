@@ -15,6 +15,7 @@ if (_root / "pyproject.toml").is_file() and (_root / "kernels").is_dir():
 if TYPE_CHECKING:
     from qwenvit import ops, packing, registry
     from qwenvit.config import VisionConfig
+    from qwenvit.datasets.job import encode_dataset
     from qwenvit.default_encoder import encode
     from qwenvit.embedding_file import load_embeddings
     from qwenvit.encoder import Encoder
@@ -32,6 +33,7 @@ __all__ = [
     "VisionAttention",
     "VisionConfig",
     "encode",
+    "encode_dataset",
     "load_embeddings",
     "ops",
     "packing",
@@ -50,6 +52,7 @@ _MODULE_OF = {
     "VisionAttention": "qwenvit.towers.attention",
     "VisionConfig": "qwenvit.config",
     "encode": "qwenvit.default_encoder",
+    "encode_dataset": "qwenvit.datasets.job",
     "load_embeddings": "qwenvit.embedding_file",
     "rope_index": "qwenvit.mrope.positions",
     "sample_frames": "qwenvit.preprocess.sampling",

@@ -40,6 +40,7 @@ def encode(
     on_error: OnError = "raise",
     progress: bool = False,
     decode: Decoder = "pillow",
+    keep_patches: bool = False,
     **options: Unpack[ImageOptions],
 ) -> Embeddings:
     """Embed images with an encoder that is kept for the next call with the same model and the same ways to load it.
@@ -59,11 +60,14 @@ def encode(
         adapter: a LoRA adapter to merge. Default: the one beside the checkpoint or in it. False: none.
         num_workers: threads that decode; 0 decodes in this thread. None: 4, or fewer on a smaller machine. The result
             is the same.
-        on_error: what an image that cannot be used does: `"raise"` its error, or `"skip"` it with a warning.
+        on_error: what an image that cannot be used does: `"raise"` its error, or `"skip"` it with a warning;
+            `errors` of the result has its error too.
         progress: show a progress bar.
         decode: what decodes JPEG files: `"pillow"`, or `"nvjpeg"` on a GPU through torchvision, which is faster and
             differs by tens of levels where colours change sharply. Pillow decodes what nvJPEG does not, with a
             warning.
+        keep_patches: keep the last block's states too, for `Embeddings.pooled("patches")`. They take more memory than
+            the tokens.
         options: min_pixels, max_pixels, max_tokens, size, resize, do_rescale, channels; see `ImageOptions`.
 
     Returns:
@@ -94,9 +98,8 @@ def encode(
             encoder = Encoder.from_pretrained(model, device=device, dtype=dtype, impl=impl, **loading)
             _current.update(key=key, encoder=encoder)
         encoder = _current["encoder"]
-    return encoder.encode(
-        images, num_workers=num_workers, on_error=on_error, progress=progress, decode=decode, **options
-    )
+    how: dict[str, Any] = {"num_workers": num_workers, "on_error": on_error, "progress": progress, "decode": decode}
+    return encoder.encode(images, **how, keep_patches=keep_patches, **options)
 
 
 def _identity(argument: Any) -> Any:

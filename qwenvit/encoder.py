@@ -1,20 +1,21 @@
 """The encoder: turns images, videos or pixel values into embeddings."""
 
 import os
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Unpack
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from qwenvit.arguments import Impl, check_device, check_dtype
+from qwenvit.busy_clock import BusyClock
 from qwenvit.graphs.graphed_tower import graphs_of
-from qwenvit.outputs import Embeddings, ItemEmbeddings, TowerOutput, VideoTimes
-from qwenvit.pipeline import OnError, check_on_error, embed_batches, handle_errors
+from qwenvit.outputs import Embeddings, ItemEmbeddings, TowerOutput
+from qwenvit.pipeline import OnError, check_on_error, embed_batches, handle_errors, prefetch_on_stream
 from qwenvit.plan.grid_plan import GridPlan
 from qwenvit.plan.inputs import CheckedGrid, WritePixels, check_grid, check_pixel_values
 from qwenvit.preprocess.batching import PATCHES_PER_BATCH, PATCHES_PER_VIDEO_BATCH
@@ -23,17 +24,14 @@ from qwenvit.preprocess.from_checkpoint import read_processors
 from qwenvit.preprocess.image_processor import ImageProcessor
 from qwenvit.preprocess.jpeg import Decoder
 from qwenvit.preprocess.options import ImageOptions
-from qwenvit.preprocess.prefetch import Prefetched, check_num_workers, prefetch
+from qwenvit.preprocess.prefetch import Prefetched, check_num_workers
 from qwenvit.preprocess.prepared import Prepared
-from qwenvit.preprocess.video_file import Clip, VideoFile
-from qwenvit.preprocess.video_frames import sized_frames
 from qwenvit.preprocess.video_processor import VideoProcessor
 from qwenvit.towers.checkpoint import ConfigSource, save_tower
 from qwenvit.towers.choose import Tower
 from qwenvit.towers.fast import FastTower
 from qwenvit.towers.pretrained import load_pretrained
-
-Item = TypeVar("Item")
+from qwenvit.video_input import VideoInput
 
 
 class Encoder:
@@ -140,6 +138,7 @@ class Encoder:
         on_error: OnError = "raise",
         progress: bool = False,
         decode: Decoder = "pillow",
+        keep_patches: bool = False,
         **options: Unpack[ImageOptions],
     ) -> Embeddings:
         """Embed images. Images are decoded in threads while the tower is busy with those before them.
@@ -150,11 +149,14 @@ class Encoder:
             images: one image or several: PIL images, uint8 arrays or tensors, paths, or encoded bytes.
             num_workers: threads that decode; 0 decodes in this thread. None: 4, or fewer on a smaller machine. The
                 result is the same.
-            on_error: what an image that cannot be used does: `"raise"` its error, or `"skip"` it with a warning.
+            on_error: what an image that cannot be used does: `"raise"` its error, or `"skip"` it with a warning;
+                `errors` of the result has its error too.
             progress: show a progress bar; it moves when a batch is done.
             decode: what decodes JPEG files: `"pillow"`, or `"nvjpeg"` on a GPU through torchvision, which is faster and
                 differs by tens of levels where colours change sharply. Pillow decodes what nvJPEG does not, with a
                 warning.
+            keep_patches: keep the last block's states too, for `Embeddings.pooled("patches")`. They take more memory
+                than the tokens.
             options: min_pixels, max_pixels, max_tokens, size, resize, do_rescale, channels; see `ImageOptions`.
 
         Returns:
@@ -167,7 +169,7 @@ class Encoder:
             OSError: a file that cannot be read.
             OverflowError: the features exceed the range of float16.
         """
-        batches = self._encode_batches(images, num_workers, on_error, progress, decode, options)
+        batches = self._encode_batches(images, num_workers, on_error, progress, decode, options, keep_patches)
         return Embeddings.concatenate(list(batches))
 
     def iter_encode(
@@ -207,6 +209,7 @@ class Encoder:
         progress: bool,
         decode: Decoder,
         options: ImageOptions,
+        keep_patches: bool = False,
     ) -> Generator[Embeddings]:
         """Check the arguments of `encode`, and return an iterator of the embeddings of each batch."""
         check_on_error(on_error)
@@ -218,37 +221,26 @@ class Encoder:
         drawn = each_image(images)
         if not isinstance(images, (Sequence, *IMAGE_TYPES)):
             drawn = map(snapshot, drawn)
-        prefetched = self._prefetch(drawn, prepare, workers)
+        prefetched = prefetch_on_stream(self.device, drawn, prepare, workers)
         bar = partial(tqdm, total=total, unit="image") if progress else None
-        return self._run_batches(prefetched, on_error, PATCHES_PER_BATCH, bar)
+        return self.run_batches(prefetched, on_error, PATCHES_PER_BATCH, bar, keep_patches=keep_patches)
 
-    def _prefetch(
-        self, items: Iterable[Item], prepare: Callable[[int, Item], Prepared], num_workers: int
-    ) -> Generator[Prefetched[Prepared]]:
-        """Prepare items in threads; what that does to tensors on the GPU follows the caller's own work on them."""
-        if self.device.type != "cuda":
-            return prefetch(items, prepare, num_workers, lambda one: one.num_bytes)
-
-        def prepare_on_stream(index: int, item: tuple[torch.cuda.Stream, Item]) -> Prepared:
-            with torch.cuda.stream(item[0]):
-                return prepare(index, item[1])
-
-        with_streams = ((torch.cuda.current_stream(self.device), item) for item in items)
-        return prefetch(with_streams, prepare_on_stream, num_workers, lambda one: one.num_bytes)
-
-    def _run_batches(
+    def run_batches(
         self,
         prefetched: Generator[Prefetched[Prepared]],
-        on_error: OnError,
+        on_error: OnError | Literal["keep"],
         max_patches: int,
         progress_bar: Callable[[], tqdm] | None = None,
+        *,
+        keep_patches: bool = False,
+        clock: BusyClock | None = None,
     ) -> Generator[Embeddings]:
+        """Yield the embeddings of prepared images, batch by batch; see `embed_batches`."""
         empty = torch.empty(0, self.config.out_hidden_size, device=self.device, dtype=self.dtype)
         layers = [empty] * (1 + len(self.config.deepstack_visual_indexes))
-        may_split = self._is_batch_invariant()
+        running = (self._run, self.device, self.config, layers, max_patches, self.is_batch_invariant())
         with closing(prefetched), progress_bar() if progress_bar else nullcontext() as bar:
-            usable = handle_errors(prefetched, on_error)
-            for batch in embed_batches(usable, self._run, self.device, self.config, layers, max_patches, may_split):
+            for batch in embed_batches(handle_errors(prefetched, on_error), *running, keep_patches, clock):
                 if bar is not None:
                     bar.update(len(batch))
                 yield batch
@@ -266,6 +258,7 @@ class Encoder:
         channels: Channels = None,
         cap_pixels_per_frame: bool | None = None,
         num_workers: int | None = None,
+        keep_patches: bool = False,
     ) -> Embeddings:
         """Embed one video.
 
@@ -285,6 +278,7 @@ class Encoder:
             channels: the axis of an array's channels, `"first"` or `"last"`. None: inferred from its shape.
             cap_pixels_per_frame: transformers' argument of that name. None: the video processor's own.
             num_workers: threads that open frames, as in `encode`.
+            keep_patches: keep the last block's states too, as in `encode`.
 
         Returns:
             One entry; its `spatial()` is `[t, h, w, out_hidden_size]`, with one t for every two frames. Groups of
@@ -298,32 +292,16 @@ class Encoder:
             OverflowError: the features exceed the range of float16.
         """
         workers = check_num_workers(num_workers)
-        processor, times = self.video_processor.with_bounds(min_pixels, max_pixels, size), None
-        group = processor.temporal_patch_size
-        if isinstance(frames, str | os.PathLike):
-            if channels is not None:
-                raise ValueError(f"channels: expected None with a video file, got {channels!r}")
-            if frame_times is not None:
-                raise ValueError("frame_times: expected None with a video file, whose times are known")
-            video = VideoFile(frames)
-            indices = processor.sample(video.num_frames, video.fps, fps=fps, num_frames=num_frames)
-            frames, channels = Clip(video, indices), "last"
-            frame_times = [index / video.fps for index in indices]
-            # As transformers counts it, over the whole file rather than from the first frame to the last.
-            second_per_grid = group / (len(indices) / video.num_frames * video.fps)
-            times = VideoTimes.of_frames(frame_times, len(indices), group, second_per_grid)
-        elif fps is not None or num_frames is not None:
-            raise ValueError("fps, num_frames: expected None with frames, which are all encoded; see sample_frames")
-        elif frame_times is not None:
-            sized: Collection[ImageInput] = sized_frames(frames)
-            times = VideoTimes.of_frames(frame_times, len(sized), group)
-            frames = sized
-        prepare = processor.preparer(frames, self.device, channels=channels, cap_pixels_per_frame=cap_pixels_per_frame)
-        pieces = self._prefetch(prepare.pieces(), prepare, workers)
+        processor = self.video_processor.with_bounds(min_pixels, max_pixels, size)
+        sampling: dict[str, Any] = {"fps": fps, "num_frames": num_frames}
+        video = VideoInput.open(frames, processor, **sampling, frame_times=frame_times, channels=channels)
+        bounds: dict[str, Any] = {"channels": video.channels, "cap_pixels_per_frame": cap_pixels_per_frame}
+        prepare = processor.preparer(video.frames, self.device, **bounds)
+        pieces = prefetch_on_stream(self.device, prepare.pieces(), prepare, workers)
         max_patches = PATCHES_PER_VIDEO_BATCH if self.device.type == "cuda" else PATCHES_PER_BATCH
-        parts = Embeddings.concatenate(list(self._run_batches(pieces, "raise", max_patches)))
-        grid_thw = torch.tensor([prepare.grid], device="cpu")
-        return Embeddings(parts.packed, grid_thw, parts.deepstack, self.config, video=True, times=times)
+        parts = Embeddings.concatenate(list(self.run_batches(pieces, "raise", max_patches, keep_patches=keep_patches)))
+        whole = (parts.packed, torch.tensor([prepare.grid], device="cpu"), parts.deepstack, self.config)
+        return Embeddings(*whole, video=True, times=video.times, last_hidden_state=parts.last_hidden_state)
 
     def __call__(self, pixel_values: Tensor, grid_thw: Tensor) -> TowerOutput:
         """Run the tower on the tensors that a Hugging Face processor returns.
@@ -345,8 +323,8 @@ class Encoder:
         check_pixel_values(pixel_values, grid, self.config)
         return self._run(pixel_values, grid)
 
-    def _is_batch_invariant(self) -> bool:
-        """Whether an item's bits are known to be the same in every batch: in 16 bits, on Hopper (TUNING.md)."""
+    def is_batch_invariant(self) -> bool:
+        """Return whether an item's bits are known to be the same in every batch: in 16 bits, on Hopper (TUNING.md)."""
         fast = isinstance(self.tower, FastTower) and self.tower.impl != "reference" and self.dtype != torch.float32
         return fast and self.device.type == "cuda" and torch.cuda.get_device_capability(self.device)[0] == 9
 

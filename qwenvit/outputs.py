@@ -2,11 +2,11 @@
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import cast, overload
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from qwenvit.config.vision_config import VisionConfig
 from qwenvit.exports.exportable import Exportable
 from qwenvit.exports.vllm import save_vllm_cache
+from qwenvit.pooling import PoolMode, check_pool_mode, mean_of_items, normalized
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,9 @@ class Embeddings(Exportable, Sequence[ItemEmbeddings]):
         grid_thw: `[items, 3]` int64 on the CPU: frame groups, rows and columns of *patches*.
         deepstack: packed `[tokens, out_hidden_size]` for each DeepStack block.
         config: the tower's config.
+        errors: why an input was skipped, by its position.
+        last_hidden_state: `[patches, hidden_size]` after the last block, in the tower's own order; None unless the
+            encoder was called with `keep_patches=True`.
     """
 
     def __init__(
@@ -140,11 +144,15 @@ class Embeddings(Exportable, Sequence[ItemEmbeddings]):
         video: bool = False,
         times: VideoTimes | None = None,
         skipped: Sequence[int] = (),
+        errors: Mapping[int, Exception] | None = None,
+        last_hidden_state: Tensor | None = None,
     ) -> None:
         self.packed = packed
         self.grid_thw = grid_thw
         self.deepstack = deepstack
         self.config = config
+        self.errors = dict(errors or {})
+        self.last_hidden_state = last_hidden_state
         grids = grid_thw.clone()
         grids[:, 1:] //= config.spatial_merge_size
         sizes = grids.prod(dim=1).tolist()
@@ -165,20 +173,56 @@ class Embeddings(Exportable, Sequence[ItemEmbeddings]):
         """
         if not parts or any(part.config != parts[0].config for part in parts):
             raise ValueError(f"parts: expected embeddings of one tower, got {len(parts)} parts")
-        skipped, start = [], 0
+        skipped: list[int] = []
+        errors: dict[int, Exception] = {}
+        start = 0
         for part in parts:
             skipped += [start + position for position, item in enumerate(part) if item is None]
+            errors |= {start + position: error for position, error in part.errors.items()}
             start += len(part)
         whole = [part for part in parts if len(part.grid_thw)] or parts
         layers = zip(*([part.packed, *part.deepstack] for part in whole), strict=True)
         packed, *deepstack = (layer[0] if len(layer) == 1 else torch.cat(layer) for layer in layers)
         grids = torch.cat([part.grid_thw for part in whole])
-        joined = cls(packed, grids, deepstack, parts[0].config, skipped=skipped)
+        states = [part.last_hidden_state for part in whole if part.last_hidden_state is not None]
+        patches = (states[0] if len(states) == 1 else torch.cat(states)) if len(states) == len(whole) else None
+        extras: dict[str, Any] = {"skipped": skipped, "errors": errors, "last_hidden_state": patches}
+        joined = cls(packed, grids, deepstack, parts[0].config, **extras)
         joined._items = [
             view and replace(view, is_video=item.is_video, times=item.times)
             for view, item in zip(joined._items, chain(*parts), strict=True)
         ]
         return joined
+
+    def pooled(self, mode: PoolMode = "mean", *, normalize: bool = False) -> Tensor:
+        """Return one vector for each image or video, computed on the device of the embeddings.
+
+        Equal images have equal vectors and similar ones similar vectors: they serve to find near-duplicates, to group
+        images and to train probes. They were not trained against text, so they do not rank images by a text query.
+        Every bit of a vector depends on its item's embeddings alone.
+
+        Args:
+            mode: `"mean"` averages the merged tokens, which are in the language model's space; `"patches"` averages
+                the patches after the last block, before the merger and its norm. They keep more of what the image
+                looks like, and a few of their channels may be far larger than the rest.
+            normalize: divide each vector by its length, so that dot products are cosines.
+
+        Returns:
+            `[items, out_hidden_size]`, or `[items, hidden_size]` of patches, float32. A skipped item has no row.
+
+        Raises:
+            ValueError: an unknown mode, or patches that were not kept: pass `keep_patches=True` to the encoder.
+        """
+        check_pool_mode(mode)
+        rows, sizes = self.packed, self.grid_thw.prod(1)
+        if mode == "mean":
+            sizes = sizes // self.config.merge_unit
+        elif self.last_hidden_state is None:
+            raise ValueError("mode: 'patches' needs the last block's states: pass keep_patches=True to the encoder")
+        else:
+            rows = self.last_hidden_state
+        vectors = mean_of_items(rows, sizes.tolist())
+        return normalized(vectors) if normalize else vectors
 
     def _items_to_export(self) -> list[ItemEmbeddings]:
         return self._items

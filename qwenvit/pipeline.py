@@ -7,23 +7,25 @@ does with the results overlap. The next batch is queued before the caller gets t
 import math
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from functools import cache
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
+from qwenvit.busy_clock import BusyClock
 from qwenvit.config.vision_config import VisionConfig
 from qwenvit.outputs import Embeddings, TowerOutput
 from qwenvit.plan.inputs import CheckedGrid, WritePixels, check_grid
 from qwenvit.preprocess.batching import BYTES_PER_BATCH, batches
-from qwenvit.preprocess.prefetch import WAITING, Prefetched
+from qwenvit.preprocess.prefetch import WAITING, Prefetched, prefetch
 from qwenvit.preprocess.prepared import Prepared
 
 BATCHES_IN_FLIGHT = 2
 """Batches that the GPU has not finished: one that runs, and one that it finds queued when it is done."""
 
+Item = TypeVar("Item")
 RunTower = Callable[[WritePixels, CheckedGrid], TowerOutput]
 OnError = Literal["raise", "skip"]
 
@@ -34,15 +36,36 @@ def check_on_error(on_error: OnError) -> None:
         raise ValueError(f"on_error: expected 'raise' or 'skip', got {on_error!r}")
 
 
-def handle_errors(images: Iterable[Prefetched[Prepared]], on_error: OnError) -> Iterator[Prefetched[Prepared]]:
-    """Raise the error of the first image that failed, or warn of each; raise what is no fault of an image."""
+def handle_errors(
+    images: Iterable[Prefetched[Prepared]], on_error: OnError | Literal["keep"]
+) -> Iterator[Prefetched[Prepared]]:
+    """Raise the error of the first image that failed, or warn of each, or keep them without a warning.
+
+    What is no fault of an image is raised in any case.
+    """
     for image in images:
         if image.error is not None:
             if on_error == "raise" or not isinstance(image.error, OSError | TypeError | ValueError):
                 raise image.error
-            # Without a registry, Python shows the same warning again in a later call.
-            warnings.warn_explicit(f"skipped {image.error}", UserWarning, __file__, 1, registry={})
-        yield image if image.error is None else image._replace(error=None)
+            if on_error == "skip":
+                # Without a registry, Python shows the same warning again in a later call.
+                warnings.warn_explicit(f"skipped {image.error}", UserWarning, __file__, 1, registry={})
+        yield image
+
+
+def prefetch_on_stream(
+    device: torch.device, items: Iterable[Item], prepare: Callable[[int, Item], Prepared], num_workers: int
+) -> Generator[Prefetched[Prepared]]:
+    """Prepare items in threads; what that does to tensors on the GPU follows the caller's own work on them."""
+    if device.type != "cuda":
+        return prefetch(items, prepare, num_workers, lambda one: one.num_bytes)
+
+    def prepare_on_stream(index: int, item: tuple[torch.cuda.Stream, Item]) -> Prepared:
+        with torch.cuda.stream(item[0]):
+            return prepare(index, item[1])
+
+    with_streams = ((torch.cuda.current_stream(device), item) for item in items)
+    return prefetch(with_streams, prepare_on_stream, num_workers, lambda one: one.num_bytes)
 
 
 def embed_batches(
@@ -53,6 +76,8 @@ def embed_batches(
     empty: Sequence[Tensor],
     max_patches: int,
     may_split: bool,
+    keep_patches: bool = False,
+    clock: BusyClock | None = None,
 ) -> Iterator[Embeddings]:
     """Yield the embeddings of images, a batch at a time, in order.
 
@@ -68,12 +93,15 @@ def embed_batches(
         max_patches: most patches of a batch.
         may_split: whether an item's bits are the same in every batch. Then images do not wait in a batch, or their
             embeddings on the GPU, for an image from a slow source.
+        keep_patches: keep the last block's states.
+        clock: measures how long the device works.
 
     Raises:
         ValueError: the current stream is being captured in a CUDA graph.
         OverflowError: the features exceed the range of float16.
     """
     streams = None
+    clock = clock or BusyClock(measures=False)
     if device.type == "cuda":
         if torch.cuda.is_current_stream_capturing():
             raise ValueError("encode has streams and graphs of its own: capture enc.tower(pixel_values, plan) in yours")
@@ -98,7 +126,7 @@ def embed_batches(
         if has_images := bool(batch):
             if len(unfinished) == BATCHES_IN_FLIGHT:
                 unfinished.popleft().synchronize()
-            launched.append(_launch(batch, run, config, empty, streams))
+            launched.append(_launch(batch, run, config, empty, streams, keep_patches, clock))
             if (done := launched[-1][1]) is not None:
                 unfinished.append(done)
         del batch  # its frames would stay in memory while the next are collected
@@ -127,14 +155,23 @@ def _upload(image: Prefetched[Prepared], device: torch.device, streams: Streams)
 
 
 def _launch(
-    batch: list[Prefetched[Prepared]], run: RunTower, config: VisionConfig, empty: Sequence[Tensor], streams: Streams
+    batch: list[Prefetched[Prepared]],
+    run: RunTower,
+    config: VisionConfig,
+    empty: Sequence[Tensor],
+    streams: Streams,
+    keep_patches: bool,
+    clock: BusyClock,
 ) -> tuple[Embeddings, torch.cuda.Event | None]:
     """Queue a batch, and return its embeddings and the event after which they are there."""
     prepared = [image.result for image in batch if image.result is not None]
     skipped = [position for position, image in enumerate(batch) if image.result is None]
+    errors = {position: image.error for position, image in enumerate(batch) if image.error is not None}
     if not prepared:
         no_grids = torch.empty(0, 3, dtype=torch.int64, device="cpu")
-        return Embeddings(empty[0], no_grids, list(empty[1:]), config, skipped=skipped), None
+        no_patches = empty[0].new_empty(0, config.hidden_size) if keep_patches else None
+        nothing = (empty[0], no_grids, list(empty[1:]), config)
+        return Embeddings(*nothing, skipped=skipped, errors=errors, last_hidden_state=no_patches), None
     grid = check_grid([one.grid for one in prepared], config.spatial_merge_size)
     patches = [math.prod(one.grid) for one in prepared]
 
@@ -145,23 +182,34 @@ def _launch(
     done = None
     with torch.no_grad():
         if streams is None:
-            output = run(write, grid)
+            with clock.on_host():
+                output = run(write, grid)
         else:
             copies, compute = streams
             compute.wait_stream(copies)
             compute.wait_stream(torch.cuda.current_stream(compute.device))  # the caller's tensors and weights
-            with torch.cuda.stream(compute):
+            with torch.cuda.stream(compute), clock.on_stream(compute):
                 output = run(write, grid)
             for one in prepared:
                 one.record_stream(compute)
             done = compute.record_event(torch.cuda.Event(blocking=True))
-        embeddings = Embeddings(output.pooler_output, grid.tensor, output.deepstack_features, config, skipped=skipped)
+        embeddings = Embeddings(
+            output.pooler_output,
+            grid.tensor,
+            output.deepstack_features,
+            config,
+            skipped=skipped,
+            errors=errors,
+            last_hidden_state=output.last_hidden_state if keep_patches else None,
+        )
     return embeddings, done
 
 
 def _hand_over(embeddings: Embeddings, done: torch.cuda.Event | None) -> Embeddings:
     """Let the caller's stream wait for the embeddings."""
-    layers = (embeddings.packed, *embeddings.deepstack)
+    layers = [embeddings.packed, *embeddings.deepstack]
+    if embeddings.last_hidden_state is not None:
+        layers.append(embeddings.last_hidden_state)
     if done is not None:
         stream = torch.cuda.current_stream(embeddings.packed.device)
         stream.wait_event(done)

@@ -666,7 +666,7 @@ def test_images_of_a_slow_source_do_not_wait_for_a_batch(demo, monkeypatch):
         return [len(drawn) - number for number, _ in enumerate(demo.iter_encode(source(), **SMALL_IMAGES), 1)]
 
     assert images_ahead() == [6 - number for number in range(1, 7)]  # one batch
-    monkeypatch.setattr(Encoder, "_is_batch_invariant", lambda _: True)
+    monkeypatch.setattr(Encoder, "is_batch_invariant", lambda _: True)
     assert max(images_ahead()) <= 2 * 4  # those in preparation
     for num_workers in (0, 1):
         drawn.clear()

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from qwenvit import pipeline
-from qwenvit.encoder import Encoder
 from qwenvit.outputs import TowerOutput
 from qwenvit.preprocess.prefetch import WAITING, Prefetched
 from support.towers import SMALL
@@ -179,5 +178,5 @@ def test_an_image_is_prepared_on_the_stream_that_was_current_when_it_was_drawn(c
     def prepare(_, name):
         return SimpleNamespace(num_bytes=1, drawn=name, prepared=cuda.current.name)
 
-    found = [one.result for one in Encoder._prefetch(SimpleNamespace(device=GPU), source(), prepare, 0)]
+    found = [one.result for one in pipeline.prefetch_on_stream(GPU, source(), prepare, 0)]
     assert [one.prepared for one in found] == [one.drawn for one in found] == ["caller", "other", "caller"]

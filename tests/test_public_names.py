@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKING = ("pack_qkv", "pack_gate_up", "pad_columns", "adjacent_pairs")
 TOP_LEVEL = (
     "encode",
+    "encode_dataset",
     "Encoder",
     "VisionConfig",
     "VisionAttention",
@@ -31,6 +32,7 @@ MODULES = {
     "qwenvit.packing": PACKING,
     "qwenvit.registry": ("PUBLISHED", "published_config"),
     "qwenvit.config": ("VisionConfig",),
+    "qwenvit.integrations.ray_data": ("EmbedImages", "embed_dataset"),
     "qwenvit.integrations.transformers": ("use_attention", "use_qwenvit", "use_rope_index", "use_tower"),
 }
 

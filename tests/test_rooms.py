@@ -13,7 +13,9 @@ BASE = {"arguments", "config"}
 BELOW_THE_TOP = {"plan", "ops", "preprocess", "towers", "graphs", "mrope", "weights", "outputs"}
 ALLOWED = {
     "arguments": set(),
-    "outputs": {"config", "exports"},
+    "busy_clock": set(),
+    "pooling": set(),
+    "outputs": {"config", "exports", "pooling"},
     "exports": {"config", "outputs", "weights"},
     "parity": set(),
     "config": {"arguments"},
@@ -23,16 +25,23 @@ ALLOWED = {
     "towers": BASE | {"plan", "ops", "outputs", "weights"},
     "graphs": BASE | {"plan", "ops", "outputs", "towers"},
     "mrope": BASE | {"ops"},
-    "pipeline": BASE | {"plan", "preprocess", "outputs"},
+    "pipeline": BASE | {"plan", "preprocess", "outputs", "busy_clock"},
+    "video_input": {"preprocess", "outputs"},
     "embedding_file": {"config", "outputs", "weights"},
-    "encoder": BASE | BELOW_THE_TOP | {"pipeline"},
+    "encoder": BASE | BELOW_THE_TOP | {"pipeline", "busy_clock", "video_input"},
+    "item_stream": BASE | {"encoder", "pipeline", "preprocess", "outputs", "busy_clock"},
     "default_encoder": BASE | BELOW_THE_TOP | {"encoder", "pipeline"},
     "packing": {"ops"},
     "registry": {"config"},
-    "integrations": BASE | BELOW_THE_TOP | {"encoder", "default_encoder", "__version__"},
-    "cli": BASE | BELOW_THE_TOP | {"encoder", "default_encoder", "embedding_file", "__version__"},
+    "integrations": BASE
+    | BELOW_THE_TOP
+    | {"encoder", "default_encoder", "datasets", "busy_clock", "pooling", "__version__"},
+    "datasets": BASE | BELOW_THE_TOP | {"encoder", "item_stream", "busy_clock", "pooling", "pipeline", "__version__"},
+    "cli": BASE | BELOW_THE_TOP | {"encoder", "default_encoder", "datasets", "item_stream", "__version__"},
     "__main__": {"cli"},
-    "__init__": BASE | BELOW_THE_TOP | {"encoder", "default_encoder", "embedding_file", "packing", "registry"},
+    "__init__": BASE
+    | BELOW_THE_TOP
+    | {"encoder", "default_encoder", "embedding_file", "packing", "registry", "datasets"},
     "kernels": set(),
     "weights": set(),
 }
@@ -46,6 +55,7 @@ SCRIPTS = {
     "kernel_bench": {"peers", "common"},
     "peers": {"common"},
     "common": set(),
+    "examples": set(),
 }
 FOREIGN = {
     "kernels": {"torch", "triton"},

@@ -14,9 +14,14 @@ MODEL_HELP = (
     "(qwen2_5_vl-7b), or 'demo' for the embedded tower of random weights"
 )
 
+OVERWRITE_HELP = (
+    "start anew where the folder's rows have other settings; replace a file, even one with more images. Rows of the "
+    "same settings stay: to encode an image again, remove its shard"
+)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return 0 (success), 1 (failure) or 130 (interrupted). Wrong usage exits with 2."""
+    """Run the command line; return 0 (success), 1 (failure) or 128 + the signal. Wrong usage exits with 2."""
     arguments = _parser().parse_args(argv)
     from qwenvit.cli.commands import run  # not at the top: torch takes seconds to import, and --help needs none of it
 
@@ -58,18 +63,50 @@ def _parser() -> argparse.ArgumentParser:
         "encode",
         parents=[tower, pixels],
         help="images in, embeddings out",
-        description="Embed image files. Prints each image's grid of tokens (rows x columns), their number, the time "
-        "and the mean norm of its tokens.",
-        epilog="The .safetensors file has NAME/tokens and NAME/deepstack.K for every image, and the grids and the "
-        "tower's config in its metadata. With a folder as output, every image gets a file of its own. "
-        "qwenvit.load_embeddings reads both.",
+        description="Embed image files, folders, tar archives, parquet files and videos. A folder as output gets "
+        "numbered shards, a manifest and errors.jsonl; the same command continues after any interruption. A file gets "
+        "the embeddings of a few images, and the command prints each image's grid of tokens (rows x columns), their "
+        "number, the time and the mean norm of its tokens.",
+        epilog="Exit codes: 0, all images are encoded; 1, some failed, or an error; 130, 143 and 129, stopped by "
+        "SIGINT, SIGTERM and SIGHUP with what was encoded kept. qwenvit/datasets/README.md describes the output; "
+        "qwenvit.load_embeddings reads .safetensors files.",
     )
     command.add_argument(
-        "inputs", nargs="+", type=Path, metavar="FILE_OR_FOLDER", help="folders are searched recursively"
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        help="images; folders, searched recursively; quoted patterns ('2024/**/*.jpg'); .tar; .parquet; - for a list "
+        "of paths on standard input, one a line or separated by null bytes",
     )
     target = Path("embeddings.safetensors")
-    command.add_argument("-o", "--output", type=Path, default=target, help="file or folder (default: %(default)s)")
+    command.add_argument(
+        "-o", "--output", type=Path, default=target, help="a folder, or a file *.safetensors (default: %(default)s)"
+    )
     command.add_argument("-m", "--model", default=DEFAULT_MODEL, help=f"{MODEL_HELP} (default: %(default)s)")
+    command.add_argument("--resize", choices=["torch", "pillow"], help="whose arithmetic; default: the checkpoint's")
+    command.add_argument("--decode", choices=["pillow", "nvjpeg"], default="pillow", help="default: %(default)s")
+    command.add_argument("--workers", type=int, metavar="N", help="threads that decode, for each device (default: 4)")
+    command.add_argument("--video", action="store_true", help="also take video files (needs PyAV)")
+    command.add_argument("--image-column", metavar="NAME", help="the column of parquet files; needed for one of paths")
+    command.add_argument("--verify", action="store_true", help="tell changed inputs by hash, not by size and time")
+    command.add_argument("--overwrite", action="store_true", help=OVERWRITE_HELP)
+    talk = command.add_mutually_exclusive_group()
+    talk.add_argument("-q", "--quiet", action="store_true", help="print only errors and the summary")
+    talk.add_argument("-v", "--verbose", action="store_true", help="print a line for every image and every error")
+    shards = command.add_argument_group("with a folder as output")
+    shards.add_argument("--format", choices=["safetensors", "parquet", "npy"], default="safetensors")
+    shards.add_argument(
+        "--pool",
+        choices=["none", "mean", "patches"],
+        help="one vector an image: the mean of its tokens, or of its patches after the last block",
+    )
+    shards.add_argument("--normalize", action="store_true", help="divide vectors by their length")
+    shards.add_argument("--no-tokens", dest="tokens", action="store_false", help="write vectors only")
+    shards.add_argument("--shard-images", type=int, default=10_000, metavar="N", help="default: %(default)s")
+    shards.add_argument(
+        "--shard-bytes", type=_bytes, default=2**30, metavar="SIZE", help="such as 512M or 4G (default: 1G)"
+    )
+    shards.add_argument("--devices", metavar="LIST", help="a process for each: 0,1 or cuda:0,cuda:1 or all")
 
     command = subcommands.add_parser(
         "info",
@@ -105,6 +142,16 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("-m", "--model", default=DEFAULT_MODEL, help=f"{MODEL_HELP} (default: %(default)s)")
     command.add_argument("--map-only", action="store_true", help="the map without the image beside it")
     return parser
+
+
+def _bytes(text: str) -> int:
+    units = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+    number = text.upper().removesuffix("B").removesuffix("I").rstrip("KMGT")
+    unit = text.upper().removesuffix("B").removesuffix("I")[len(number) :]
+    try:
+        return int(float(number) * 2 ** units[unit])
+    except (KeyError, OverflowError, ValueError):
+        raise argparse.ArgumentTypeError(f"expected a size such as 512M or 4G, got {text!r}") from None
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -215,15 +215,15 @@ class ImagePreparer:
     channels: Channels
     do_rescale: bool
 
-    def __call__(self, index: int, image: ImageInput) -> Prepared:
-        """Open `images[index]`.
+    def __call__(self, index: int | None, image: ImageInput) -> Prepared:
+        """Open `images[index]`, or an image that has no number.
 
         Raises:
             TypeError: an image of a type or dtype that is not supported.
             ValueError: an image that cannot be used.
             OSError: a file that cannot be read.
         """
-        processor, name = self.processor, f"images[{index}]"
+        processor, name = self.processor, "image" if index is None else f"images[{index}]"
         opened = open_image(
             image,
             channels=self.channels,

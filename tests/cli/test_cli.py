@@ -49,13 +49,6 @@ def test_encode_writes_what_the_library_returns(capsys, photos, tmp_path):
     assert grids == {"a.png": list(expected[0].grid), "trip/b.jpg": list(expected[1].grid)}
 
 
-def test_encode_into_a_folder_writes_one_file_an_image(capsys, photos, tmp_path):
-    code, _, _ = run(capsys, "encode", photos, "-m", "demo", "--max-pixels", 65536, "-o", tmp_path / "out")
-    assert code == 0
-    assert load_file(tmp_path / "out" / "trip" / "b.jpg.safetensors").keys() >= {"tokens", "deepstack.0"}
-    assert len(load_file(tmp_path / "out" / "a.png.safetensors")["tokens"]) <= 64
-
-
 @pytest.mark.parametrize(("bound", "most"), [(("--max-tokens", 20), 20), (("--max-pixels", 50_000), 48)])
 def test_an_upper_bound_alone_may_be_below_the_lower_one(capsys, photos, tmp_path, bound, most):
     target = tmp_path / "out.safetensors"

@@ -11,9 +11,8 @@ from safetensors.torch import load_file, save_file
 
 import qwenvit
 from qwenvit import cli
-from qwenvit.embedding_file import save_embeddings
 from qwenvit.outputs import VideoTimes
-from support.embeddings import embeddings
+from support.embeddings import embeddings, save_embeddings
 from support.towers import SMALL
 
 
@@ -54,7 +53,7 @@ def test_every_family_images_and_videos(tmp_path, family, dtype):
     video = embeddings([(2, 4, 4)], SMALL[family], dtype, video=True, times=times)[0]
     unknown = embeddings([(1, 4, 4)], SMALL[family], dtype, video=True)[0]
     items = {"a": images[0], "b/c": images[1], "clip": video, "frames": unknown}
-    save_embeddings(tmp_path / "all.safetensors", items, "somewhere")
+    save_embeddings(tmp_path / "all.safetensors", items)
     same(qwenvit.load_embeddings(tmp_path / "all.safetensors"), items)
 
 
@@ -76,7 +75,7 @@ def test_a_named_pipe_is_refused_without_waiting(tmp_path):
 
 def test_metadata_that_means_two_things_is_refused(tmp_path):
     path = tmp_path / "a.safetensors"
-    save_embeddings(path, {"a": embeddings()[0]}, "somewhere")
+    save_embeddings(path, {"a": embeddings()[0]})
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     grids = metadata["grids"].removesuffix("}") + ', "a": [1, 2, 2]}'
@@ -99,7 +98,7 @@ def test_other_files_are_refused(tmp_path):
     path.write_bytes(b"no safetensors")
     with pytest.raises(ValueError, match="expected a file of `qwenvit encode`"):
         qwenvit.load_embeddings(path)
-    save_embeddings(path, {"a": embeddings()[0]}, "somewhere")
+    save_embeddings(path, {"a": embeddings()[0]})
     assert len(load_file(path)) == 4
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(ValueError, match="expected a file of `qwenvit encode`"):

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
 
 import qwenvit
-from qwenvit.embedding_file import save_embeddings
+from support.embeddings import save_embeddings
 from support.pinned import needs_pinned_transformers
 from support.tiny_models import IMAGE, VIDEO, VISION_END, VISION_START
 from support.whole_models import encoder_of, whole_model
@@ -70,7 +70,7 @@ def test_the_snippets(tmp_path, monkeypatch):
         "folder": tmp_path / "shared",
     }
     cat = enc.encode(images[0])[0]
-    save_embeddings(Path("out.safetensors"), {"cat.jpg": cat}, "somewhere")
+    save_embeddings(Path("out.safetensors"), {"cat.jpg": cat})
     assert len(SNIPPETS) == 2
     for snippet in SNIPPETS:
         exec(snippet, names)

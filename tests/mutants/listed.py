@@ -248,7 +248,87 @@ MUTANTS = [
         ("_check_placeholders", "if left := sum(runs):", "if left := 0:"),
     ),
     *_mutants(
-        "qwenvit/cli/commands.py", "tests/cli/test_cli.py",
-        ("_image_files", "p.suffix.lower() in SUFFIXES", "p.suffix in SUFFIXES"),
+        "qwenvit/datasets/find.py", "tests/datasets/test_find.py",
+        ("Records._kind", "os.path.basename(candidate.path).lower()", "os.path.basename(candidate.path)"),
+        ("Records._survey", "if not names.add(unicode_name(candidate.name)):", "if False:"),
+    ),
+    *_mutants(
+        "qwenvit/datasets/files.py", "tests/datasets/test_files.py",
+        ("_entries", "names.sort()", "pass"),
+        ("_name_matches", '(name[0] != "." or pattern[0] == ".")', "True"),
+    ),
+    *_mutants(
+        "qwenvit/datasets/archives.py", "tests/datasets/test_archives.py",
+        ("_members", "if blocks.last != bytes(tarfile.BLOCKSIZE):", "if False:"),
+        ("read_archive", 'f"{archive_stamp}-{member.offset_data}"', "archive_stamp"),
+    ),
+    *_mutants(
+        "qwenvit/datasets/tables.py", "tests/datasets/test_tables.py",
+        ("_content", 'if cell.get("bytes") is None else', 'if not cell.get("bytes") else'),
+    ),
+    *_mutants(
+        "qwenvit/cli/single_file.py", "tests/cli/test_encode_job.py",
+        ("_publish", "if encoded < existing:", "if False:"),
+    ),
+    *_mutants(
+        "qwenvit/pooling.py", "tests/test_pooling.py",
+        ("_sums", "* (size % CHUNK_ROWS > 0)", "* (size % CHUNK_ROWS > 1)"),
+        ("mean_of_items", "_sums(rows.float(), sizes)", "_sums(rows, sizes)"),
+    ),
+    *_mutants(
+        "qwenvit/outputs.py", "tests/test_pooling.py",
+        ("Embeddings.pooled", "sizes // self.config.merge_unit", "sizes // 1"),
+        ("Embeddings.concatenate", "errors |= {start + position: error", "errors |= {position: error"),
+    ),
+    *_mutants(
+        "qwenvit/busy_clock.py", "tests/test_item_stream.py",
+        ("BusyClock.on_host", "self._seconds += ", "self._seconds = "),
+    ),
+    *_mutants(
+        "qwenvit/datasets/formats/safetensors.py", "tests/datasets/test_shard_formats.py",
+        ("SafetensorsShard.finish", "padding := -self._written % 4", "padding := 0"),
+        ("SafetensorsShard.finish", "self._written if self._layout.has_tokens else 0", "0"),
+        ("SafetensorsShard._grow", "range(self._written, 0, -BLOCK)", "range(self._written, BLOCK, -BLOCK)"),
+        ("SafetensorsShard._grow", "min(self._reserve * RESERVE_GROWTH, 2 * FULL_HEADER_BYTES)", "self._reserve * 8"),
+    ),
+    *_mutants(
+        "qwenvit/datasets/formats/parquet.py", "tests/datasets/test_shard_formats.py",
+        ("row_of", "item.pooled.numpy().copy()", "item.pooled.numpy()"),
+        ("row_of", "bytes(bytes_of(item.tokens))", "bytes_of(item.tokens)"),
+    ),
+    *_mutants(
+        "qwenvit/datasets/formats/npy.py", "tests/datasets/test_shard_formats.py",
+        ("NpyShard.finish", "(HEAD_BYTES - 10)", "(HEAD_BYTES - 9)"),
+    ),
+    *_mutants(
+        "qwenvit/datasets/shard_folder.py", "tests/datasets/test_job_kill.py",
+        ("ShardFile.finish", "publish(self._index)\n        publish(self._shard)",
+         "publish(self._shard)\n        publish(self._index)"),
+        ("drop_unfinished", 'if not (folder / f"{stem}{suffix}").exists():', "if False:"),
+    ),
+    *_mutants(
+        "qwenvit/datasets/signals.py", "tests/datasets/test_job_kill.py",
+        ("StopSignals._handle", "elif signum == signal.SIGINT:", "elif False:"),
+    ),
+    *_mutants(
+        "qwenvit/datasets/ledger.py", "tests/datasets/test_job.py",
+        ("Ledger.begin", "manifest.check_settings(resolved.settings)", "pass"),
+        ("Ledger.undone", "elif self._done.has_id(record.id):", "elif False:"),
+        ("Ledger.end", "self._failures.end_of_inputs()", "pass"),
+    ),
+    *_mutants(
+        "qwenvit/datasets/shard_stream.py", "tests/datasets/test_job.py tests/datasets/test_job_disk.py",
+        ("ShardStream._write", "self._bytes + item.num_bytes", "self._bytes"),
+        ("ShardStream._fail", "self._file.abandon()", "pass"),
+    ),
+    *_mutants(
+        "qwenvit/datasets/embed.py", "tests/datasets/test_job.py",
+        ("copy_batch", "row + 1", "row"),
+        ("copy_batch", "first + size, row", "first, row"),
+        ("_embed_images", "pending.append(record)", "pass"),
+    ),
+    *_mutants(
+        "qwenvit/datasets/lock.py", "tests/datasets/test_job.py",
+        ("_try_lock", "return False", "return True"),
     ),
 ]  # fmt: skip

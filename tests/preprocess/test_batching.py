@@ -99,3 +99,10 @@ def test_a_batch_ends_where_a_slow_source_is_waited_for():
     one = Prefetched(0, SimpleNamespace(grid=(1, 2, 2), num_bytes=1), None)
     found = list(batches([one, one, WAITING, WAITING, one], 100, 100))
     assert found == [[one, one], [], [], [one]]
+
+
+def test_a_run_of_failed_images_ends_batches_early():
+    """Whoever reads a job's errors does not wait for thousands of them."""
+    failed = [Prefetched(number, None, ValueError("broken")) for number in range(600)]
+    sizes = [len(batch) for batch in batches(failed, 100, 100)]
+    assert sizes == [256, 256, 88]
