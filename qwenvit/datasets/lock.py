@@ -20,8 +20,8 @@ class FolderLock:
     """A lock that the system gives back when the last process that has it is gone, however it died.
 
     A lock file that a dead job left behind keeps nobody out. The file names the job that has the lock. Where the file
-    system has no locks, nothing keeps two jobs apart, and a warning says so. Windows has no `fcntl`: there nothing keeps
-    them apart, and nothing warns.
+    system has no locks, nothing keeps two jobs apart, and a warning says so. On Windows, which has no `fcntl`, nothing
+    keeps them apart either, without a warning.
 
     Attributes:
         descriptor: the open lock file; a worker process that inherits it has the lock too.

@@ -71,6 +71,7 @@ def test_two_processes_write_the_rows_of_one(whole, tmp_path):
     assert run_job(pictures, tmp_path / "out").counts == manifest.counts  # one device continues the work of two
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_all_with_their_shards(whole, tmp_path, signum):
     pictures, expected = whole
@@ -87,6 +88,7 @@ def test_a_signal_ends_all_with_their_shards(whole, tmp_path, signum):
     assert rows_of(tmp_path) == expected
 
 
+@pytest.mark.long
 def test_workers_end_with_the_parent_and_lose_no_whole_shard(whole, tmp_path):
     pictures, expected = whole
     job = start_job(pictures, tmp_path, **TWO)
@@ -126,6 +128,7 @@ def test_a_worker_that_dies_ends_the_job_with_an_error(whole, tmp_path):
     assert rows_of(tmp_path) == expected
 
 
+@pytest.mark.long
 def test_an_error_of_a_worker_is_the_jobs(whole, tmp_path):
     with pytest.raises(ValueError, match="device: 'warp' cannot be used"):
         run_job(whole[0], tmp_path, devices="cpu,warp")
@@ -135,6 +138,7 @@ def test_an_error_of_a_worker_is_the_jobs(whole, tmp_path):
     assert not (tmp_path / "manifest.json").exists()
 
 
+@pytest.mark.long
 def test_an_error_of_the_inputs_comes_after_the_shards(whole, tmp_path, monkeypatch):
     pictures, _ = whole
     find = job_module.find_records
