@@ -71,7 +71,7 @@ def test_fetch_once_then_encode_without_the_network(served, tmp_path):
     enc = Encoder.from_pretrained(tmp_path / "tower", device="cpu")
     pixel_values, grid = enc.image_processor(image)
     assert grid.prod() * 16 * 16 <= 100_000  # the repository's own preprocessor_config.json counts
-    tokens = load_file(tmp_path / "out" / "image.png.safetensors")["tokens"]
+    tokens = load_file(tmp_path / "out" / "00000.safetensors")["image.png/tokens"]
     torch.testing.assert_close(tokens, forward(tower, pixel_values, grid)[1], rtol=1e-4, atol=1e-4)
 
 
