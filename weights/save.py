@@ -68,11 +68,11 @@ def write_safetensors(
         raise type(error)(error.errno, error.strerror, str(target)) from error  # not the temporary name
     finally:
         temporary.unlink(missing_ok=True)
-    _sync_folder(target.parent)
+    sync_folder(target.parent)
 
 
-def _sync_folder(folder: Path) -> None:
-    """Bring a new name in `folder` to the disk, so that a power failure does not bring the old file back."""
+def sync_folder(folder: Path) -> None:
+    """Bring the names in `folder` to the disk, so that a power failure does not bring the old files back."""
     if os.name == "posix":
         # Some file systems cannot do this for a folder. The file itself is whole in any case.
         with suppress(OSError):

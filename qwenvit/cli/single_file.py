@@ -23,7 +23,6 @@ from safetensors import SafetensorError, safe_open
 
 from qwenvit.cli.loading import CommandError, load, pixel_bounds
 from qwenvit.cli.terminal import one_line, printable, say
-from qwenvit.datasets.atomic import sync_folder
 from qwenvit.datasets.embed import TOO_MUCH
 from qwenvit.datasets.find import Records, find_records
 from qwenvit.datasets.formats import open_writer
@@ -34,6 +33,7 @@ from qwenvit.encoder import Encoder
 from qwenvit.item_stream import encode_stream
 from qwenvit.outputs import ItemEmbeddings
 from qwenvit.weights.header import read_header
+from qwenvit.weights.save import sync_folder
 
 HANDFUL = 64
 """Up to so many images are encoded one at a time, so that the table has the time of each; more go in batches."""

@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
+from qwenvit.weights.save import sync_folder
+
 PARTIAL = ".partial"
 """What the name of a file ends with until it is whole."""
 
@@ -39,14 +41,3 @@ def write_atomically(path: Path, lines: Iterable[str]) -> None:
         if isinstance(error, OSError) and error.errno is not None:
             raise type(error)(error.errno, error.strerror, str(path)) from error  # not the temporary name
         raise
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk, where the file system can do this."""
-    if os.name == "posix":
-        with suppress(OSError):
-            descriptor = os.open(folder, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)

@@ -18,9 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwenvit.datasets import failures, manifest
-from qwenvit.datasets.atomic import PARTIAL, partial_path, publish, sync_folder
+from qwenvit.datasets.atomic import PARTIAL, partial_path, publish
 from qwenvit.datasets.digests import digest_of
 from qwenvit.datasets.formats import SUFFIXES
+from qwenvit.weights.save import sync_folder
 
 INDEX_SUFFIX = ".index.jsonl"
 _NUMBERED = re.compile(r"(\d{5,})(\.[a-z.]+)")
