@@ -75,7 +75,10 @@ def no_cuda(monkeypatch):
 
 
 def cpu_tower(impl="triton", dtype=torch.bfloat16):
-    return FastTower(narrow("qwen2_vl", depth=1, intermediate_size=320, out_hidden_size=8), impl).to(dtype)
+    """Return a small tower with weights: those of a new one are whatever was in memory, at times NaN."""
+    tower = FastTower(narrow("qwen2_vl", depth=1, intermediate_size=320, out_hidden_size=8), impl)
+    tower.load_state_dict(ReferenceTower(tower.config).state_dict())
+    return tower.to(dtype)
 
 
 def pretend_captured(graphs, grid):
@@ -353,7 +356,6 @@ def test_a_batch_too_large_for_a_graph_takes_pixel_values_or_a_callable(no_cuda,
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda table: table)
     monkeypatch.setattr(graphed_tower, "MAX_GRAPH_PATCHES", 8)
     tower = cpu_tower(impl="reference")
-    tower.load_state_dict(ReferenceTower(tower.config).state_dict())
     grid, pixels = [[1, 4, 4], [1, 2, 6]], torch.randn(28, tower.config.patch_dim)
     expected = tower(pixels, GridPlan.build(grid, tower.config, "cpu"))
     for pixel_values in (pixels, lambda rows: rows.copy_(pixels)):
