@@ -11,10 +11,9 @@ import secrets
 import signal
 import sys
 import time
-from collections import deque
 from collections.abc import Generator, Iterator
 from contextlib import closing
-from itertools import chain, groupby
+from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,14 +22,14 @@ from safetensors import SafetensorError, safe_open
 
 from qwenvit.cli.loading import CommandError, load, pixel_bounds
 from qwenvit.cli.terminal import one_line, printable, say
-from qwenvit.datasets.embed import TOO_MUCH
 from qwenvit.datasets.find import Records, find_records
 from qwenvit.datasets.formats import open_writer
+from qwenvit.datasets.image_batches import embed_in_batches
 from qwenvit.datasets.item import EncodedItem, ShardLayout
 from qwenvit.datasets.record import Record
 from qwenvit.datasets.signals import Interrupted, StopSignals
 from qwenvit.encoder import Encoder
-from qwenvit.item_stream import encode_stream
+from qwenvit.item_stream import EncodedBatch
 from qwenvit.outputs import ItemEmbeddings
 from qwenvit.weights.header import read_header
 from qwenvit.weights.save import sync_folder
@@ -172,35 +171,18 @@ def _until_interrupted(results: Generator[Result], signals: StopSignals) -> Gene
 
 def _encode_batches(
     encoder: Encoder, records: Iterator[Record], options: dict[str, Any], workers: int | None
-) -> Generator[Result]:
-    """Encode images a batch at a time; after an error of a whole batch, one by one those that were waiting."""
-    max_patches = 1 if encoder.device.type == "cpu" else None  # there, a batch of one is as fast as any
-    pending: deque[Record] = deque()
+) -> Iterator[Result]:
+    def results_of(batch: EncodedBatch[Record]) -> list[Result]:
+        pairs = zip(batch.items, batch.embeddings, strict=True)
+        return [(record, batch.embeddings.errors.get(i, item), None) for i, (record, item) in enumerate(pairs)]
 
-    def drawn(first: Record) -> Iterator[Record]:
-        for record in chain([first], records):
-            pending.append(record)
-            yield record
+    def encode_alone(record: Record) -> list[Result]:
+        return [_encode_one(encoder, record, options)]
 
-    for first in records:  # once, unless a batch is too much
-        too_much = False
-        stream = encode_stream(
-            encoder, drawn(first), Record.open, num_workers=workers, max_patches=max_patches, **options
-        )
-        with closing(stream):
-            try:
-                for batch in stream:
-                    for position, (record, item) in enumerate(zip(batch.items, batch.embeddings, strict=True)):
-                        pending.popleft()
-                        yield record, batch.embeddings.errors.get(position, item), None
-            except TOO_MUCH:
-                too_much = True
-        del stream
-        if too_much:  # no longer in the except block: the error's frames would keep the batch on the device
-            if encoder.device.type == "cuda":
-                torch.cuda.empty_cache()
-            while pending:
-                yield _encode_one(encoder, pending.popleft(), options)
+    batches = embed_in_batches(encoder, records, results_of, encode_alone, num_workers=workers, **options)
+    with closing(batches):
+        for results in batches:
+            yield from results
 
 
 def _encode_one(encoder: Encoder, record: Record, options: dict[str, Any]) -> Result:

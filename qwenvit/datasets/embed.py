@@ -1,27 +1,25 @@
 """Records through an encoder: a batch at a time, with the reason of each record that fails."""
 
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import chain, groupby
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qwenvit.busy_clock import BusyClock
+from qwenvit.datasets.image_batches import TOO_MUCH, embed_in_batches
 from qwenvit.datasets.item import EncodedItem
 from qwenvit.datasets.options import JobOptions
 from qwenvit.datasets.progress import ItemReport
 from qwenvit.datasets.record import Record
 from qwenvit.datasets.shard_stream import CopiedBatch
 from qwenvit.encoder import Encoder
-from qwenvit.item_stream import encode_stream
+from qwenvit.item_stream import EncodedBatch, encode_stream
 from qwenvit.outputs import Embeddings
 
-TOO_MUCH = (torch.OutOfMemoryError, MemoryError, OverflowError)
-"""What one image of a batch may do to the whole batch."""
 OF_THE_ITEM = (*TOO_MUCH, OSError, TypeError, ValueError)
 
 
@@ -46,9 +44,7 @@ def embed_records(
         options: the job's.
         clock: adds up how long the device works.
     """
-    # An image's bits must not depend on where a run was interrupted. On a CPU, a batch of one is as fast as any.
-    max_patches = 1 if encoder.device.type == "cpu" else None
-    stream: dict[str, Any] = {"max_patches": max_patches, "keep_patches": options.pool == "patches", "clock": clock}
+    stream: dict[str, Any] = {"keep_patches": options.pool == "patches", "clock": clock}
     stream |= {"num_workers": options.num_workers, "decode": options.decode, **options.image}
     for is_video, group in groupby(records, key=lambda record: record.is_video):
         if is_video:
@@ -61,33 +57,13 @@ def embed_records(
 def _embed_images(
     encoder: Encoder, records: Iterator[Record], options: JobOptions, stream: dict[str, Any]
 ) -> Iterator[Outcome]:
-    pending: deque[Record] = deque()
+    def convert(batch: EncodedBatch[Record]) -> Outcome:
+        return copy_batch(batch.items, batch.embeddings, options)
 
-    def drawn(first: Record) -> Iterator[Record]:
-        for record in chain([first], records):
-            pending.append(record)
-            yield record
+    def embed_alone(record: Record) -> Outcome:
+        return _one(record, options, lambda: _embed_alone(encoder, record, stream))
 
-    for first in records:  # once, unless a batch needs too much memory
-        too_much = False
-        batches = encode_stream(encoder, drawn(first), Record.open, **stream)
-        with closing(batches):
-            try:
-                for batch in batches:
-                    outcome = copy_batch(batch.items, batch.embeddings, options)
-                    for _ in batch.items:
-                        pending.popleft()
-                    del batch
-                    yield outcome
-            except TOO_MUCH:
-                too_much = True
-        del batches
-        if too_much:  # no longer in the except block: the error's frames would keep the batch on the device
-            if encoder.device.type == "cuda":
-                torch.cuda.empty_cache()
-            while pending:  # which of them is too much?
-                record = pending.popleft()
-                yield _one(record, options, lambda record=record: _embed_alone(encoder, record, stream))  # type: ignore[misc]
+    return embed_in_batches(encoder, records, convert, embed_alone, **stream)
 
 
 def _embed_alone(encoder: Encoder, record: Record, stream: dict[str, Any]) -> Embeddings:

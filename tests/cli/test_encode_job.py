@@ -18,6 +18,7 @@ import qwenvit
 from qwenvit import cli
 from qwenvit.cli import encode as encode_module
 from qwenvit.cli import single_file
+from qwenvit.datasets import image_batches
 
 pytestmark = pytest.mark.filterwarnings("ignore:model='demo'")
 BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
@@ -298,7 +299,7 @@ def test_more_than_a_handful_of_images_go_into_one_file_in_batches(capsys, photo
 @pytest.mark.parametrize("error", [OverflowError, MemoryError, torch.OutOfMemoryError])
 def test_a_batch_that_is_too_much_for_one_file_is_encoded_one_by_one(capsys, photos, tmp_path, monkeypatch, error):
     monkeypatch.setattr(single_file, "HANDFUL", 2)
-    stream, encode, alone = single_file.encode_stream, qwenvit.Encoder.encode, []
+    stream, encode, alone = image_batches.encode_stream, qwenvit.Encoder.encode, []
 
     def too_much(encoder, items, *arguments, **options):
         drawn = list(items)
@@ -311,7 +312,7 @@ def test_a_batch_that_is_too_much_for_one_file_is_encoded_one_by_one(capsys, pho
             raise error("too much")
         return encode(self, image, **options)
 
-    monkeypatch.setattr(single_file, "encode_stream", too_much)
+    monkeypatch.setattr(image_batches, "encode_stream", too_much)
     monkeypatch.setattr(qwenvit.Encoder, "encode", one)
     code, _, err = run(capsys, photos, "-o", tmp_path / "out.safetensors")
     assert code == 1

@@ -325,7 +325,11 @@ MUTANTS = [
         "qwenvit/datasets/embed.py", "tests/datasets/test_job.py",
         ("copy_batch", "row + 1", "row"),
         ("copy_batch", "first + size, row", "first, row"),
-        ("_embed_images", "pending.append(record)", "pass"),
+    ),
+    *_mutants(
+        "qwenvit/datasets/image_batches.py", "tests/datasets/test_job.py tests/cli",
+        ("embed_in_batches", "pending.append(record)", "pass"),
+        ("embed_in_batches", "for _ in batch.items:", "for _ in ():"),
     ),
     *_mutants(
         "qwenvit/datasets/lock.py", "tests/datasets/test_job.py",
