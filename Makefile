@@ -28,7 +28,7 @@ demo: $(VENV)/qwenvit
 	$(VENV)/bin/qwenvit picture scripts/pictures/landscape.png --model demo --output demo-output/features.png
 
 test: $(VENV)/test
-	$(VENV)/bin/python -m pytest -n auto -m "not long"
+	$(VENV)/bin/python -m pytest -n auto -m "not long" --durations=30
 
 test-all: $(VENV)/test
 	$(VENV)/bin/python -m pytest -n auto

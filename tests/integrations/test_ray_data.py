@@ -99,24 +99,20 @@ def check(rows, local_rows):
             assert row == expected, row["id"]
 
 
-@pytest.mark.parametrize("killed", [False, True])
-def test_rows_are_those_of_a_local_job(cluster, photos, local_rows, tmp_path, monkeypatch, killed):
+def test_rows_are_those_of_a_local_job_though_a_worker_is_killed(cluster, photos, local_rows, tmp_path, monkeypatch):
     marker = tmp_path / "killed"
-    options = dict(OPTIONS)
-    if killed:
-        ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this module
-        monkeypatch.setattr(ray_data, "EmbedImages", KilledOnce)
-        options["marker"] = str(marker)
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this module
+    monkeypatch.setattr(ray_data, "EmbedImages", KilledOnce)
     images = ray.data.read_binary_files(str(photos), include_paths=True, override_num_blocks=6)
     arguments = {"model": "demo", "root": str(photos), "concurrency": 2, "num_gpus": 0, "batch_size": 4}
-    found = ray_data.embed_dataset(images, str(tmp_path / "out"), **arguments, **options)
-    assert marker.exists() == killed
+    arguments |= OPTIONS | {"marker": str(marker)}
+    found = ray_data.embed_dataset(images, str(tmp_path / "out"), **arguments)
+    assert marker.exists()
     check(found.take_all(), local_rows)
     files = list((tmp_path / "out").glob("*.parquet"))
     check([row for file in files for row in pq.read_table(file).to_pylist()], local_rows)
-    if not killed:  # a second time, all rows would be there twice
-        with pytest.raises(ValueError, match="already exists"):
-            ray_data.embed_dataset(images, str(tmp_path / "out"), **arguments, **options)
+    with pytest.raises(ValueError, match="already exists"):  # a second time, all rows would be there twice
+        ray_data.embed_dataset(images, str(tmp_path / "out"), **arguments)
 
 
 @pytest.mark.parametrize("kind", ["webdataset", "parquet"])
