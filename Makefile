@@ -25,7 +25,8 @@ EDITABLE := --config-settings editable_mode=strict --editable
 
 demo: $(VENV)/qwenvit
 	$(VENV)/bin/qwenvit encode scripts/pictures --model demo --output demo-output/embeddings.safetensors
-	$(VENV)/bin/qwenvit picture scripts/pictures/landscape.png --model demo --output demo-output/features.png
+	$(VENV)/bin/qwenvit picture scripts/pictures/landscape.png scripts/pictures/shapes.png --model demo --layers 0,2,-1 \
+		--side 300 --output demo-output/features.png
 
 test: $(VENV)/test
 	$(VENV)/bin/python -m pytest -n auto -m "not long" --durations=30

@@ -19,21 +19,28 @@ if TYPE_CHECKING:
     from qwenvit.default_encoder import encode
     from qwenvit.embedding_file import load_embeddings
     from qwenvit.encoder import Encoder
+    from qwenvit.features.attention_maps import AttentionMaps, attention_maps
+    from qwenvit.features.maps import ItemFeatures
     from qwenvit.mrope.positions import rope_index
     from qwenvit.outputs import Embeddings, ItemEmbeddings, TowerOutput, VideoTimes
     from qwenvit.preprocess.sampling import sample_frames
+    from qwenvit.program import export
     from qwenvit.towers.attention import VisionAttention
 
 __all__ = [
+    "AttentionMaps",
     "Embeddings",
     "Encoder",
     "ItemEmbeddings",
+    "ItemFeatures",
     "TowerOutput",
     "VideoTimes",
     "VisionAttention",
     "VisionConfig",
+    "attention_maps",
     "encode",
     "encode_dataset",
+    "export",
     "load_embeddings",
     "ops",
     "packing",
@@ -44,15 +51,19 @@ __all__ = [
 
 _PUBLIC_MODULES = ("ops", "packing", "registry")
 _MODULE_OF = {
+    "AttentionMaps": "qwenvit.features.attention_maps",
     "Embeddings": "qwenvit.outputs",
     "Encoder": "qwenvit.encoder",
     "ItemEmbeddings": "qwenvit.outputs",
+    "ItemFeatures": "qwenvit.features.maps",
     "TowerOutput": "qwenvit.outputs",
     "VideoTimes": "qwenvit.outputs",
     "VisionAttention": "qwenvit.towers.attention",
     "VisionConfig": "qwenvit.config",
+    "attention_maps": "qwenvit.features.attention_maps",
     "encode": "qwenvit.default_encoder",
     "encode_dataset": "qwenvit.datasets.job",
+    "export": "qwenvit.program",
     "load_embeddings": "qwenvit.embedding_file",
     "rope_index": "qwenvit.mrope.positions",
     "sample_frames": "qwenvit.preprocess.sampling",

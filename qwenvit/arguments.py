@@ -1,5 +1,7 @@
-"""The encoder's `impl`, `device` and `dtype` arguments: accepted values and checks."""
+"""Arguments that many functions share, such as `impl`, `device` and `dtype`: accepted values and checks."""
 
+from collections.abc import Iterable
+from operator import index
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -48,3 +50,33 @@ def check_dtype(dtype: "torch.dtype | str | None", device: "torch.device") -> "t
     if found not in dtypes.values():
         raise ValueError(f"dtype: expected one of {[*DTYPE_NAMES, 'auto']} or the torch dtype, got {dtype!r}")
     return found
+
+
+def check_integers(name: str, values: Iterable[int], expected: str) -> tuple[int, ...]:
+    """Return integers in their order: of a sequence, an array or a generator; Python's, numpy's or torch's.
+
+    Raises:
+        TypeError: anything else; the message says what was `expected`.
+    """
+    try:
+        if isinstance(values, set | frozenset | dict):
+            raise TypeError("no order")
+        found = list(values)
+        if any(isinstance(value, bool) for value in found):
+            raise TypeError("booleans")
+        return tuple(map(index, found))
+    except TypeError as error:
+        raise TypeError(f"{name}: expected {expected}, got {values!r}") from error
+
+
+def check_indices(name: str, values: Iterable[int], count: int) -> tuple[int, ...]:
+    """Return indices of `count` things, counted from 0; negative ones count from the end.
+
+    Raises:
+        TypeError: no integers in an order.
+        ValueError: none, or one that is out of range.
+    """
+    chosen = check_integers(name, values, "a sequence of integers")
+    if not chosen or not all(-count <= one < count for one in chosen):
+        raise ValueError(f"{name}: expected at least one, from {-count} to {count - 1}, got {list(chosen)}")
+    return tuple(one % count for one in chosen)

@@ -1,7 +1,7 @@
 """The encoder: turns images, videos or pixel values into embeddings."""
 
 import os
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
@@ -13,28 +13,30 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from qwenvit.arguments import Impl, check_device, check_dtype
 from qwenvit.busy_clock import BusyClock
+from qwenvit.features.encoder_methods import DenseFeatures
+from qwenvit.features.maps import check_layers
 from qwenvit.graphs.graphed_tower import graphs_of
+from qwenvit.input_stream import ImageStream, VideoStream
 from qwenvit.outputs import Embeddings, ItemEmbeddings, TowerOutput
-from qwenvit.pipeline import OnError, check_on_error, embed_batches, handle_errors, prefetch_on_stream
+from qwenvit.pipeline import BatchOutput, OnError, RunTower, check_on_error, handle_errors, run_batches
 from qwenvit.plan.grid_plan import GridPlan
 from qwenvit.plan.inputs import CheckedGrid, WritePixels, check_grid, check_pixel_values
 from qwenvit.preprocess.batching import PATCHES_PER_BATCH, PATCHES_PER_VIDEO_BATCH
-from qwenvit.preprocess.decode import IMAGE_TYPES, Channels, ImageInput, each_image, snapshot
+from qwenvit.preprocess.decode import Channels, ImageInput
 from qwenvit.preprocess.from_checkpoint import read_processors
 from qwenvit.preprocess.image_processor import ImageProcessor
 from qwenvit.preprocess.jpeg import Decoder
 from qwenvit.preprocess.options import ImageOptions
-from qwenvit.preprocess.prefetch import Prefetched, check_num_workers
+from qwenvit.preprocess.prefetch import Prefetched
 from qwenvit.preprocess.prepared import Prepared
 from qwenvit.preprocess.video_processor import VideoProcessor
 from qwenvit.towers.checkpoint import ConfigSource, save_tower
 from qwenvit.towers.choose import Tower
 from qwenvit.towers.fast import FastTower
 from qwenvit.towers.pretrained import load_pretrained
-from qwenvit.video_input import VideoInput
 
 
-class Encoder:
+class Encoder(DenseFeatures):
     """A loaded vision tower with the preprocessing that belongs to it.
 
     Attributes:
@@ -161,7 +163,7 @@ class Encoder:
 
         Returns:
             One entry per image in input order, None for a skipped image; on the tower's device and in its dtype. Images
-            are encoded in batches of at most `PATCHES_PER_BATCH` patches, or of one larger image.
+            are encoded in batches of at most `PATCHES_PER_BATCH` patches, or of one larger image. None has gradients.
 
         Raises:
             TypeError: an unknown option, or an image of a type or dtype that is not supported.
@@ -213,17 +215,9 @@ class Encoder:
     ) -> Generator[Embeddings]:
         """Check the arguments of `encode`, and return an iterator of the embeddings of each batch."""
         check_on_error(on_error)
-        workers = check_num_workers(num_workers)
-        prepare = self.image_processor.preparer(self.device, decode, **options)
-        total = 1 if isinstance(images, IMAGE_TYPES) else len(images) if isinstance(images, Sized) else None
-        if total == 1:
-            workers = 0  # there is nothing else to do while it is decoded
-        drawn = each_image(images)
-        if not isinstance(images, (Sequence, *IMAGE_TYPES)):
-            drawn = map(snapshot, drawn)
-        prefetched = prefetch_on_stream(self.device, drawn, prepare, workers)
-        bar = partial(tqdm, total=total, unit="image") if progress else None
-        return self.run_batches(prefetched, on_error, PATCHES_PER_BATCH, bar, keep_patches=keep_patches)
+        stream = ImageStream.open(images, self.image_processor, self.device, num_workers, decode, options)
+        bar = partial(tqdm, total=stream.total, unit="image") if progress else None
+        return self.run_batches(stream.prefetched, on_error, PATCHES_PER_BATCH, bar, keep_patches=keep_patches)
 
     def run_batches(
         self,
@@ -235,12 +229,39 @@ class Encoder:
         keep_patches: bool = False,
         clock: BusyClock | None = None,
     ) -> Generator[Embeddings]:
-        """Yield the embeddings of prepared images, batch by batch; see `embed_batches`."""
-        empty = torch.empty(0, self.config.out_hidden_size, device=self.device, dtype=self.dtype)
-        layers = [empty] * (1 + len(self.config.deepstack_visual_indexes))
-        running = (self._run, self.device, self.config, layers, max_patches, self.is_batch_invariant())
+        """Yield the embeddings of prepared images, batch by batch; see `qwenvit.pipeline.run_batches`."""
+
+        def run(pixel_values: Tensor | WritePixels, grid: CheckedGrid) -> list[Tensor]:
+            output = self._run(pixel_values, grid)
+            tokens = [output.pooler_output, *output.deepstack_features]
+            return [*tokens, output.last_hidden_state] if keep_patches else tokens
+
+        levels = 1 + len(self.config.deepstack_visual_indexes)
+        widths = [self.config.out_hidden_size] * levels + [self.config.hidden_size] * keep_patches
+        outputs = self._run_pipeline(run, widths, prefetched, on_error, max_patches, progress_bar, clock)
+        with closing(outputs):
+            for batch in outputs:
+                packed, *deepstack = batch.tensors[:levels]
+                states = batch.tensors[levels] if keep_patches else None
+                skipped: dict[str, Any] = {"skipped": batch.skipped, "errors": batch.errors}
+                yield Embeddings(packed, batch.grid, deepstack, self.config, **skipped, last_hidden_state=states)
+
+    def _run_pipeline(
+        self,
+        run: RunTower,
+        widths: Sequence[int],
+        prefetched: Generator[Prefetched[Prepared]],
+        on_error: OnError | Literal["keep"],
+        max_patches: int,
+        progress_bar: Callable[[], tqdm] | None = None,
+        clock: BusyClock | None = None,
+    ) -> Generator[BatchOutput]:
+        """Yield what `run` computes of prepared images, tensors of these widths, batch by batch."""
+        empty = [torch.empty(0, width, device=self.device, dtype=self.dtype) for width in widths]
+        tower = (self.device, self.config.spatial_merge_size)
         with closing(prefetched), progress_bar() if progress_bar else nullcontext() as bar:
-            for batch in embed_batches(handle_errors(prefetched, on_error), *running, keep_patches, clock):
+            images = handle_errors(prefetched, on_error)
+            for batch in run_batches(images, run, *tower, empty, max_patches, self.is_batch_invariant(), clock):
                 if bar is not None:
                     bar.update(len(batch))
                 yield batch
@@ -291,16 +312,14 @@ class Encoder:
             OSError: a file that cannot be read.
             OverflowError: the features exceed the range of float16.
         """
-        workers = check_num_workers(num_workers)
-        processor = self.video_processor.with_bounds(min_pixels, max_pixels, size)
-        sampling: dict[str, Any] = {"fps": fps, "num_frames": num_frames}
-        video = VideoInput.open(frames, processor, **sampling, frame_times=frame_times, channels=channels)
-        bounds: dict[str, Any] = {"channels": video.channels, "cap_pixels_per_frame": cap_pixels_per_frame}
-        prepare = processor.preparer(video.frames, self.device, **bounds)
-        pieces = prefetch_on_stream(self.device, prepare.pieces(), prepare, workers)
+        bounds: dict[str, Any] = {"min_pixels": min_pixels, "max_pixels": max_pixels, "size": size}
+        sampling: dict[str, Any] = {"fps": fps, "num_frames": num_frames, "frame_times": frame_times}
+        options = bounds | sampling | {"channels": channels, "cap_pixels_per_frame": cap_pixels_per_frame}
+        video = VideoStream.open(frames, self.video_processor, self.device, **options, num_workers=num_workers)
         max_patches = PATCHES_PER_VIDEO_BATCH if self.device.type == "cuda" else PATCHES_PER_BATCH
-        parts = Embeddings.concatenate(list(self.run_batches(pieces, "raise", max_patches, keep_patches=keep_patches)))
-        whole = (parts.packed, torch.tensor([prepare.grid], device="cpu"), parts.deepstack, self.config)
+        pieces = self.run_batches(video.prefetched, "raise", max_patches, keep_patches=keep_patches)
+        parts = Embeddings.concatenate(list(pieces))
+        whole = (parts.packed, torch.tensor([video.grid], device="cpu"), parts.deepstack, self.config)
         return Embeddings(*whole, video=True, times=video.times, last_hidden_state=parts.last_hidden_state)
 
     def __call__(self, pixel_values: Tensor, grid_thw: Tensor) -> TowerOutput:
@@ -337,24 +356,27 @@ class Encoder:
             write(pixel_values)
         return self.tower(pixel_values.to(self.device), GridPlan.build(grid, self.config, self.device))
 
-    def warmup(self, max_tokens: int) -> int:
+    def warmup(self, max_tokens: int, *, layers: Iterable[int] | None = None) -> int:
         """Compile kernels and capture the CUDA graphs of single images before they are needed.
 
         Images of more than 512 patches a side, or 25 times as long as wide, may need other graphs.
 
         Args:
             max_tokens: merged tokens of the largest image to prepare for.
+            layers: prepare for `features` of these layers, which have graphs of their own. None: for `encode`.
 
         Returns:
             The number of graphs for images up to that size; 0 for the reference tower, which uses none.
 
         Raises:
-            ValueError: not a positive number, or so large that batches run without graphs.
+            TypeError: layers that are no integers.
+            ValueError: not a positive number, or so large that batches run without graphs; layers that do not exist.
         """
         if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
             raise ValueError(f"max_tokens: expected a positive number of tokens, got {max_tokens!r}")
+        computed = () if layers is None else tuple(sorted(set(check_layers(layers, self.config.depth))))
         graphs = graphs_of(self.tower)
-        return graphs.warm_up(max_tokens * self.config.merge_unit) if graphs else 0
+        return graphs.warm_up(max_tokens * self.config.merge_unit, computed) if graphs else 0
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write the tower alone: `model.safetensors`, `config.json` and the processors' configs.

@@ -1,6 +1,6 @@
 """Prepared images through the tower, batch by batch, while later images are still being prepared.
 
-On a GPU, images are copied on one stream and embedded on another, so that copies, the tower and whatever the caller
+On a GPU, images are copied on one stream and run on another, so that copies, the tower and whatever the caller
 does with the results overlap. The next batch is queued before the caller gets the results of a batch.
 """
 
@@ -8,6 +8,7 @@ import math
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Literal, TypeVar
 
@@ -15,8 +16,6 @@ import torch
 from torch import Tensor
 
 from qwenvit.busy_clock import BusyClock
-from qwenvit.config.vision_config import VisionConfig
-from qwenvit.outputs import Embeddings, TowerOutput
 from qwenvit.plan.inputs import CheckedGrid, WritePixels, check_grid
 from qwenvit.preprocess.batching import BYTES_PER_BATCH, batches
 from qwenvit.preprocess.prefetch import WAITING, Prefetched, prefetch
@@ -26,8 +25,27 @@ BATCHES_IN_FLIGHT = 2
 """Batches that the GPU has not finished: one that runs, and one that it finds queued when it is done."""
 
 Item = TypeVar("Item")
-RunTower = Callable[[WritePixels, CheckedGrid], TowerOutput]
+RunTower = Callable[[WritePixels, CheckedGrid], Sequence[Tensor]]
+"""Runs the tower on a batch, and returns what is wanted of it: tensors of which each item has some rows."""
 OnError = Literal["raise", "skip"]
+
+
+@dataclass(frozen=True)
+class BatchOutput:
+    """What `run_batches` yields of a batch."""
+
+    tensors: Sequence[Tensor]
+    """What the tower gave, and nothing of images that failed."""
+    grid: Tensor
+    """`[items, 3]` int64 on the CPU: frame groups, rows and columns of patches of each image that did not fail."""
+    skipped: list[int]
+    """The positions in the batch of images that failed."""
+    errors: dict[int, Exception]
+    """Why they failed, by position."""
+
+    def __len__(self) -> int:
+        """The images of the batch, failed ones included."""
+        return len(self.grid) + len(self.skipped)
 
 
 def check_on_error(on_error: OnError) -> None:
@@ -68,37 +86,34 @@ def prefetch_on_stream(
     return prefetch(with_streams, prepare_on_stream, num_workers, lambda one: one.num_bytes)
 
 
-def embed_batches(
+def run_batches(
     images: Iterable[Prefetched[Prepared]],
     run: RunTower,
     device: torch.device,
-    config: VisionConfig,
+    spatial_merge_size: int,
     empty: Sequence[Tensor],
     max_patches: int,
     may_split: bool,
-    keep_patches: bool = False,
     clock: BusyClock | None = None,
-) -> Iterator[Embeddings]:
-    """Yield the embeddings of images, a batch at a time, in order.
+) -> Iterator[BatchOutput]:
+    """Yield what a tower computes of images, a batch at a time, in order.
 
-    Images that failed have no embeddings in their places. If `images` raises an exception, the embeddings of all images
-    before it are yielded first.
+    If `images` raises an exception, the output of all images before it is yielded first.
 
     Args:
         images: drawn one at a time.
         run: runs the tower on a batch.
         device: the tower's device.
-        config: the tower's config.
-        empty: the tokens and the DeepStack features of no image, each `[0, out_hidden_size]`.
+        spatial_merge_size: of the tower.
+        empty: what `run` would return of no image.
         max_patches: most patches of a batch.
         may_split: whether an item's bits are the same in every batch. Then images do not wait in a batch, or their
-            embeddings on the GPU, for an image from a slow source.
-        keep_patches: keep the last block's states.
+            output on the GPU, for an image from a slow source.
         clock: measures how long the device works.
 
     Raises:
         ValueError: the current stream is being captured in a CUDA graph.
-        OverflowError: the features exceed the range of float16.
+        OverflowError: the output exceeds the range of float16.
     """
     streams = None
     clock = clock or BusyClock(measures=False)
@@ -117,16 +132,17 @@ def embed_batches(
                         yield image
                 else:
                     yield _upload(image, device, streams)
+                del image  # an error's traceback has this frame, and would keep the image before it
         except Exception as raised:  # noqa: BLE001 raised below, after the images before it
             error = raised
 
-    launched: deque[tuple[Embeddings, torch.cuda.Event | None]] = deque()
+    launched: deque[tuple[BatchOutput, torch.cuda.Event | None]] = deque()
     unfinished: deque[torch.cuda.Event] = deque()
     for batch in batches(uploaded(), max_patches, BYTES_PER_BATCH):
         if has_images := bool(batch):
             if len(unfinished) == BATCHES_IN_FLIGHT:
                 unfinished.popleft().synchronize()
-            launched.append(_launch(batch, run, config, empty, streams, keep_patches, clock))
+            launched.append(_launch(batch, run, spatial_merge_size, empty, streams, clock))
             if (done := launched[-1][1]) is not None:
                 unfinished.append(done)
         del batch  # its frames would stay in memory while the next are collected
@@ -140,7 +156,7 @@ def embed_batches(
 
 @cache
 def _streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
-    """Return the streams on which images are copied to a GPU and embedded: torch keeps memory for each stream."""
+    """Return the streams on which images are copied to a GPU and run: torch keeps memory for each stream."""
     return torch.cuda.Stream(device), torch.cuda.Stream(device)
 
 
@@ -157,22 +173,18 @@ def _upload(image: Prefetched[Prepared], device: torch.device, streams: Streams)
 def _launch(
     batch: list[Prefetched[Prepared]],
     run: RunTower,
-    config: VisionConfig,
+    spatial_merge_size: int,
     empty: Sequence[Tensor],
     streams: Streams,
-    keep_patches: bool,
     clock: BusyClock,
-) -> tuple[Embeddings, torch.cuda.Event | None]:
-    """Queue a batch, and return its embeddings and the event after which they are there."""
+) -> tuple[BatchOutput, torch.cuda.Event | None]:
+    """Queue a batch, and return its output and the event after which that is there."""
     prepared = [image.result for image in batch if image.result is not None]
     skipped = [position for position, image in enumerate(batch) if image.result is None]
     errors = {position: image.error for position, image in enumerate(batch) if image.error is not None}
     if not prepared:
-        no_grids = torch.empty(0, 3, dtype=torch.int64, device="cpu")
-        no_patches = empty[0].new_empty(0, config.hidden_size) if keep_patches else None
-        nothing = (empty[0], no_grids, list(empty[1:]), config)
-        return Embeddings(*nothing, skipped=skipped, errors=errors, last_hidden_state=no_patches), None
-    grid = check_grid([one.grid for one in prepared], config.spatial_merge_size)
+        return BatchOutput(empty, torch.empty(0, 3, dtype=torch.int64, device="cpu"), skipped, errors), None
+    grid = check_grid([one.grid for one in prepared], spatial_merge_size)
     patches = [math.prod(one.grid) for one in prepared]
 
     def write(pixel_values: Tensor) -> None:
@@ -183,43 +195,31 @@ def _launch(
     with torch.no_grad():
         if streams is None:
             with clock.on_host():
-                output = run(write, grid)
+                tensors = run(write, grid)
         else:
             copies, compute = streams
             compute.wait_stream(copies)
             compute.wait_stream(torch.cuda.current_stream(compute.device))  # the caller's tensors and weights
             with torch.cuda.stream(compute), clock.on_stream(compute):
-                output = run(write, grid)
+                tensors = run(write, grid)
             for one in prepared:
                 one.record_stream(compute)
             done = compute.record_event(torch.cuda.Event(blocking=True))
-        embeddings = Embeddings(
-            output.pooler_output,
-            grid.tensor,
-            output.deepstack_features,
-            config,
-            skipped=skipped,
-            errors=errors,
-            last_hidden_state=output.last_hidden_state if keep_patches else None,
-        )
-    return embeddings, done
+    return BatchOutput(tensors, grid.tensor, skipped, errors), done
 
 
-def _hand_over(embeddings: Embeddings, done: torch.cuda.Event | None) -> Embeddings:
-    """Let the caller's stream wait for the embeddings."""
-    layers = [embeddings.packed, *embeddings.deepstack]
-    if embeddings.last_hidden_state is not None:
-        layers.append(embeddings.last_hidden_state)
+def _hand_over(output: BatchOutput, done: torch.cuda.Event | None) -> BatchOutput:
+    """Let the caller's stream wait for the output."""
     if done is not None:
-        stream = torch.cuda.current_stream(embeddings.packed.device)
+        stream = torch.cuda.current_stream(output.tensors[0].device)
         stream.wait_event(done)
-        for layer in layers:
-            layer.record_stream(stream)
-    _refuse_overflow(layers)
-    return embeddings
+        for tensor in output.tensors:
+            tensor.record_stream(stream)
+    _refuse_overflow(output.tensors)
+    return output
 
 
-def _refuse_overflow(layers: Iterable[Tensor]) -> None:
+def _refuse_overflow(tensors: Iterable[Tensor]) -> None:
     """Raise OverflowError if features in float16 are infinite or NaN."""
-    if not all(layer.dtype != torch.float16 or layer.isfinite().all() for layer in layers):
+    if not all(tensor.dtype != torch.float16 or tensor.isfinite().all() for tensor in tensors):
         raise OverflowError("the features exceed the range of float16 (65504): use bfloat16 or float32")

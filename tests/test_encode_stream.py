@@ -21,6 +21,7 @@ from PIL import Image, ImageSequence
 
 import qwenvit
 from qwenvit import encoder as encoder_module
+from qwenvit import input_stream
 from qwenvit.encoder import Encoder
 from qwenvit.outputs import Embeddings
 from qwenvit.preprocess import image_processor
@@ -757,7 +758,7 @@ def test_an_error_keeps_no_image(demo, monkeypatch, source_fails, num_workers):
         return copy
 
     monkeypatch.setattr(image_processor, "compute_on_host", watched)
-    monkeypatch.setattr(encoder_module, "snapshot", watched_snapshot)
+    monkeypatch.setattr(input_stream, "snapshot", watched_snapshot)
 
     def source():
         yield from (noise(32, 64, index) for index in range(6))

@@ -1,4 +1,4 @@
-"""The streams of `embed_batches`, with CUDA replaced by a log: what is queued where, and what waits for what."""
+"""The streams of `run_batches`, with CUDA replaced by a log: what is queued where, and what waits for what."""
 
 import contextlib
 from types import SimpleNamespace
@@ -7,9 +7,7 @@ import pytest
 import torch
 
 from qwenvit import pipeline
-from qwenvit.outputs import TowerOutput
 from qwenvit.preprocess.prefetch import WAITING, Prefetched
-from support.towers import SMALL
 
 EMPTY = [torch.empty(0, 3)]
 GPU = torch.device("cuda", 0)
@@ -90,15 +88,14 @@ def run_on(cuda):
     def run(write, grid):
         write(torch.empty(grid.patches, 1))
         cuda.add("tower", len(grid.tensor))
-        tokens = grid.patches // 4
-        return TowerOutput(torch.empty(grid.patches, 3), torch.zeros(tokens, 3), [])
+        return [torch.zeros(grid.patches // 4, 3)]
 
     return run
 
 
 def embed(cuda, images, max_patches=8, may_split=False):
-    """Yield what `embed_batches` yields, and log when."""
-    found = pipeline.embed_batches(images, run_on(cuda), GPU, SMALL["qwen2_vl"], EMPTY, max_patches, may_split)
+    """Yield what `run_batches` yields, and log when."""
+    found = pipeline.run_batches(images, run_on(cuda), GPU, 2, EMPTY, max_patches, may_split)
     for batch in found:
         cuda.log.append(("yielded", len(batch)))
         yield batch
@@ -156,7 +153,7 @@ def test_what_came_before_an_error_is_handed_over(cuda):
 def test_a_batch_of_broken_images_runs_nothing(cuda):
     broken = [Prefetched(number, None, None) for number in range(3)]
     (batch,) = embed(cuda, broken)
-    assert list(batch) == [None] * 3
+    assert batch.skipped == [0, 1, 2]
     assert cuda.log == [("yielded", 3)]
 
 

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # What each room of the package may import from the package (CONTRIBUTING.md has the same table in words).
 BASE = {"arguments", "config"}
-BELOW_THE_TOP = {"plan", "ops", "preprocess", "towers", "graphs", "mrope", "weights", "outputs"}
+BELOW_THE_TOP = {"plan", "ops", "preprocess", "towers", "graphs", "mrope", "weights", "outputs", "features"}
 ALLOWED = {
     "arguments": set(),
     "busy_clock": set(),
@@ -21,17 +21,22 @@ ALLOWED = {
     "config": {"arguments"},
     "plan": BASE,
     "ops": BASE | {"plan", "kernels"},
-    "preprocess": BASE | {"ops", "weights"},
+    "preprocess": BASE | {"plan", "ops", "weights"},
     "towers": BASE | {"plan", "ops", "outputs", "weights"},
     "graphs": BASE | {"plan", "ops", "outputs", "towers"},
+    "features": BASE
+    | {"plan", "ops", "preprocess", "towers", "graphs", "outputs", "pooling", "pipeline", "input_stream", "busy_clock"}
+    | {"encoder"},
     "mrope": BASE | {"ops"},
-    "pipeline": BASE | {"plan", "preprocess", "outputs", "busy_clock"},
+    "pipeline": BASE | {"plan", "preprocess", "busy_clock"},
     "video_input": {"preprocess", "outputs"},
+    "input_stream": {"preprocess", "outputs", "pipeline", "video_input"},
     "embedding_file": {"config", "outputs", "weights"},
-    "encoder": BASE | BELOW_THE_TOP | {"pipeline", "busy_clock", "video_input"},
+    "encoder": BASE | BELOW_THE_TOP | {"pipeline", "busy_clock", "input_stream"},
     "item_stream": BASE | {"encoder", "pipeline", "preprocess", "outputs", "busy_clock"},
     "default_encoder": BASE | BELOW_THE_TOP | {"encoder", "pipeline"},
     "packing": {"ops"},
+    "program": BASE | BELOW_THE_TOP | {"encoder"},
     "registry": {"config"},
     "integrations": BASE
     | BELOW_THE_TOP
@@ -41,7 +46,7 @@ ALLOWED = {
     "__main__": {"cli"},
     "__init__": BASE
     | BELOW_THE_TOP
-    | {"encoder", "default_encoder", "embedding_file", "packing", "registry", "datasets"},
+    | {"encoder", "default_encoder", "embedding_file", "packing", "program", "registry", "datasets"},
     "kernels": set(),
     "weights": set(),
 }

@@ -9,18 +9,16 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.errors import HfHubHTTPError
-from PIL import Image
 
 from qwenvit.cli.encode import encode
-from qwenvit.cli.feature_map import patch_features, pca_picture, side_by_side
-from qwenvit.cli.loading import CommandError, checkpoint_options, hub_options, load, pixel_bounds
+from qwenvit.cli.loading import CommandError, checkpoint_options, hub_options, load
+from qwenvit.cli.picture import picture
 from qwenvit.cli.terminal import make_lenient, one_line, printable, say, silence
 from qwenvit.config.published import PUBLISHED, published_config
 from qwenvit.config.vision_config import VisionConfig
 from qwenvit.datasets.signals import Interrupted
 from qwenvit.encoder import Encoder
 from qwenvit.plan.grid_plan import GridPlan
-from qwenvit.preprocess.decode import open_image
 from qwenvit.preprocess.from_checkpoint import read_processors
 from qwenvit.preprocess.image_processor import ImageProcessor
 from qwenvit.towers import demo
@@ -105,19 +103,6 @@ def fetch(arguments: argparse.Namespace) -> int:
     )
     encoder.save_pretrained(arguments.output)
     print(f"{arguments.model}: {parameters(encoder.config) / 1e6:.1f} M parameters -> {arguments.output}")
-    return 0
-
-
-def picture(arguments: argparse.Namespace) -> int:
-    """Draw the principal components of an image's patch features."""
-    encoder = load(arguments)
-    features = patch_features(encoder, arguments.image, **pixel_bounds(arguments))
-    image = Image.fromarray(open_image(arguments.image).permute(1, 2, 0).contiguous().numpy())
-    feature_picture = pca_picture(features, image.size)
-    output = feature_picture if arguments.map_only else side_by_side(image, feature_picture)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    output.save(arguments.output)
-    print(f"{features.shape[0]}x{features.shape[1]} patches -> {arguments.output}")
     return 0
 
 

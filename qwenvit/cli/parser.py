@@ -134,13 +134,49 @@ def _parser() -> argparse.ArgumentParser:
     command = subcommands.add_parser(
         "picture",
         parents=[tower, pixels],
-        help="a PCA map of an image's features",
-        description="Draw an image beside the first three principal components of its patch features.",
+        help="maps of images' features, layer by layer",
+        description="Draw images and the first three principal components of their features in red, green and blue: a "
+        "row an image, a column a layer. All images of a column share one PCA, so that equal colours mean similar "
+        "features. With --query, draw how similar each cell is to one cell of the first image instead. Prints each "
+        "image's grid (rows x columns).",
     )
-    command.add_argument("image", type=Path)
+    command.add_argument(
+        "images",
+        nargs="+",
+        metavar="IMAGE",
+        help="images; folders, searched recursively; quoted patterns ('2024/**/*.jpg'); .tar; .parquet",
+    )
     command.add_argument("-o", "--output", type=Path, default=Path("features.png"), help="default: %(default)s")
     command.add_argument("-m", "--model", default=DEFAULT_MODEL, help=f"{MODEL_HELP} (default: %(default)s)")
-    command.add_argument("--map-only", action="store_true", help="the map without the image beside it")
+    command.add_argument(
+        "--layers",
+        type=_integers,
+        default=(-1,),
+        metavar="K,…",
+        help="layers as transformers' hidden_states count them: 0 is the first block's input, k the output of the k-th "
+        "block, -1 the last (default: -1). Write --layers=-2,-1 where the first is negative",
+    )
+    where = command.add_mutually_exclusive_group()
+    where.add_argument(
+        "--query", type=_pair, metavar="ROW,COLUMN", help="compare with this cell of the first image's map, from 0,0"
+    )
+    where.add_argument(
+        "--query-pixel", type=_pair, metavar="X,Y", help="compare with the cell of this pixel of the first image"
+    )
+    command.add_argument(
+        "--what",
+        choices=["patches", "tokens"],
+        default="patches",
+        help="what a cell is: a patch, or the mean of the patches of a merged token (default: %(default)s)",
+    )
+    command.add_argument("--norm", action="store_true", help="apply the final merger's norm to each patch first")
+    command.add_argument("--map-only", action="store_true", help="only the maps, without images and captions")
+    command.add_argument(
+        "--side", type=int, default=448, metavar="PIXELS", help="longer side of each picture (default: %(default)s)"
+    )
+    command.add_argument(
+        "--limit", type=int, default=24, metavar="N", help="draw at most N images (default: %(default)s)"
+    )
     return parser
 
 
@@ -152,6 +188,20 @@ def _bytes(text: str) -> int:
         return int(float(number) * 2 ** units[unit])
     except (KeyError, OverflowError, ValueError):
         raise argparse.ArgumentTypeError(f"expected a size such as 512M or 4G, got {text!r}") from None
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(one) for one in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected integers such as 8,16,-1, got {text!r}") from None
+
+
+def _pair(text: str) -> tuple[int, int]:
+    pair = _integers(text)
+    if len(pair) != 2:
+        raise argparse.ArgumentTypeError(f"expected two integers such as 12,20, got {text!r}")
+    return pair[0], pair[1]
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -1,7 +1,8 @@
 """One forward pass of the fast tower at a capacity, and its capture in a CUDA graph whose pool other graphs share."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,27 @@ from qwenvit.graphs.workspace import reserve_workspaces
 from qwenvit.outputs import TowerOutput
 from qwenvit.plan.inputs import WritePixels
 from qwenvit.towers.fast import FastTower
+from qwenvit.towers.hidden_states import iter_hidden_states
+
+Layers = tuple[int, ...]
+"""The hidden states that a pass is for, each once, the shallowest first; none for the whole pass."""
+
+
+class GraphKey(NamedTuple):
+    """What tells graphs apart."""
+
+    capacity: Capacity
+    precision: object
+    """Of fp32 products; None in 16 bits."""
+    layers: Layers
+
+
+def memory_extent(layers: Layers) -> tuple[int, int]:
+    """Return what a graph's memory depends on besides its size: the hidden states that it copies, and how far it goes.
+
+    The second is 0 for the embedding, 1 with blocks, of which all take the same memory, and 2 with mergers.
+    """
+    return (len(layers) - 1, min(layers[-1], 1)) if layers else (0, 2)
 
 
 @dataclass(frozen=True)
@@ -62,6 +84,7 @@ class Graph:
         pool: the memory pool, which other graphs may share.
         run_first: run the pass before it is captured. The first pass of a tower initialises libraries, which a capture
             may not do; it may compile kernels.
+        layers: hidden states: the pass stops after the last, and runs no merger.
     """
 
     def __init__(
@@ -72,10 +95,11 @@ class Graph:
         stream: torch.cuda.Stream,
         pool: Any,
         run_first: bool,
+        layers: Layers = (),
     ) -> None:
         config, weight = tower.config, tower.patch_embed.weight
         merge = config.spatial_merge_size
-        self.capacity = capacity
+        self.capacity, self.layers = capacity, layers
         self.merge_unit = config.merge_unit
         smallest = torch.tensor([[1, merge, merge]], device="cpu")
         table = device_plan.grid_table(smallest, config, capacity.items).pin_memory()
@@ -83,6 +107,9 @@ class Graph:
         self._host_table: Tensor | None = None  # the table that was last copied to `self.table`
 
         def run() -> list[UnownedTensor]:
+            # Blocks overwrite hidden states: all but the last are copied. The copies are allocated at once and first,
+            # since between the blocks' own allocations they would split the pool's free memory.
+            copies = weight.new_empty(len(layers[:-1]), capacity.patches, config.hidden_size) if layers else None
             # Allocate rows as wide as the hidden states, so that these can reuse the memory: torch requests memory from
             # CUDA in segments, and a tensor cannot span two (TUNING.md).
             wide = weight.new_empty(capacity.patches * max(config.patch_dim, config.hidden_size))
@@ -91,8 +118,12 @@ class Graph:
             plan = device_plan.compute_plan(self.table, angles, config, capacity, tower.impl)
             x = tower.embed(pixel_values, plan)
             del wide, pixel_values
-            output = tower.transform(x, plan)
-            outputs = [output.last_hidden_state, output.pooler_output, *output.deepstack_features]
+            if copies is None:
+                output = tower.transform(x, plan)
+                outputs = [output.last_hidden_state, output.pooler_output, *output.deepstack_features]
+            else:
+                states = enumerate(iter_hidden_states(tower, x, plan, layers))
+                outputs = [copies[i].copy_(state) if i < len(copies) else state for i, state in states]
             return [unowned_input, *map(UnownedTensor.of, outputs)]
 
         if run_first:
@@ -104,13 +135,12 @@ class Graph:
                 unowned = run()
             del reserved
         self.pixel_values, *outputs = (part.tensor(weight.device) for part in unowned)
-        self.outputs = [output.view(capacity.patches // self.merge_unit, -1) for output in outputs]  # a row a token
+        rows = capacity.patches if layers else capacity.patches // self.merge_unit  # else a row a token
+        self.outputs = [output.view(rows, -1) for output in outputs]
         self._input_rows = self.pixel_values  # the rows of `pixel_values` that the last batch had
 
     def replay(self, table: Tensor, pixel_values: Tensor | WritePixels, patches: int) -> TowerOutput:
-        """Run the graph on the current stream.
-
-        The GPU waits until the graph is launched, so the host does as little as possible before.
+        """Run the graph of a whole pass on the current stream.
 
         Args:
             table: `device_plan.grid_table` of the batch, for the capacity's items, in pinned host memory.
@@ -121,6 +151,31 @@ class Graph:
         Returns:
             Copies of the graph's outputs, without padding.
         """
+        self._launch(table, pixel_values, patches)
+        hidden, pooled, *deepstack = ops.clone_rows(self.outputs, patches // self.merge_unit)
+        return TowerOutput(hidden.view(patches, -1), pooled, deepstack)
+
+    def replay_states(
+        self, table: Tensor, pixel_values: Tensor | WritePixels, patches: int, order: Callable[[], Tensor]
+    ) -> list[Tensor]:
+        """Run the graph of `layers` on the current stream.
+
+        Args:
+            table: as for `replay`.
+            pixel_values: as for `replay`.
+            patches: of the batch.
+            order: returns the order to put the batch's patches in, `[patches]` int64 in pinned host memory; it is
+                called while the GPU works.
+
+        Returns:
+            `[patches, hidden_size]` for each of the layers, in new memory: the pass that reorders them is the copy.
+        """
+        self._launch(table, pixel_values, patches)
+        index = order().to(self.pixel_values.device, non_blocking=True)
+        return [output.index_select(0, index) for output in self.outputs]
+
+    def _launch(self, table: Tensor, pixel_values: Tensor | WritePixels, patches: int) -> None:
+        """Run the graph: the GPU waits until it is launched, so the host does as little as possible before."""
         if table is not self._host_table:
             self._host_table = None  # in case the copy fails
             self.table.copy_(table, non_blocking=True)
@@ -129,5 +184,3 @@ class Graph:
             self._input_rows = self.pixel_values[:patches]
         write_pixels(self._input_rows, pixel_values)
         self.graph.replay()
-        hidden, pooled, *deepstack = ops.clone_rows(self.outputs, patches // self.merge_unit)
-        return TowerOutput(hidden.view(patches, -1), pooled, deepstack)

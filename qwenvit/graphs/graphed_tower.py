@@ -1,5 +1,7 @@
 """The fast tower in CUDA graphs: one graph for each capacity, which serves any grids that fit.
 
+Chosen hidden states have graphs of their own, which stop after the deepest.
+
 A graph contains the whole pass: its inputs are a table of the grids and the pixel values. It computes positions,
 windows and segments itself, so batches of equal size and different grids can share a graph. Capacities grow in fine
 steps of patches; spare windows and frames cost almost nothing. Outputs are copied out, so all graphs can share one
@@ -28,17 +30,23 @@ from qwenvit.graphs.capacity import (
     pool_patches_for,
     single_image_capacity,
 )
-from qwenvit.graphs.graph import Graph
+from qwenvit.graphs.graph import Graph, GraphKey, Layers, memory_extent
 from qwenvit.graphs.sharing import GraphSharing
 from qwenvit.graphs.weight_guard import WeightGuard
 from qwenvit.outputs import TowerOutput
 from qwenvit.plan.inputs import CheckedGrid, WritePixels, check_grid
+from qwenvit.plan.reading_order import reading_order
 from qwenvit.towers.fast import FastTower, refuse_gradients
+from qwenvit.towers.hidden_states import ordered_hidden_states
 
 MAX_GRAPHS = 512
 """Beyond this many graphs, the least recently used one is dropped. Graphs share a pool, so each costs little memory."""
 MAX_PREPARED_GRIDS = 1024
 """Beyond this many different batches, the oldest prepared grids are dropped."""
+MAX_READING_ORDERS = 64
+"""Beyond this many different batches, the oldest reading order is dropped: it has a number for each patch."""
+MAX_COUNTED_LAYERS = 64
+"""Beyond this many different layers, it is forgotten how often capacities occurred with the oldest."""
 CAPTURE_LOCK = threading.Lock()
 """torch allows one capture at a time in a process, of whichever tower."""
 
@@ -57,7 +65,8 @@ class GraphedTower:
         self._tower = weakref.ref(tower)
         self._lock = threading.Lock()
         self._prepared = OrderedDict[bytes, PreparedGrids]()
-        self._sharing = GraphSharing(tower.config.merge_unit)
+        self._reading_orders = OrderedDict[tuple[bytes, bool], Tensor]()
+        self._sharing = OrderedDict[Layers, GraphSharing]()
         self._capture_streams: dict[torch.device, torch.cuda.Stream] = {}
         self._reset()
 
@@ -76,9 +85,10 @@ class GraphedTower:
         self.device, self._is_fp32 = weight.device, weight.dtype == torch.float32
         self._weights = WeightGuard(self.tower)
         self._angles: dict[int, tuple[Tensor, Tensor]] = {}
-        self._graphs: OrderedDict[tuple[Capacity, object], Graph] = OrderedDict()
+        self._graphs: OrderedDict[GraphKey, Graph] = OrderedDict()
         self._pool_patches = 0
-        self._has_captured = False
+        self._pool_extents: list[tuple[int, int]] = []
+        self._deepest_run = -1  # the last layer of the deepest pass that has run; a whole pass goes one further
         with torch.cuda.device(self.device):
             if self.device not in self._capture_streams:  # a stream's workspaces stay allocated
                 # High priority: torch hands out a few streams in rotation, and those of low priority to everyone.
@@ -97,24 +107,48 @@ class GraphedTower:
             ValueError: gradients are requested, the tower has forward hooks, or the current stream is being captured.
         """
         if torch.compiler.is_compiling() and isinstance(pixel_values, Tensor):
-            return _encode_untraced()(self, pixel_values, grid.tensor)
-        return self._encode(pixel_values, grid)
+            return cast(TowerOutput, _encode_untraced()(self, pixel_values, grid.tensor))
+        return cast(TowerOutput, self._encode(pixel_values, grid))
 
-    def _encode(self, pixel_values: Tensor | WritePixels, grid: CheckedGrid) -> TowerOutput:
+    def hidden_states(
+        self, pixel_values: Tensor | WritePixels, grid: CheckedGrid, layers: Layers, by_token: bool
+    ) -> list[Tensor]:
+        """Compute hidden states in reading order, and nothing beyond the deepest.
+
+        Args:
+            pixel_values: as for a call.
+            grid: the grids of the same patches.
+            layers: which, at least one, each once, the shallowest first: 0 is the first block's input, k the output of
+                the k-th block.
+            by_token: the reading order is that of merged tokens, see `qwenvit.plan.reading_order.reading_order`.
+
+        Returns:
+            `[patches, hidden_size]` for each of the layers.
+
+        Raises:
+            ValueError: as for a call.
+        """
+        if torch.compiler.is_compiling() and isinstance(pixel_values, Tensor):
+            return cast(list[Tensor], _encode_untraced()(self, pixel_values, grid.tensor, layers, by_token))
+        return cast(list[Tensor], self._encode(pixel_values, grid, layers, by_token))
+
+    def _encode(
+        self, pixel_values: Tensor | WritePixels, grid: CheckedGrid, layers: Layers = (), by_token: bool = False
+    ) -> TowerOutput | list[Tensor]:
         if torch.cuda.is_current_stream_capturing():
             raise ValueError("the encoder captures graphs of its own: capture enc.tower(pixel_values, plan) in yours")
         if isinstance(pixel_values, Tensor):
             refuse_gradients([pixel_values])
         with self._lock:
             prepared = self._prepare(grid)
-            captured = prepared.capacity is not None and self._graph_key(prepared.capacity) in self._graphs
+            captured = prepared.capacity is not None and self._graph_key(prepared.capacity, layers) in self._graphs
             if not captured:
                 self._reset_if_weights_moved()
-            output = self._run(pixel_values, prepared)
+            output = self._run(pixel_values, prepared, layers, by_token)
             # Replay first and check for moved weights while the GPU works. Old memory stays allocated, so a stale
             # replay is safe; then run again.
             if captured and self._reset_if_weights_moved():
-                output = self._run(pixel_values, prepared)
+                output = self._run(pixel_values, prepared, layers, by_token)
             refuse_gradients(self._weights.parameters)
         return output
 
@@ -143,19 +177,38 @@ class GraphedTower:
         self._weights.refuse_hooks()
         return moved
 
-    def _run(self, pixel_values: Tensor | WritePixels, grids: PreparedGrids) -> TowerOutput:
+    def _run(
+        self, pixel_values: Tensor | WritePixels, grids: PreparedGrids, layers: Layers, by_token: bool
+    ) -> TowerOutput | list[Tensor]:
+        def order() -> Tensor:
+            return self._reading_order(grids, by_token)
+
         with self._serialized():
             if grids.capacity is None:
-                return self._run_unpadded(pixel_values, grids)
-            graph = self._graph_to_run(grids.capacity)
-            return graph.replay(self._table(grids, graph.capacity.items), pixel_values, grids.needed.patches)
+                return self._run_unpadded(pixel_values, grids, layers, order)
+            graph = self._graph_to_run(grids.capacity, layers)
+            table, patches = self._table(grids, graph.capacity.items), grids.needed.patches
+            if layers:
+                return graph.replay_states(table, pixel_values, patches, order)
+            return graph.replay(table, pixel_values, patches)
 
     def _table(self, grids: PreparedGrids, items: int) -> Tensor:
         if items not in grids.tables:
             grids.tables[items] = device_plan.grid_table(grids.grid, self.tower.config, items).pin_memory()
         return grids.tables[items]
 
-    def _run_unpadded(self, pixel_values: Tensor | WritePixels, grids: PreparedGrids) -> TowerOutput:
+    def _reading_order(self, grids: PreparedGrids, by_token: bool) -> Tensor:
+        """Return the index from the tower's order to reading order, in pinned host memory."""
+        key = grids.grid.numpy().tobytes(), by_token
+        if key not in self._reading_orders:
+            self._reading_orders[key] = reading_order(grids.grid, self.tower.config, by_token).pin_memory()
+            if len(self._reading_orders) > MAX_READING_ORDERS:
+                self._reading_orders.popitem(last=False)
+        return self._reading_orders[key]
+
+    def _run_unpadded(
+        self, pixel_values: Tensor | WritePixels, grids: PreparedGrids, layers: Layers, order: Callable[[], Tensor]
+    ) -> TowerOutput | list[Tensor]:
         """Run a batch that is too large for a graph."""
         weight = self.tower.patch_embed.weight
         with _default_modes(self.device):
@@ -166,7 +219,11 @@ class GraphedTower:
             angles = self._angles_for(next_power_of_two(grids.needed.side))
             table = self._table(grids, grids.needed.items).to(self.device, non_blocking=True)
             plan = device_plan.compute_plan(table, angles, self.tower.config, grids.needed, self.tower.impl)
-            return self.tower(pixel_values.to(self.device), plan)
+            pixel_values = pixel_values.to(self.device)
+            if layers:
+                index = order().to(self.device, non_blocking=True)
+                return ordered_hidden_states(self.tower, pixel_values, plan, layers, index)
+            return cast(TowerOutput, self.tower(pixel_values, plan))
 
     def _prepare(self, grid: CheckedGrid) -> PreparedGrids:
         key = grid.key or grid.tensor.numpy().tobytes()  # no key if torch.compile traced `check_grid`
@@ -174,7 +231,8 @@ class GraphedTower:
             config = self.tower.config
             needed = device_plan.measure_grids(grid.tensor, config)
             capacity = capacity_for(needed, config.merge_unit) if needed.patches <= MAX_GRAPH_PATCHES else None
-            self._prepared[key] = PreparedGrids(grid.tensor, needed, capacity, {})
+            own = grid.tensor.clone()  # the caller may write to the tensor, and tables are made later
+            self._prepared[key] = PreparedGrids(own, needed, capacity, {})
             if len(self._prepared) > MAX_PREPARED_GRIDS:
                 self._prepared.popitem(last=False)
         return self._prepared[key]
@@ -189,8 +247,12 @@ class GraphedTower:
         finally:  # also after a failure: work launched before it still runs
             self._last_call_done.record(stream)
 
-    def warm_up(self, patches: int) -> int:
+    def warm_up(self, patches: int, layers: Layers = ()) -> int:
         """Capture the graphs of one image of every size up to `patches`, and return their number.
+
+        Args:
+            patches: of the largest image.
+            layers: as for `hidden_states`; none for whole passes.
 
         Raises:
             ValueError: more than `MAX_GRAPH_PATCHES`, or the tower has forward hooks.
@@ -207,7 +269,7 @@ class GraphedTower:
             self._reset_if_weights_moved()
             with self._serialized():
                 for capacity in tqdm(capacities[::-1], unit="graph", disable=None):
-                    self._graph_for(capacity)
+                    self._graph_for(capacity, layers)
         return len(capacities)
 
     def _angles_for(self, side: int) -> tuple[Tensor, Tensor]:
@@ -215,73 +277,92 @@ class GraphedTower:
             self._angles[side] = device_plan.angle_tables(self.tower.config, side, self.device)
         return self._angles[side]
 
-    def _graph_key(self, capacity: Capacity) -> tuple[Capacity, object]:
+    def _graph_key(self, capacity: Capacity, layers: Layers = ()) -> GraphKey:
         if not self._is_fp32:
-            return capacity, None
+            return GraphKey(capacity, None, layers)
         matmul = torch.backends.cuda.matmul  # a graph keeps the precision of fp32 products that it was captured with
-        return capacity, getattr(matmul, "fp32_precision", None) or matmul.allow_tf32
+        return GraphKey(capacity, getattr(matmul, "fp32_precision", None) or matmul.allow_tf32, layers)
 
-    def _graph_to_run(self, capacity: Capacity) -> Graph:
-        """Return the graph to run a batch of this capacity in.
+    def _graph_to_run(self, capacity: Capacity, layers: Layers) -> Graph:
+        """Return the graph to run a batch of this capacity in; other layers never share it.
 
         In fp32 it is always its own: there cuBLAS gives other bits at other capacities.
         """
         if not self._is_fp32:
-            has_own_graph = self._graph_key(capacity) in self._graphs
-            capacity = self._sharing.choose(capacity, has_own_graph, (other for other, _ in self._graphs))
-        return self._graph_for(capacity)
+            if layers not in self._sharing:
+                self._sharing[layers] = GraphSharing(self.tower.config.merge_unit)
+                if len(self._sharing) > MAX_COUNTED_LAYERS:
+                    self._sharing.popitem(last=False)
+            has_own_graph = self._graph_key(capacity, layers) in self._graphs
+            same_layers = (key.capacity for key in self._graphs if key.layers == layers)
+            capacity = self._sharing[layers].choose(capacity, has_own_graph, same_layers)
+        return self._graph_for(capacity, layers)
 
-    def _graph_for(self, capacity: Capacity) -> Graph:
-        """Return the graph of this capacity; capture it first if there is none."""
-        key = self._graph_key(capacity)
+    def _graph_for(self, capacity: Capacity, layers: Layers = ()) -> Graph:
+        """Return the graph of this capacity and these layers; capture it first if there is none."""
+        key = self._graph_key(capacity, layers)
         if key not in self._graphs:
             try:
                 with CAPTURE_LOCK, _default_modes(self.device):
                     if capacity.patches > self._pool_patches:
-                        self._allocate_pool(capacity.patches)
+                        self._start_pool(capacity.patches)
+                    if not self._pool_has_room_for(layers):
+                        self._extend_pool(layers)
                     if key not in self._graphs:
-                        self._capture(capacity)
+                        self._capture(capacity, layers)
             except BaseException:
                 self._pool_patches = 0  # a pool may refuse captures after a failed one, so the next gets a new pool
                 raise
         self._graphs.move_to_end(key)
         return self._graphs[key]
 
-    def _allocate_pool(self, patches: int) -> None:
-        """Start a new pool with a graph of at least `patches`: its memory is enough for all smaller graphs.
-
-        Captured in rising order, each graph would add memory: the free memory that a smaller graph leaves cannot take
-        the largest tensors of the next. Smaller graphs are captured again, in the new pool.
-        """
+    def _start_pool(self, patches: int) -> None:
+        """Start a new pool for graphs of at least `patches`. All graphs are captured again, in the new pool."""
         torch.cuda.synchronize(self.device)  # the graphs to be dropped may still be running
         self._graphs.clear()
         self._pool_patches = pool_patches_for(patches, grows=self._pool_patches > 0)
-        capacity = single_image_capacity(self._pool_patches, self.tower.config)
+        self._pool_extents.clear()
         self._pool = torch.cuda.graph_pool_handle()
-        self._capture(capacity)
 
-    def _capture(self, capacity: Capacity) -> None:
+    def _pool_has_room_for(self, layers: Layers) -> bool:
+        """Whether a graph as large as the pool is for was captured that kept as many layers and went as far."""
+        copies, reach = memory_extent(layers)
+        return any(copies <= most_copies and reach <= furthest for most_copies, furthest in self._pool_extents)
+
+    def _extend_pool(self, layers: Layers) -> None:
+        """Capture a graph as large as the pool is for: its memory is enough for all smaller ones of the same layers.
+
+        Captured in rising order, each graph would add memory: the free memory that a smaller graph leaves cannot take
+        the largest tensors of the next.
+        """
+        self._capture(single_image_capacity(self._pool_patches, self.tower.config), layers)
+        self._pool_extents.append(memory_extent(layers))
+
+    def _capture(self, capacity: Capacity, layers: Layers) -> None:
         if len(self._graphs) >= MAX_GRAPHS:
             torch.cuda.synchronize(self.device)
             self._graphs.popitem(last=False)
         angles = self._angles_for(capacity.side)
-        run_first = not self._has_captured
+        last_layer = layers[-1] if layers else self.tower.config.depth + 1
+        run_first = last_layer > self._deepest_run
         stream = self._capture_streams[self.device]
-        graph = Graph(self.tower, capacity, angles, stream, self._pool, run_first)
-        self._has_captured = True
-        self._graphs[self._graph_key(capacity)] = graph
+        graph = Graph(self.tower, capacity, angles, stream, self._pool, run_first, layers)
+        self._deepest_run = max(last_layer, self._deepest_run)
+        self._graphs[self._graph_key(capacity, layers)] = graph
 
 
 @cache
-def _encode_untraced() -> Callable[[GraphedTower, Tensor, Tensor], TowerOutput]:
+def _encode_untraced() -> Callable[..., TowerOutput | list[Tensor]]:
     """Return a function that torch.compile does not trace: `_encode` of grids as a tensor.
 
     A decorator would do the same, but import Dynamo with the package.
     """
 
-    def encode(graphs: GraphedTower, pixel_values: Tensor, grid_thw: Tensor) -> TowerOutput:
+    def encode(
+        graphs: GraphedTower, pixel_values: Tensor, grid_thw: Tensor, layers: Layers = (), by_token: bool = False
+    ) -> TowerOutput | list[Tensor]:
         grid = check_grid(grid_thw, graphs.tower.config.spatial_merge_size)  # for its key, unknown while tracing
-        return graphs._encode(pixel_values, grid)
+        return graphs._encode(pixel_values, grid, layers, by_token)
 
     return torch.compiler.disable(encode)
 

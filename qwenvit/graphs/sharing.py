@@ -16,7 +16,7 @@ MAX_COUNTED_CAPACITIES = 4096
 
 
 class GraphSharing:
-    """Counts the capacities of batches, and decides at which capacity each runs.
+    """Counts the capacities of batches of the same work, and decides at which capacity each runs.
 
     Args:
         merge_unit: patches of a merged token.
@@ -33,7 +33,7 @@ class GraphSharing:
         Args:
             capacity: of the smallest graph for the batch.
             has_own_graph: whether that is captured.
-            captured: the capacities of all graphs; read only where a batch has no graph of its own.
+            captured: the capacities of all graphs of the same work; read only where a batch has no graph of its own.
         """
         comes_again, self._last = capacity == self._last, capacity
         if has_own_graph:

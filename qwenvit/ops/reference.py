@@ -18,6 +18,8 @@ from qwenvit.plan.rope import apply_rope
 
 ACTIVATIONS = ("gelu_tanh", "quick_gelu", "gelu")
 """Values of `act` in `qwenvit.ops.linear_act` and `activation_`."""
+_FRAMES, _PATCHES = "(t tp) c (h mh ph) (w mw pw)", "(t h w mh mw) c (tp ph pw)"
+"""Axes of frames and of their patches, in einops' notation."""
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
@@ -223,17 +225,23 @@ def grid_plan(
 def cut_patches(frames: Tensor, patch_size: int, temporal_patch_size: int, merge_size: int) -> Tensor:
     """Cut frames `[T, C, H, W]` into `[patches, C, temporal_patch_size · patch_size²]`, in merge-block order.
 
-    einops is a dependency for this one permute, whose pattern shows the order of patches.
+    einops is a dependency for this permute and its inverse: the pattern shows the order of patches.
     """
-    return rearrange(
-        frames,
-        "(t tp) c (h mh ph) (w mw pw) -> (t h w mh mw) c (tp ph pw)",
-        tp=temporal_patch_size,
-        mh=merge_size,
-        mw=merge_size,
-        ph=patch_size,
-        pw=patch_size,
-    )
+    sides = {"tp": temporal_patch_size, "mh": merge_size, "mw": merge_size, "ph": patch_size, "pw": patch_size}
+    return rearrange(frames, f"{_FRAMES} -> {_PATCHES}", **sides)
+
+
+def join_patches(
+    patches: Tensor, grid: tuple[int, int, int], patch_size: int, temporal_patch_size: int, merge_size: int
+) -> Tensor:
+    """Join `[patches, C, temporal_patch_size · patch_size²]` to frames `[T, C, H, W]`: the inverse of `cut_patches`.
+
+    `grid` is the number of groups of frames, and of rows and columns of patches.
+    """
+    groups, rows, columns = grid
+    sides = {"tp": temporal_patch_size, "mh": merge_size, "mw": merge_size, "ph": patch_size, "pw": patch_size}
+    counts = {"t": groups, "h": rows // merge_size, "w": columns // merge_size}
+    return rearrange(patches, f"{_PATCHES} -> {_FRAMES}", **sides, **counts)
 
 
 def resize_patches(

@@ -78,14 +78,13 @@ class GridPlan:
         """
         checked = grid_thw if isinstance(grid_thw, CheckedGrid) else check_grid(grid_thw, config.spatial_merge_size)
         grid = checked.tensor
-        frame, row, column = _patch_coordinates(grid, config.spatial_merge_size)
+        frame, row, column = patch_coordinates(grid, config.spatial_merge_size)
         heights, widths = grid[:, 1].repeat_interleave(grid[:, 0]), grid[:, 2].repeat_interleave(grid[:, 0])
         position_ids = torch.stack((row, column), dim=1)
         frames = _segments(heights * widths, device)
         windows = window_index = restore_index = taps = weights = None
         if config.window_size is not None:
-            side = config.window_size // config.patch_size // config.spatial_merge_size
-            window_index, lengths = _window_order(heights, widths, frame, position_ids, config, side)
+            window_index, lengths = window_order(heights, widths, frame, position_ids, config)
             windows = _segments(lengths, device)
             restore_index = window_index.argsort()
             position_ids = position_ids.unflatten(0, (-1, config.merge_unit))[window_index].flatten(0, 1)
@@ -122,7 +121,7 @@ class DevicePlan:
     """`[capacity.patches, 4]` fp32; None in towers without learned positions."""
 
 
-def _patch_coordinates(grid: Tensor, merge: int) -> tuple[Tensor, Tensor, Tensor]:
+def patch_coordinates(grid: Tensor, merge: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the frame number, row and column of every patch, `[patches]` int64 each, in merge-block order."""
     sizes = (grid[:, 1] * grid[:, 2]).repeat_interleave(grid[:, 0])  # patches of each frame
     widths = grid[:, 2].repeat_interleave(grid[:, 0])
@@ -146,18 +145,26 @@ def _segments(lengths: Tensor, device: torch.device | str) -> Segments:
     return Segments(cu_seqlens.to(device, torch.int32), int(lengths.max()), tuple(groups))
 
 
-def _window_order(
-    heights: Tensor, widths: Tensor, frame: Tensor, position_ids: Tensor, config: VisionConfig, side: int
+def window_order(
+    heights: Tensor, widths: Tensor, frame: Tensor, position_ids: Tensor, config: VisionConfig
 ) -> tuple[Tensor, Tensor]:
-    """Sort tokens by window.
+    """Sort tokens by window, in towers with windows.
 
-    Windows are `side` x `side` tokens, cut off at the frame's right and lower edges. Windows follow in reading order,
-    and so do the tokens of each.
+    Windows are squares of `config.window_size` pixels, cut off at the frame's right and lower edges. Windows follow in
+    reading order, and so do the tokens of each.
+
+    Args:
+        heights: rows of patches of each frame, `[frames]` int64.
+        widths: columns of patches of each frame, `[frames]` int64.
+        frame: the frame number of each patch, `[patches]` int64.
+        position_ids: the row and column of each patch, `[patches, 2]` int64, in merge-block order like `frame`.
+        config: the tower's config.
 
     Returns:
         `window_index` `[tokens]` int64, and the length of each window in patches, `[windows]` int64.
     """
     merge, unit = config.spatial_merge_size, config.merge_unit
+    side = (config.window_size or 0) // config.patch_size // merge  # in tokens
     window_rows = (heights // merge + side - 1) // side
     window_columns = (widths // merge + side - 1) // side
     windows_before = (window_rows * window_columns).cumsum(0) - window_rows * window_columns

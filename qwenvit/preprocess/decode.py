@@ -112,6 +112,7 @@ def open_image(
     backend: Backend = "pillow",
     device: torch.device | None = None,
     decode: Decoder = "pillow",
+    detach: bool = True,
     name: str = "image",
 ) -> Tensor:
     """Open one image as RGB, as transformers 5.23's image processors do.
@@ -132,10 +133,11 @@ def open_image(
         device: where the image will be needed. An image that is on a GPU goes there directly; any other stays on the
             CPU.
         decode: `"nvjpeg"` decodes JPEG files on `device`, a GPU.
+        detach: False: gradients flow from the result to a tensor with `do_rescale=False`.
         name: the image's name in error messages.
 
     Returns:
-        `[3, H, W]`, detached: uint8, or float32 in [0, 1] with `do_rescale=False`. May share memory with `image`.
+        `[3, H, W]`: uint8, or float32 in [0, 1] with `do_rescale=False`. May share memory with `image`.
 
     Raises:
         TypeError: not an image, or a dtype other than uint8 (float32 with `do_rescale=False`).
@@ -149,7 +151,8 @@ def open_image(
         raise ValueError(f"channels: expected 'first', 'last' or None, got {channels!r}")
     if isinstance(image, np.ndarray | Tensor):
         check_array(image, name)
-        return _to_rgb(_channels_first(_to_tensor(image, do_rescale, device, name), channels, name), backend)
+        tensor = _to_tensor(image.detach() if detach and isinstance(image, Tensor) else image, do_rescale, device, name)
+        return _to_rgb(_channels_first(tensor, channels, name), backend)
     if isinstance(image, io.BytesIO | bytearray | memoryview):
         image = image.getvalue() if isinstance(image, io.BytesIO) else bytes(image)
     if not isinstance(image, bytes | str | os.PathLike | Image.Image):
@@ -245,7 +248,7 @@ def _to_tensor(image: NDArray[Any] | Tensor, do_rescale: bool, device: torch.dev
     if isinstance(image, np.ndarray):
         tensor = torch.from_numpy(np.require(image, requirements=["C", "W"]))
     else:
-        tensor = image.detach().to(device if image.is_cuda and device is not None else "cpu")
+        tensor = image.to(device if image.is_cuda and device is not None else "cpu")
     if 0 in tensor.shape:
         raise ValueError(f"{name}: expected at least one pixel, got shape {list(tensor.shape)}")
     if not do_rescale and not (tensor.min() >= 0 and tensor.max() <= 1):  # also true for NaN

@@ -1,7 +1,7 @@
 """The image processor: images to `pixel_values` and `image_grid_thw`, equal to transformers'."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self, Unpack
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qwenvit.config.families import FAMILIES
+from qwenvit.ops.checks import FLOATING, check
 from qwenvit.preprocess.decode import Backend, Channels, ImageInput, each_image, open_image
 from qwenvit.preprocess.hf_settings import config_section, read_hf_settings, write_hf_settings
 from qwenvit.preprocess.jpeg import Decoder, check_decoder
@@ -152,6 +153,7 @@ class ImageProcessor(PatchProcessor):
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        differentiable: bool = False,
         **options: Unpack[ImageOptions],
     ) -> tuple[Tensor, Tensor]:
         """Resize images and cut them into patches.
@@ -160,6 +162,9 @@ class ImageProcessor(PatchProcessor):
             images: one image or several; `open_image` says what an image can be.
             device: where to resize and normalise 8-bit images, and where `pixel_values` are; the values are the same.
             dtype: float32, bfloat16 or float16; the values are those in float32, converted.
+            differentiable: let gradients flow from `pixel_values` to the images that are tensors and require them. The
+                images are float32 in [0, 1], with `do_rescale=False`; `resize` is `"torch"`. The values are the same.
+                Otherwise, as in `Encoder.encode` and `features`, pixel values are detached from the images.
             options: min_pixels, max_pixels, max_tokens, size, resize, do_rescale, channels; see `ImageOptions`.
 
         Returns:
@@ -168,10 +173,13 @@ class ImageProcessor(PatchProcessor):
 
         Raises:
             TypeError: an unknown option, or an image of a type or dtype that is not supported.
-            ValueError: an impossible option, or an image that cannot be used.
+            ValueError: an impossible option, or an image that cannot be used; `differentiable` for images of 8 bits or
+                for Pillow's resize, which rounds to 8 bits.
             OSError: a file that cannot be read.
         """
         device = torch.device(device)
+        if differentiable:
+            return self._differentiable(images, device, dtype, options)
         prepare = self.preparer(device, **options)
         prepared = [prepare(index, image) for index, image in enumerate(each_image(images))]
         grids = torch.tensor([one.grid for one in prepared], device="cpu")
@@ -180,6 +188,45 @@ class ImageProcessor(PatchProcessor):
         for one, rows in zip(prepared, pixel_values.split(patches), strict=True):
             one.to(device).write(rows)
         return pixel_values, grids
+
+    def _differentiable(
+        self, images: ImageInput | Iterable[ImageInput], device: torch.device, dtype: torch.dtype, options: ImageOptions
+    ) -> tuple[Tensor, Tensor]:
+        prepare = self.preparer(device, **options)
+        processor = prepare.processor
+        check(not prepare.do_rescale, "differentiable", "float images and do_rescale=False", "do_rescale=True")
+        check(processor.resize == "torch", "differentiable", "resize='torch'", f"resize={processor.resize!r}")
+        check(dtype in FLOATING, "dtype", "float32, bfloat16 or float16", dtype)
+        opened = [prepare.open(index, image, detach=False) for index, image in enumerate(each_image(images))]
+        resized = (processor.resized_groups(one.data, one.grid, one.resize) for one in opened)
+        rows = [processor.pixel_values(groups, "torch").to(device, dtype) for groups in resized]
+        return torch.cat(rows), torch.tensor([one.grid for one in opened], device="cpu")
+
+    def unpatchify(
+        self, pixel_values: Tensor, grid_thw: Tensor | Sequence[Sequence[int]], *, denormalize: bool = True
+    ) -> list[Tensor]:
+        """Put patches together to the resized images that they were cut from. Gradients flow through it.
+
+        Args:
+            pixel_values: `[patches, C·T·P·P]` float32, bfloat16 or float16, in merge-block order, as the processor
+                returns them, or other values of the same shape, such as their gradients.
+            grid_thw: `[images, 3]` integers: 1, rows and columns of patches of each image.
+            denormalize: multiply by `image_std` and add `image_mean`, so that normalised pixels are in [0, 1] again
+                (bicubic interpolation of floats overshoots it at sharp edges). False for gradients.
+
+        Returns:
+            `[3, height, width]` float32 of each image, on the device of `pixel_values`: the mean of the
+            `temporal_patch_size` copies of the image, which are equal unless you changed them.
+
+        Raises:
+            TypeError: `pixel_values` is not a floating tensor.
+            ValueError: shapes that do not fit the processor or each other, or more groups of frames than an image has;
+                the video processor's method takes those.
+        """
+        items = super().unpatchify(pixel_values, grid_thw, denormalize=denormalize)
+        frames = max(map(len, items))
+        check(frames == self.temporal_patch_size, "grid_thw", "one group of frames for each image", f"{frames} frames")
+        return [item.mean(0) for item in items]
 
     def preparer(
         self, device: torch.device, decode: Decoder = "pillow", /, **options: Unpack[ImageOptions]
@@ -216,7 +263,25 @@ class ImagePreparer:
     do_rescale: bool
 
     def __call__(self, index: int | None, image: ImageInput) -> Prepared:
-        """Open `images[index]`, or an image that has no number.
+        """Open `images[index]`, or an image that has no number, and compute its pixel values if they are the host's.
+
+        Raises:
+            TypeError: an image of a type or dtype that is not supported.
+            ValueError: an image that cannot be used.
+            OSError: a file that cannot be read.
+        """
+        frames = self.open(index, image)
+        on_gpu = self.device.type == "cuda"
+        if frames.data.is_cuda:
+            return frames
+        if on_gpu and frames.data.dtype == torch.uint8:
+            return replace(frames, data=pinned_copy(frames.data))
+        # On the CPU, torch and Pillow resize in the thread that decoded. So are floats for a GPU: the kernels there
+        # would round them differently.
+        return compute_on_host(frames, pinned=on_gpu)
+
+    def open(self, index: int | None, image: ImageInput, *, detach: bool = True) -> PreparedFrames:
+        """Open `images[index]`, or an image that has no number; `detach=False` keeps the gradients of floats.
 
         Raises:
             TypeError: an image of a type or dtype that is not supported.
@@ -231,18 +296,11 @@ class ImagePreparer:
             backend=processor.resize,
             device=self.device,
             decode=self.decode,
+            detach=detach,
             name=name,
         )
         try:
             grid = processor.grid_for(*opened.shape[1:])
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-        frames = PreparedFrames(opened[None], grid, processor, processor.resize)
-        on_gpu = self.device.type == "cuda"
-        if opened.is_cuda:
-            return frames
-        if on_gpu and opened.dtype == torch.uint8:
-            return replace(frames, data=pinned_copy(frames.data))
-        # On the CPU, torch and Pillow resize in the thread that decoded. So are floats for a GPU: the kernels there
-        # would round them differently.
-        return compute_on_host(frames, pinned=on_gpu)
+        return PreparedFrames(opened[None], grid, processor, processor.resize)

@@ -1,7 +1,7 @@
 """What the image and the video processor share: their settings, cutting frames into patches, normalising."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Self
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from qwenvit import ops
-from qwenvit.ops.checks import FLOATING
-from qwenvit.ops.reference import cut_patches
+from qwenvit.ops.checks import FLOATING, check, check_floating
+from qwenvit.ops.reference import cut_patches, join_patches
+from qwenvit.plan.inputs import check_grid
 from qwenvit.preprocess.decode import Backend
 from qwenvit.preprocess.resize import (
     bounds_from_size,
@@ -111,8 +112,7 @@ class PatchProcessor:
         Raises:
             ValueError: not a dtype that pixel values can have.
         """
-        if dtype not in FLOATING:
-            raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
+        check(dtype in FLOATING, "dtype", "float32, bfloat16 or float16", dtype)
         return torch.empty(patches, self.patch_dim, device=device, dtype=dtype)
 
     def pixel_values(self, frames: Tensor, backend: Backend) -> Tensor:
@@ -157,13 +157,49 @@ class PatchProcessor:
             if values is not out:
                 out.copy_(values)
             return
-        resized = resize_frames(frames, height, width, backend)
-        missing = grid[0] * self.temporal_patch_size - len(resized)
-        resized = torch.cat((resized, resized[-1:].expand(missing, -1, -1, -1))) if missing else resized
+        resized = self.resized_groups(frames, grid, backend)
         if out.is_floating_point():
             out.copy_(self.pixel_values(resized, backend))
         else:
             out.copy_(cut_patches(resized, self.patch_size, self.temporal_patch_size, self.merge_size).flatten(1))
+
+    def resized_groups(self, frames: Tensor, grid: tuple[int, int, int], backend: Backend) -> Tensor:
+        """Resize frames `[F, 3, H, W]` to a grid, and repeat the last one to fill its group."""
+        resized = resize_frames(frames, grid[1] * self.patch_size, grid[2] * self.patch_size, backend)
+        missing = grid[0] * self.temporal_patch_size - len(resized)
+        return torch.cat((resized, resized[-1:].expand(missing, -1, -1, -1))) if missing else resized
+
+    def unpatchify(
+        self, pixel_values: Tensor, grid_thw: Tensor | Sequence[Sequence[int]], *, denormalize: bool = True
+    ) -> list[Tensor]:
+        """Put patches together to the resized frames that they were cut from. Gradients flow through it.
+
+        Args:
+            pixel_values: `[patches, C·T·P·P]` float32, bfloat16 or float16, in merge-block order, as a processor
+                returns them, or other values of the same shape, such as their gradients.
+            grid_thw: `[items, 3]` integers: groups of frames, rows and columns of patches of each item.
+            denormalize: multiply by `image_std` and add `image_mean`, so that normalised pixels are in [0, 1] again
+                (bicubic interpolation of floats overshoots it at sharp edges). False for gradients.
+
+        Returns:
+            `[frames, 3, height, width]` float32 of each item, on the device of `pixel_values`. The frames that were
+            repeated to fill the last group are among them.
+
+        Raises:
+            TypeError: `pixel_values` is not a floating tensor.
+            ValueError: shapes that do not fit the processor or each other.
+        """
+        check_floating("pixel_values", pixel_values, f"[patches, {self.patch_dim}]")
+        grids = check_grid(grid_thw, self.merge_size)
+        expected, shape = [grids.patches, self.patch_dim], list(pixel_values.shape)
+        check(shape == expected, "pixel_values", f"{expected} for these grids", shape)
+        patches = pixel_values.float().unflatten(1, (3, -1))
+        if denormalize:
+            means, deviations = patches.new_tensor((self.image_mean, self.image_std))[..., None]
+            patches = patches * deviations + means
+        sides = (self.patch_size, self.temporal_patch_size, self.merge_size)
+        items = patches.split(grids.tensor.prod(1).tolist())
+        return [join_patches(item, grid, *sides) for item, grid in zip(items, grids.tensor.tolist(), strict=True)]
 
 
 def _normalise(patches: Tensor, mean: Channels, std: Channels, backend: Backend) -> Tensor:

@@ -288,12 +288,25 @@ class FastTower(nn.Module):
             plan: the plan of the same patches' grids, on the tower's device.
         """
         deepstack_features = []
-        for index, block in enumerate(self.blocks):
-            if plan.windows is None or self.config.is_full_attention(index):
-                x = block(x, plan.cos, plan.sin, plan.frames.cu_seqlens, None)
-            else:
-                x = block(x, plan.cos, plan.sin, plan.windows.cu_seqlens, self.config.window_patches)
+        for index in range(self.config.depth):
+            x = self.apply_block(index, x, plan)
             if index in self.config.deepstack_visual_indexes:
                 merger = self.deepstack_mergers[self.config.deepstack_visual_indexes.index(index)]
                 deepstack_features.append(merger(x, None))
         return TowerOutput(x, self.merger(x, plan.restore_index), deepstack_features)
+
+    def apply_block(self, index: int, x: Tensor, plan: GridPlan | DevicePlan) -> Tensor:
+        """Run one block in place, inside frames or windows as the config says.
+
+        Args:
+            index: the block, from 0.
+            x: the block's input, `[patches, hidden_size]`, in the tower's order. The block overwrites it.
+            plan: the plan of the same patches' grids, on the tower's device.
+
+        Returns:
+            The block's output, in the memory of `x`.
+        """
+        block = self.blocks[index]
+        if plan.windows is None or self.config.is_full_attention(index):
+            return block(x, plan.cos, plan.sin, plan.frames.cu_seqlens, None)
+        return block(x, plan.cos, plan.sin, plan.windows.cu_seqlens, self.config.window_patches)

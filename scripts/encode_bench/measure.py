@@ -5,6 +5,7 @@ import os
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,18 @@ from common.timing import Call, synchronize, wall_seconds
 from encode_bench.folders import Folder
 from encode_bench.parity import layers_of, pixel_failures, same, token_failures, tower_layers
 from encode_bench.stages import decode, decode_seconds, sample_by_area, stage_seconds, tower_batches, video_batches
-from encode_bench.verdicts import CPU_RIVAL, ENCODE, GPU_RIVAL, HF_RIVAL, TOWER, Row
+from encode_bench.verdicts import CPU_RIVAL, ENCODE, FEATURES, GPU_RIVAL, HF_RIVAL, TOWER, Row
 from peers.transformers_processors import build_processor, process
 from qwenvit import Encoder
+from qwenvit.plan.reading_order import reading_order
 
 ROUNDS, MAX_SECONDS = 3, 10.0
 """Timed rounds of a folder; fewer, where they take longer than MAX_SECONDS together."""
 WARM_PASSES = 2
 """Untimed passes before the rounds: a CUDA graph may be captured when its capacity comes the second time."""
 LATENCY_CALLS = 20
+FEATURE_SIDES = (448, 896)
+"""Heights and widths in pixels of the square images whose layers are asked for."""
 FRAMES = 64
 MANY_IMAGES, FIRST_IMAGES = 5000, 500
 """Images of the generator whose memory is measured, and after how many the measurement begins."""
@@ -144,6 +148,34 @@ class EncodeBench:
         for call in calls.values():
             call()
         return median_seconds(calls) | {"frames": frames, "patches": len(pixels)}
+
+    def features(self, sides: Sequence[int] = FEATURE_SIDES) -> list[Row]:
+        """Return the median seconds of four layers' maps of one image, and of the tower alone, for square images.
+
+        Raises:
+            ParityError: the last layer's map differs from the tower's hidden states for the same pixel values.
+        """
+        encoder, config = self.fresh(), self.encoder.config
+        layers = (config.depth // 4, config.depth // 2, config.depth * 3 // 4, config.depth)
+        rows = []
+        for side in sides:
+            grid = torch.tensor([[1, side // config.patch_size, side // config.patch_size]])
+            generator = torch.Generator().manual_seed(0)
+            pixels = torch.randn(int(grid.prod()), config.patch_dim, generator=generator)
+            pixels = pixels.to(encoder.device, encoder.dtype)
+            calls = {
+                TOWER: partial(encoder, pixels, grid),
+                FEATURES: partial(encoder.features_of_pixels, pixels, grid, layers),
+            }
+            order = reading_order(grid, config).to(encoder.device)
+            expected = encoder(pixels, grid).last_hidden_state[order]
+            (found,) = encoder.features_of_pixels(pixels, grid, layers)
+            if not same([found.maps[-1].flatten(0, 1)], [expected]):
+                raise ParityError(f"{side}²: the map of the last layer differs from the tower's hidden states")
+            for call in [*calls.values()] * WARM_PASSES:
+                call()
+            rows.append(median_seconds(calls, rounds=LATENCY_CALLS) | {"side": side, "layers": len(layers)})
+        return rows
 
     def memory(self, paths: Sequence[Path], images: int = MANY_IMAGES, first: int = FIRST_IMAGES) -> Row:
         """Return the host memory of this process while a generator's images are encoded and the results dropped.

@@ -21,8 +21,8 @@ from qwenvit.config.published import published_config
 
 MODELS = {"Qwen2.5-VL-7B": "qwen2_5_vl-7b", "Qwen3-VL-8B": "qwen3_vl-8b"}
 """Names in `qwenvit.config.published`, by model."""
-ONE, PREPROCESSING, VIDEO, MEMORY = "one file", "preprocessing", "video", "host memory"
-CASES = (*(folder.name for folder in FOLDERS), ONE, PREPROCESSING, VIDEO, MEMORY)
+ONE, PREPROCESSING, VIDEO, MAPS, MEMORY = "one file", "preprocessing", "video", "features", "host memory"
+CASES = (*(folder.name for folder in FOLDERS), ONE, PREPROCESSING, VIDEO, MAPS, MEMORY)
 """The choices of `--cases`."""
 FULL_HD_CASES, PHOTOS_CASES = (FULL_HD, ONE, PREPROCESSING, VIDEO), (PHOTOS, MEMORY)
 Files = Mapping[str, Sequence[Path]]
@@ -31,7 +31,8 @@ Files = Mapping[str, Sequence[Path]]
 
 def empty_result(model: str) -> Result:
     return {"model": model, "machine": "", "ceilings": "", "pictures": "", "threads": DECODING_THREADS, "rows": [],
-            "one": None, "preprocessing": None, "video": None, "memory": None, "failed": [], "seconds": {}}  # fmt: skip
+            "one": None, "preprocessing": None, "video": None, "features": None, "memory": None, "failed": [],
+            "seconds": {}}  # fmt: skip
 
 
 def folders_for(cases: Collection[str]) -> list[Folder]:
@@ -97,6 +98,9 @@ def run_steps(
     if VIDEO in cases:
         with step(VIDEO):
             result["video"] = bench.video(files[FULL_HD])
+    if MAPS in cases:
+        with step(MAPS):
+            result["features"] = bench.features()
     if MEMORY in cases:
         with step(MEMORY):
             result["memory"] = bench.memory(files[PHOTOS])

@@ -1,12 +1,14 @@
 """Figures of `bench_encode.py` as markdown, for the terminal and for a page."""
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from common.pages import table
 from common.steps import failures
 from encode_bench.verdicts import (
     ENCODE,
+    FEATURES,
     RIVALS,
     TOWER,
     Result,
@@ -100,6 +102,15 @@ def video_text(video: Row) -> str:
     )
 
 
+def features_text(rows: Iterable[Row]) -> str:
+    found = [
+        f"{row['side']}² {milliseconds(row[FEATURES])} ms, tower alone {milliseconds(row[TOWER])} ms, "
+        f"{row[FEATURES] / row[TOWER]:.2f}×"
+        for row in rows
+    ]
+    return f"Maps of four layers of one image from its pixel values: {'; '.join(found)}"
+
+
 def memory_text(memory: Row) -> str:
     return (
         f"Host memory over {memory['images']} images from a generator through `iter_encode`: "
@@ -111,8 +122,9 @@ def notes(result: Result, for_readers: bool) -> list[str]:
     """Return the lines below a model's table; bars unless `for_readers`."""
     bars = [] if for_readers else verdicts(result)
     found = [f"{sum(bar.met for bar in bars)} of {len(bars)} bars met: {'; '.join(map(str, bars))}"] if bars else []
-    texts = {"one": one_text, "preprocessing": preprocessing_text, "video": video_text, "memory": memory_text}
-    found += [text(result[name]) for name, text in texts.items() if result[name]]
+    texts: dict[str, Callable[[Any], str]] = {"one": one_text, "preprocessing": preprocessing_text}
+    texts |= {"video": video_text, "features": features_text, "memory": memory_text}
+    found += [text(result[name]) for name, text in texts.items() if result.get(name)]
     found += [] if for_readers else [f"Seconds of the steps: {result['seconds']}"]
     return found + [f"Failed: {line}" for line in failures(result)]
 

@@ -10,7 +10,7 @@ Result = dict[str, Any]
 Row = dict[str, Any]
 """Figures of one step."""
 
-ENCODE, TOWER = "encode", "tower alone"
+ENCODE, TOWER, FEATURES = "encode", "tower alone", "features"
 GPU_RIVAL = "transformers' processor on the GPU + qwenvit's tower"
 CPU_RIVAL = "transformers' processor on the CPU + qwenvit's tower"
 HF_RIVAL = "transformers' processor on the GPU + its tower"
@@ -26,6 +26,8 @@ PREPROCESSING_BAR = 0.2
 """Most ms of resizing, normalising and cutting 1920×1080 on the GPU."""
 VIDEO_BAR = 1.10
 """Largest allowed ratio of `encode_video` to the tower alone."""
+FEATURES_BARS = {896: 1.05}
+"""Largest allowed ratio of four layers' maps to the tower alone, by the side of the image."""
 MEMORY_BAR = 200.0
 """Most MB that host memory grows."""
 
@@ -78,6 +80,11 @@ def verdicts(result: Result) -> list[Verdict]:
         found.append(Verdict("preprocessing", step["seconds"] * 1e3, PREPROCESSING_BAR, " ms"))
     if video := result["video"]:
         found.append(Verdict("video", video[ENCODE] / video[TOWER], VIDEO_BAR))
+    found += [
+        Verdict(f"features, {row['side']}²", row[FEATURES] / row[TOWER], FEATURES_BARS[row["side"]])
+        for row in result.get("features") or ()  # figures from before this step have none
+        if row["side"] in FEATURES_BARS
+    ]
     if memory := result["memory"]:
         found.append(Verdict("host memory", growth_mb(memory), MEMORY_BAR, " MB"))
     return found

@@ -33,6 +33,7 @@ from qwenvit.kernels.gemm.cublas import MIN_ROWS
 from qwenvit.outputs import TowerOutput
 from qwenvit.plan.grid_plan import GridPlan
 from qwenvit.plan.inputs import check_grid
+from qwenvit.plan.reading_order import reading_order
 from qwenvit.towers.fast import FastTower
 from qwenvit.towers.reference import ReferenceTower
 from support.towers import narrow
@@ -93,13 +94,19 @@ def calls(no_cuda, monkeypatch):
 
     class StubGraph:
         def __init__(self, *arguments):
-            self.capacity = arguments[1]
-            made.append(("captured", self.capacity.patches))
+            self.capacity, self.layers = arguments[1], arguments[6]
+            made.append(("captured", self.capacity.patches, self.layers))
+
+        def replay_states(self, table, pixel_values, patches, order):
+            assert self.layers
+            assert len(order()) == patches
+            StubGraph.replay(self, table, pixel_values, patches)
+            return [torch.zeros(patches, 1)] * len(self.layers)
 
         def replay(self, table, pixel_values, patches):
             assert len(table) == self.capacity.items + 1
             assert patches <= self.capacity.patches
-            made.append(("replayed", self.capacity.patches, pixel_values))
+            made.append(("replayed", self.capacity.patches, pixel_values, self.layers))
 
     for name in ("current_stream", "graph_pool_handle"):
         setattr(no_cuda, name, Mock())
@@ -112,6 +119,13 @@ def images(graphs, *sides):
     """Run one square image after another, and return the patches of the graphs that ran them."""
     for side in sides:
         graphs(torch.zeros(side * side, 1), check_grid([[1, side, side]], 2))
+
+
+def states(graphs, layers, *sides):
+    """Ask for hidden states of one square image after another."""
+    for side in sides:
+        found = graphs.hidden_states(torch.zeros(side * side, 1), check_grid([[1, side, side]], 2), layers, False)
+        assert [len(state) for state in found] == [side * side] * len(layers)
 
 
 def replayed(calls):
@@ -236,7 +250,7 @@ def test_many_sizes_that_come_once_share_few_graphs(calls, monkeypatch):
         items *= rng.choice((1, 1, 2))
         grid = check_grid(items, 2)
         graphs(torch.zeros(grid.patches, 1), grid)
-        assert len(graphs._sharing._occurrences) <= 50
+        assert len(graphs._sharing[()]._occurrences) <= 50
     assert len(replayed(calls)) == 250
     assert len(captured(calls)) < 100
 
@@ -264,6 +278,17 @@ def test_warming_up_captures_what_images_then_use(calls):
     assert replayed(calls) == [capacity_for(Capacity(side**2, 1, 0, 1, side), 4).patches for side in (2, 8, 18, 30)]
 
 
+def test_warming_up_for_layers_captures_what_their_calls_use(calls):
+    tower = cpu_tower()
+    graphs = GraphedTower(tower)
+    count = graphs.warm_up(1000, (0, 1))
+    captures = len(captured(calls))
+    assert captures == count + 1
+    assert {key.layers for key in graphs._graphs} == {(0, 1)}
+    states(graphs, (0, 1), 2, 8, 18, 30)
+    assert len(captured(calls)) == captures
+
+
 @pytest.mark.parametrize("patches", [4, 320, 324, 1000, 2052, 4096])
 def test_warming_up_captures_every_image_up_to_its_bound(calls, patches):
     """The capacities are those of all images one by one."""
@@ -271,7 +296,7 @@ def test_warming_up_captures_every_image_up_to_its_bound(calls, patches):
     graphs = GraphedTower(tower)
     graphs.warm_up(patches)
     own = {capacity_for(Capacity(size, 1, 0, 1, 1), 4) for size in range(4, patches + 1, 4)}
-    assert own <= {capacity for capacity, _ in graphs._graphs}
+    assert own <= {key.capacity for key in graphs._graphs}
 
 
 def test_pixel_values_reach_the_graph_as_they_are(calls):
@@ -484,7 +509,7 @@ def test_both_torch_settings_of_tf32_are_read():
     """torch raises if the older setting is read after the newer one was set."""
     code = """if True:
         import torch; from types import SimpleNamespace; {}; from qwenvit.graphs.graphed_tower import GraphedTower
-        print(GraphedTower._graph_key(SimpleNamespace(_is_fp32=True), 'capacity'))
+        print(GraphedTower._graph_key(SimpleNamespace(_is_fp32=True), 'capacity')[:2])
     """
     for choice in ("torch.set_float32_matmul_precision('high')", "torch.backends.cuda.matmul.fp32_precision = 'tf32'"):
         done = subprocess.run([sys.executable, "-c", code.format(choice)], capture_output=True, text=True, check=True)
@@ -516,18 +541,18 @@ def test_garbage_collection_is_paused_during_a_capture_and_then_as_before(enable
 def make_graph(no_cuda, monkeypatch):
     """Return a function that makes a graph of a tower; the capture runs on the CPU, and replays do nothing.
 
-    Its argument `transform` replaces the tower's. The graph has a stub for CUDA's in `graph`.
+    Its argument `transform` replaces the tower's, if there is one. The graph has a stub for CUDA's in `graph`.
     """
     no_cuda.CUDAGraph, no_cuda.stream, no_cuda.device_of = Mock(), contextlib.nullcontext, contextlib.nullcontext
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda table: table)
     monkeypatch.setattr(UnownedTensor, "of", lambda x: SimpleNamespace(tensor=lambda _: x))
 
-    def make(tower, transform, run_first=False):
+    def make(tower, transform=None, run_first=False, layers=()):
         monkeypatch.setattr(tower, "transform", transform)
         capacity = capacity_for(Capacity(16, 1, 0, 1, 4), 4)
         angles = device_plan.angle_tables(tower.config, 512, "cpu")
         with torch.no_grad():
-            return Graph(tower, capacity, angles, "stream", "pool", run_first)
+            return Graph(tower, capacity, angles, "stream", "pool", run_first, layers)
 
     return make
 
@@ -599,3 +624,172 @@ def test_an_error_in_a_capture_is_raised_itself():
     assert graph.capture_end.called
     with pytest.raises(RuntimeError, match="invalidated"), capturing(graph, None):
         pass
+
+
+@pytest.mark.parametrize("layers", [(0,), (2,), (0, 1, 3), (1, 2, 3)])
+def test_a_graph_of_layers_keeps_each_before_the_blocks_overwrite_it(monkeypatch, make_graph, layers):
+    """It runs no block after the deepest layer, and no merger; a replay returns the batch's rows in the order asked."""
+    monkeypatch.setattr(graph, "reserve_workspaces", Mock())
+    config = narrow("qwen2_5_vl", depth=3, out_hidden_size=8)
+    tower = FastTower(config, "reference")
+    tower.load_state_dict(ReferenceTower(config).state_dict())
+    first, blocks = torch.randn(320, config.hidden_size), []
+    plan = GridPlan.build([[1, 16, 20]], config)  # of the graph's capacity: plain torch attends within whole segments
+    monkeypatch.setattr(device_plan, "compute_plan", lambda *_: plan)
+    monkeypatch.setattr(tower, "embed", lambda *_: first.clone())
+    for index, block in enumerate(tower.blocks):
+        block.register_forward_hook(lambda *_, index=index: blocks.append(index))
+    for merger in (tower.merger, *tower.deepstack_mergers):
+        monkeypatch.setattr(merger, "forward", Mock(side_effect=AssertionError("merger")))
+    made = make_graph(tower, layers=layers)
+    assert blocks == list(range(layers[-1]))
+    expected, x = [first], first.clone()
+    with torch.no_grad():
+        for index in range(3):
+            x = tower.apply_block(index, x.clone(), plan)
+            expected.append(x)
+    order = torch.randperm(40)
+    found = made.replay_states(torch.zeros_like(made.table), torch.zeros(40, config.patch_dim), 40, lambda: order)
+    assert made.graph.replay.called
+    for layer, state in zip(layers, found, strict=True):
+        assert torch.equal(state, expected[layer][:40][order]), layer
+        assert state.untyped_storage().nbytes() == state.nbytes
+
+
+def test_layers_have_graphs_of_their_own(calls):
+    """And counts of their own: what comes twice in a row is the same size with the same layers."""
+    tower = cpu_tower()
+    graphs = GraphedTower(tower)
+    images(graphs, 64)
+    whole = dict(graphs._graphs)
+    for layers in ((1,), (0, 1), (0,)):
+        states(graphs, layers, 64, 64, 40, 42)
+        images(graphs, 64)
+    assert {key: graphs._graphs[key] for key in whole} == whole
+    for call in calls:
+        if call[0] == "replayed":
+            assert call[3] in ((), (1,), (0, 1), (0,))
+    ran = [call[3] for call in calls if call[0] == "replayed"]
+    assert ran == [()] + [(1,)] * 4 + [()] + [(0, 1)] * 4 + [()] + [(0,)] * 4 + [()]
+    own, coarse = (capacity(Capacity(1600, 1, 0, 1, 40), 4) for capacity in (capacity_for, coarse_of))
+    captures = len(captured(calls))
+    images(graphs, 40)  # the same size came with layers, which counts for them alone
+    assert replayed(calls)[-1] == coarse.patches
+    states(graphs, (1,), 40, 40)
+    assert replayed(calls)[-1] == own.patches
+    assert len(captured(calls)) == captures + 2
+
+
+def test_the_first_batch_of_some_layers_gets_a_graph_of_its_own(calls):
+    """As the first of all does: graphs of other layers are none that it could share."""
+    tower = cpu_tower()
+    graphs = GraphedTower(tower)
+    images(graphs, 64)
+    states(graphs, (0, 1), 40)
+    assert replayed(calls)[-1] == capacity_for(Capacity(1600, 1, 0, 1, 40), 4).patches
+
+
+def coarse_of(need, merge_unit):
+    return coarse_capacity(capacity_for(need, merge_unit), merge_unit)
+
+
+def test_the_pool_is_sized_for_layers_before_small_graphs(calls):
+    """Captured in rising order, each would add memory; a whole pass has the memory of a pass that copies nothing."""
+    tower = cpu_tower()
+    graphs, pool = GraphedTower(tower), pool_patches_for(1)
+    images(graphs, 4)
+    assert [call[1:] for call in calls if call[0] == "captured"] == [(pool, ()), (MIN_GRAPH_PATCHES, ())]
+    calls.clear()
+    states(graphs, (1,), 4)
+    states(graphs, (0,), 4)
+    assert [call[1:] for call in calls if call[0] == "captured"] == [
+        (MIN_GRAPH_PATCHES, (1,)), (MIN_GRAPH_PATCHES, (0,)),
+    ]  # fmt: skip
+    calls.clear()
+    states(graphs, (0, 1), 4)
+    assert [call[1:] for call in calls if call[0] == "captured"] == [(pool, (0, 1)), (MIN_GRAPH_PATCHES, (0, 1))]
+    calls.clear()
+    states(graphs, (1,), 80)  # a larger pool, for which all of this starts again
+    assert {key.layers for key in graphs._graphs} == {(1,)}
+    images(graphs, 4)
+    grown = pool_patches_for(6400, grows=True)
+    assert next(call[1:] for call in calls if call[0] == "captured") == (grown, (1,))
+    assert (grown, ()) in [call[1:] for call in calls if call[0] == "captured"]
+
+
+def test_a_pass_is_run_before_a_capture_that_goes_deeper(calls, monkeypatch):
+    """It initialises libraries, which a capture may not do."""
+    runs = []
+
+    class RecordingGraph(graphed_tower.Graph):
+        def __init__(self, *arguments):
+            runs.append((arguments[6], arguments[5]))
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(graphed_tower, "Graph", RecordingGraph)
+    tower = cpu_tower()
+    graphs = GraphedTower(tower)
+    states(graphs, (0,), 64)
+    states(graphs, (0, 1), 64)
+    images(graphs, 64)
+    states(graphs, (1,), 64)
+    assert [run for run in runs if run[1]] == [((0,), True), ((0, 1), True), ((), True)]
+
+
+def test_weights_that_moved_are_found_when_layers_are_asked_for(calls):
+    tower = cpu_tower()
+    graphs = GraphedTower(tower)
+    states(graphs, (1,), 40, 40)
+    old = set(graphs._graphs.values())
+    weight = tower.blocks[0].attn.qkv.weight
+    weight.data = weight.data.clone()
+    states(graphs, (1,), 40)
+    assert not old & set(graphs._graphs.values())
+    tower.blocks[0].register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="no forward hooks"):
+        states(graphs, (1,), 40)
+
+
+@pytest.mark.parametrize("by_token", [False, True])
+def test_layers_of_a_batch_too_large_for_a_graph(no_cuda, monkeypatch, by_token):
+    no_cuda.current_stream = Mock()
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda table: table)
+    monkeypatch.setattr(graphed_tower, "MAX_GRAPH_PATCHES", 8)
+    config = narrow("qwen2_5_vl", depth=3, out_hidden_size=8)
+    tower = FastTower(config, "reference")
+    tower.load_state_dict(ReferenceTower(config).state_dict())
+    grid, pixels = check_grid([[1, 12, 10], [2, 4, 6]], 2), torch.randn(168, config.patch_dim)
+    expected = tower(pixels, GridPlan.build(grid, config)).last_hidden_state
+    order = reading_order(grid.tensor, config, by_token)
+    for pixel_values in (pixels, lambda rows: rows.copy_(pixels)):
+        first, last = GraphedTower(tower).hidden_states(pixel_values, grid, (0, 3), by_token)
+        torch.testing.assert_close(last, expected[order])
+        torch.testing.assert_close(first, tower.embed(pixels, GridPlan.build(grid, config))[order])
+
+
+def test_reading_orders_and_counts_are_bounded(calls, monkeypatch):
+    monkeypatch.setattr(graphed_tower, "MAX_READING_ORDERS", 3)
+    monkeypatch.setattr(graphed_tower, "MAX_COUNTED_LAYERS", 2)
+    computed, compute = [], reading_order
+    monkeypatch.setattr(graphed_tower, "reading_order", lambda *arguments: computed.append(1) or compute(*arguments))
+    tower = cpu_tower()
+    graphs = GraphedTower(tower)
+    states(graphs, (1,), 4, 6, 8, 8, 6)
+    assert len(computed) == 3
+    graphs.hidden_states(torch.zeros(16, 1), check_grid([[1, 4, 4]], 2), (1,), True)
+    assert len(computed) == 4
+    assert len(graphs._reading_orders) == 3
+    for layers in ((0,), (0, 1), (1,)):
+        states(graphs, layers, 4)
+    assert len(graphs._sharing) == 2
+
+
+def test_grids_that_the_caller_overwrites_are_kept(no_cuda, monkeypatch):
+    """Tables are made when they are first needed, which may be after the caller has reused the tensor."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda table: table)
+    tower = cpu_tower()
+    graphs, grid = GraphedTower(tower), torch.tensor([[1, 4, 8]])
+    prepared = graphs._prepare(check_grid(grid, 2))
+    grid[0, 1] = 16
+    assert graphs._prepare(check_grid([[1, 4, 8]], 2)) is prepared
+    assert graphs._table(prepared, 1)[0, 3:].tolist() == [4, 8]

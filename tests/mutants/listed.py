@@ -56,12 +56,19 @@ MUTANTS = [
         ("GraphedTower._capture", "self._graphs.popitem(last=False)", "self._graphs.popitem()"),
         ("GraphedTower._prepare", "self._prepared.popitem(last=False)", "self._prepared.popitem()"),
         ("GraphedTower.warm_up", "next_size < patches + unit", "next_size < patches"),
+        ("GraphedTower._prepare", "grid.tensor.clone()", "grid.tensor"),
+        ("GraphedTower._graph_key", "None, layers)", "None, ())"),
+        ("GraphedTower._graph_to_run", "if key.layers == layers)", ")"),
+        ("GraphedTower._graph_for", "if not self._pool_has_room_for(layers):", "if not self._graphs:"),
+        ("GraphedTower._capture", "last_layer > self._deepest_run", "self._deepest_run < 0"),
         ("GraphedTower.__reduce__", "return type(None), ()", "return object.__reduce_ex__(self, 2)"),
     ),
     *_mutants(
         "qwenvit/graphs/graph.py", "tests/graphs/test_graphs_host.py",
-        ("Graph.replay", "if table is not self._host_table:", "if self._host_table is None:"),
-        ("Graph.replay", "self._host_table = None", "pass"),
+        ("Graph._launch", "if table is not self._host_table:", "if self._host_table is None:"),
+        ("Graph._launch", "self._host_table = None", "pass"),
+        ("Graph.__init__.run", "if i < len(copies) else", "if False else"),
+        ("Graph.replay_states", ".index_select(0, index)", "[: len(index)]"),
     ),
     *_mutants(
         "qwenvit/graphs/capture.py", "tests/graphs/test_graphs_host.py",
@@ -228,7 +235,7 @@ MUTANTS = [
     ),
     *_mutants(
         "qwenvit/pipeline.py", "tests/test_encoder_hazards.py",
-        ("_hand_over", "_refuse_overflow(layers)", "_refuse_overflow(layers[:1])"),
+        ("_hand_over", "_refuse_overflow(output.tensors)", "_refuse_overflow(output.tensors[:1])"),
     ),
     *_mutants(
         "qwenvit/encoder.py", "tests/test_encoder.py",
@@ -334,5 +341,71 @@ MUTANTS = [
     *_mutants(
         "qwenvit/datasets/lock.py", "tests/datasets/test_job.py",
         ("_try_lock", "return False", "return True"),
+    ),
+    *_mutants(
+        "qwenvit/features/attention_maps.py", "tests/features/test_attention_maps.py",
+        ("_softmax", ".mul_(scale)", ""),
+        ("_fill", "block.norm1(x)", "x"),
+        ("_fill", "transpose(0, 1).float()", "transpose(0, 1)"),
+        ("attention_maps", "tower.segments_of(block, plan)", "plan.frames"),
+        ("attention_maps", "places = order.argsort()", "places = order"),
+    ),
+    *_mutants(
+        "qwenvit/preprocess/image_processor.py", "tests/preprocess/test_differentiable.py",
+        ("ImageProcessor._differentiable", ", detach=False", ""),
+        ("ImageProcessor.unpatchify", "item.mean(0)", "item[0]"),
+    ),
+    *_mutants(
+        "qwenvit/ops/reference.py", "tests/preprocess/test_differentiable.py",
+        ("join_patches", '"h": rows // merge_size, "w": columns', '"h": columns // merge_size, "w": rows'),
+    ),
+    *_mutants(
+        "qwenvit/towers/reference.py", "tests/features/test_gradients.py",
+        ("ReferenceTower.apply_block", "self.gradient_checkpointing and", "False and"),
+    ),
+    *_mutants(
+        "qwenvit/plan/reading_order.py", "tests/plan/test_reading_order.py",
+        ("reading_order", "window_index.argsort()", "window_index"),
+        ("reading_order", "+ row * widths[frame] + column", "+ column * heights[frame] + row"),
+        ("reading_order", "if by_token:", "if not by_token:"),
+    ),
+    *_mutants(
+        "qwenvit/towers/hidden_states.py", "tests/features/test_maps.py",
+        ("iter_hidden_states", "range(max(layers) + 1)", "range(max(layers) + 2)"),
+        ("ordered_hidden_states", "refuse_gradients(", "id("),
+    ),
+    *_mutants(
+        "qwenvit/features/maps.py", "tests/features/test_maps.py",
+        ("MapRequest.items", "start = end", "start += 0"),
+        ("MapRequest.cells", "tower.merger.norm(state) if self.norm", "tower.merger.norm(state) if False"),
+        ("_mean_of_tokens", "total / merge_unit", "total / len(others)"),
+        ("check_layers", "depth + 1", "depth"),
+    ),
+    *_mutants(
+        "qwenvit/features/encoder_methods.py", "tests/features/test_maps.py",
+        ("DenseFeatures._feature_batches", "for position in output.skipped:", "for position in ():"),
+        ("DenseFeatures.features_of_video", "is_video=True", "is_video=False"),
+    ),
+    *_mutants(
+        "qwenvit/features/pictures.py", "tests/features/test_pictures.py",
+        ("pca_pictures", "scatter += centred.T", "scatter = centred.T"),
+        ("pca_pictures", "@ directions for one", "@ directions.flip(1) for one"),
+        ("similarity_pictures", "low, high = min(one.min()", "low, high = min(one.max()"),
+    ),
+    *_mutants(
+        "qwenvit/cli/picture.py", "tests/cli/test_picture.py",
+        ("_column", "maps[0][query]", "maps[-1][query]"),
+        ("_query", "y * rows // height, x * columns // width", "x * columns // width, y * rows // height"),
+    ),
+    *_mutants(
+        "qwenvit/program.py", "tests/test_program.py",
+        ("TowerProgram.__init__", "self.plan = _replace_leaves(plan, Tensor, keep)", "self.plan = plan"),
+        ("_without_unused", "if request.norm:", "if True:"),
+    ),
+    *_mutants(
+        "qwenvit/integrations/timm.py", "tests/integrations/test_timm.py",
+        ("TimmModel.forward_intermediates", "[layer + 1 for layer in layers]", "layers"),
+        ("TimmModel.forward_intermediates", "max(blocks) if stop_early else depth - 1", "depth - 1"),
+        ("TimmModel._maps", "x.repeat_interleave(config.temporal_patch_size, dim=0)", "x.repeat(2, 1, 1, 1)"),
     ),
 ]  # fmt: skip

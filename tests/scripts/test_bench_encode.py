@@ -17,12 +17,12 @@ from PIL import Image
 from common import timing
 from common.hf_towers import build_tower, forward
 from common.machine import Ceilings
-from common.steps import steps_of
+from common.steps import ParityError, steps_of
 from common.timing import gpu_seconds
 from encode_bench import chart, measure, model_run, parity, report, stages
 from encode_bench import folders as encode_folders
 from encode_bench.folders import FOLDERS, FULL_HD, MIX, PHOTOS, Folder, make_folder, photographs
-from encode_bench.verdicts import CPU_RIVAL, ENCODE, GPU_RIVAL, HF_RIVAL, TOWER, verdicts
+from encode_bench.verdicts import CPU_RIVAL, ENCODE, FEATURES, GPU_RIVAL, HF_RIVAL, TOWER, verdicts
 from qwenvit import Encoder
 from qwenvit.preprocess.image_processor import ImageProcessor
 from support.towers import narrow, ours_from
@@ -279,6 +279,19 @@ def test_a_model(bench, paths, monkeypatch):
     assert result["failed"] == [("weights", "ZeroDivisionError: division by zero")]
 
 
+def test_features(bench, monkeypatch):
+    """No time is given where the maps are not the tower's own states."""
+    rows = bench.features(sides=(64, 96))
+    assert [(row["side"], row["layers"]) for row in rows] == [(64, 4), (96, 4)]
+    assert all(row[TOWER] > 0 and row[FEATURES] > 0 for row in rows)
+    maps = Encoder.features_of_pixels
+    monkeypatch.setattr(
+        Encoder, "features_of_pixels", lambda self, pixels, grid, layers: maps(self, pixels, grid, (*layers[:3], 1))
+    )
+    with pytest.raises(ParityError, match="64²: the map of the last layer differs"):
+        bench.features(sides=(64,))
+
+
 def test_host_memory(monkeypatch):
     drawn = []
     monkeypatch.setattr(measure, "resident_bytes", lambda: 100 * len(drawn) if len(drawn) >= 4 else 9999)
@@ -317,6 +330,10 @@ EXTRAS = {
     "one": {ENCODE: 0.045, "decode": 0.0135, TOWER: 0.030},
     "preprocessing": {"seconds": 0.00015, "bytes": 18_900_000, "floor": 4.5e-6},
     "video": {ENCODE: 1.2, TOWER: 1.0, "frames": 64, "patches": 340_032},
+    "features": [
+        {"side": 448, "layers": 4, TOWER: 0.0025, FEATURES: 0.0027},
+        {"side": 896, "layers": 4, TOWER: 0.008, FEATURES: 0.0083},
+    ],
     "memory": {"images": 5000, "first": 500, "before": 2_000_000_000, "most": 2_150_000_000},
 }
 
@@ -331,6 +348,7 @@ def test_verdicts():
         "one file: 1.50 ms (≤ 2) ✓",
         "preprocessing: 0.15 ms (≤ 0.2) ✓",
         "video: 1.20× (≤ 1.1) ✗",
+        "features, 896²: 1.04× (≤ 1.05) ✓",
         "host memory: 150.00 MB (≤ 200) ✓",
     ]
     assert verdicts(result_of()) == []
@@ -341,10 +359,12 @@ def test_a_section():
     rivals = "60.00 (1.9×) | 100 (3.2×) | 90.00 (2.9×) |"
     assert f"| 1920×1080 | 64 | 10626 | 30.00 | **31.50** | 31.7 | 1.05× | 1.20× | {rivals}" in text
     assert "| 1920×1080 | 12.00 / 4 = 3.00 | 0.120 | 0.080 | 30.000 | 1.500 |" in text
-    assert "- 4 of 5 bars met: " in text
+    assert "- 5 of 6 bars met: " in text
     assert "45.00 ms, of which decoding 13.50 and the tower 30.00: 1.50 ms beyond." in text
     assert "on the GPU: 0.150 ms; moving its 18.9 MB takes 4.5 µs." in text
     assert "64 frames of 1920×1080 (340032 patches): `encode_video` 1200 ms, tower alone 1000 ms, 1.20×." in text
+    maps = "448² 2.70 ms, tower alone 2.50 ms, 1.08×; 896² 8.30 ms, tower alone 8.00 ms, 1.04×."
+    assert f"Maps of four layers of one image from its pixel values: {maps}" in text
     assert "2000 MB after 500, +150 MB at the most after that." in text
     for table in (report.folders_table(result_of(row_of())), report.stages_table(result_of(row_of()))):
         assert len({line.count("|") for line in table.splitlines()}) == 1

@@ -1,0 +1,1 @@
+"""Dense features: maps of chosen layers, attention maps, and pictures of them."""
