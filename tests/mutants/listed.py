@@ -334,7 +334,7 @@ MUTANTS = [
         ("copy_batch", "first + size, row", "first, row"),
     ),
     *_mutants(
-        "qwenvit/datasets/image_batches.py", "tests/datasets/test_job.py tests/cli",
+        "qwenvit/datasets/image_batches.py", "tests/datasets/test_job.py tests/cli/test_encode_job.py",
         ("embed_in_batches", "pending.append(record)", "pass"),
         ("embed_in_batches", "for _ in batch.items:", "for _ in ():"),
     ),
