@@ -1,10 +1,15 @@
 """Setup shared by all tests."""
 
 import os
+import signal
 
 # OpenMP's threads sleep while they wait. Spinning on busy cores makes some tests 20 to 40 times slower. OpenMP reads
 # these when torch is imported, and subprocesses inherit them.
 os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", "GOMP_SPINCOUNT": "0"}
+
+# A shell without job control starts commands in the background with SIGINT ignored, and tests' subprocesses inherit it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch
