@@ -7,9 +7,12 @@ import signal
 # these when torch is imported, and subprocesses inherit them.
 os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", "GOMP_SPINCOUNT": "0"}
 
-# A shell without job control starts commands in the background with SIGINT ignored, and tests' subprocesses inherit it.
+# A shell without job control starts commands in the background with SIGINT ignored, and nohup ignores SIGHUP. Tests'
+# subprocesses inherit it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import pytest
 import torch

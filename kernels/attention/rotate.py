@@ -234,11 +234,11 @@ def rotate_by_head(
     The two are `[S, H, 64]` and, for D > 64, `[S, H, 16]` with the other channels, both stored head by head: so rows
     fill whole sectors of 32 bytes, and neighbouring rows fill cache lines. Past D queries and keys have zeros, and
     values ones. Queries and keys have their channels in another order, the same for both. Values are copied only if
-    their rows do not fill sectors (head_dim 72 in 16 bits); otherwise they are views. I/O: reads and writes Q and K
+    their rows do not fill sectors (72 channels in 16 bits); otherwise they are views. I/O: reads and writes Q and K
     once, and V if it is copied.
     """
     S, H, D = q.shape
-    n_tensors = 2 if D * q.element_size() % 32 == 0 else 3
+    n_tensors = 2 if v.shape[2] * v.element_size() % 32 == 0 else 3
     q, k, v = with_small_strides(q), with_small_strides(k), with_small_strides(v)
     out, out_rest = q.new_empty(n_tensors, H, S, 64), q.new_empty(n_tensors, H, S, 0 if D == 64 else 16)
     unit = stride_unit(q, k, v)

@@ -106,12 +106,13 @@ def _project_and_rotate(
 
 @triton.jit(do_not_specialize=["M"])
 def _rotate_in_place(
-    qkv_ptr,  # shape (M, 3, H, D), overwritten
+    qkv_ptr,  # shape (M, WIDTH): Q and K, (H, D) each and overwritten, then V
     cos_ptr,  # fp32, shape (M, D); only the first D / 2 columns are read
     sin_ptr,  # fp32, shape (M, D); only the first D / 2 columns are read
     M,
     H: tl.constexpr,
     D: tl.constexpr,
+    WIDTH: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -123,7 +124,7 @@ def _rotate_in_place(
     o_pair = i_chunk * BLOCK_P + tl.arange(0, BLOCK_P)
     m_pair = (o_row < M)[:, None] & (o_pair < N_PAIRS)[None, :]
     o_row = o_row.to(tl.int64)[:, None]
-    p_row = qkv_ptr + o_row * (3 * H * D)
+    p_row = qkv_ptr + o_row * WIDTH
     if INTERLEAVED:
         o_col = 2 * i_chunk * BLOCK_P + tl.arange(0, 2 * BLOCK_P)
         m_col = (o_row < M) & (o_col < 2 * N_PAIRS)[None, :]
@@ -215,18 +216,19 @@ def project_and_rotate(
 
 
 def rotate_qk_(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, interleaved: bool) -> None:
-    """Rotate Q and K of packed `[S, 3·H·D]` in place; see `qwenvit.ops.rotate_qk_`.
+    """Rotate Q and K of packed `[S, N]` in place; see `qwenvit.ops.rotate_qk_`.
 
-    I/O: reads and writes two thirds of qkv, reads half of cos and sin.
+    I/O: reads and writes Q and K, reads half of cos and sin.
     """
     M, width = qkv.shape
     if M == 0:
         return
-    n_chunks = triton.cdiv(width // 3, ROTATE_PASS.pairs)
+    D = cos.shape[1]
+    n_chunks = triton.cdiv(num_heads * D, ROTATE_PASS.pairs)
     with torch.cuda.device_of(qkv):
         _rotate_in_place[(triton.cdiv(M, ROTATE_PASS.rows) * n_chunks,)](
             qkv, cos, sin, M,
-            H=num_heads, D=width // (3 * num_heads), INTERLEAVED=interleaved,
+            H=num_heads, D=D, WIDTH=width, INTERLEAVED=interleaved,
             BLOCK_M=ROTATE_PASS.rows, BLOCK_P=ROTATE_PASS.pairs, num_warps=ROTATE_PASS.num_warps,
             **COMPILE_OPTIONS,
         )  # fmt: skip
@@ -241,8 +243,9 @@ def qkv_rope(
     num_heads: int,
     interleaved: bool,
 ) -> Tensor:
-    """Return the projection with Q and K rotated, `[S, C]` -> `[S, 3·H·D]`; see `qwenvit.ops.qkv_rope`."""
-    if interleaved and is_fused(weight):
+    """Return the projection with Q and K rotated, `[S, C]` -> `[S, N]`; see `qwenvit.ops.qkv_rope`."""
+    v_is_padded = weight.shape[0] != 3 * num_heads * cos.shape[1]
+    if interleaved and not v_is_padded and is_fused(weight):
         return project_and_rotate(hidden_states, weight, bias, cos, sin, num_heads)
     qkv = linear(hidden_states, weight, bias)
     rotate_qk_(qkv, cos, sin, num_heads, interleaved)

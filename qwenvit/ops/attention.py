@@ -10,6 +10,7 @@ from qwenvit.arguments import Impl
 from qwenvit.ops import reference
 from qwenvit.ops.checks import FLOATING, check_floating, check_tensor
 from qwenvit.ops.dispatch import use_triton
+from qwenvit.ops.packing import value_width
 
 HEAD_DIMS = (64, 72, 80)
 """Channels per head of the published towers."""
@@ -32,7 +33,7 @@ def rope_attention(
     A segment of L tokens takes 4·L²·H·D FLOPs, with H heads of D channels. I/O for S tokens: with `max_seqlen` of at
     most 64, one kernel reads Q, K and V, writes the output (4·S·H·D elements) and reads D / 2 cosines and sines a token
     (S·D elements). Otherwise, if `cos` is given, a pass rotates Q and K first and moves 4·S·H·D elements more; it pads
-    heads of 72 channels to 80 and, in 16-bit dtypes, copies V of that width too (2·S·H·D). `impl="triton"` computes no
+    heads of 72 channels to 80 and, in 16-bit dtypes, copies V of 72 channels too (2·S·H·D). `impl="triton"` computes no
     gradients.
 
     Args:
@@ -40,7 +41,8 @@ def rope_attention(
             last stride must be 1, the others are free: a view of a packed projection `[S, 3·H·D]` is accepted.
             Strides and addresses that are multiples of 16 bytes are fastest.
         k: keys, shape, dtype and device of `q`; last stride 1.
-        v: values, shape, dtype and device of `q`; last stride 1.
+        v: values, shape, dtype and device of `q`; last stride 1. With D = 72 also `[S, H, 80]` whose last 8 channels
+            are ones, which `"triton"` does not check: so no kernel has to copy V (`qwenvit.packing.pack_qkv`).
         cos: cosines of each pair's angle, `[S, D / 2]`, or `[S, D]` with equal halves in each row; fp32 or the dtype
             of `q`, last stride 1. The rotation is computed in fp32 with either. None if `q` and `k` are already
             rotated.
@@ -66,7 +68,7 @@ def rope_attention(
     checked = _passes_fast_check(q, k, v, cu_seqlens)
     if not checked:
         for name, x in (("q", q), ("k", k), ("v", v)):
-            _check_heads(name, x, q)
+            _check_heads(name, x, q, may_be_padded=name == "v")
     if cos is not None and sin is not None:
         _check_angles(cos, sin, q)
     elif cos is not sin:
@@ -98,7 +100,8 @@ def _passes_fast_check(q: Any, k: Any, v: Any, cu_seqlens: Any) -> bool:
         len(shape) == 3
         and shape[2] in HEAD_DIMS
         and dtype in FLOATING
-        and k.shape == shape == v.shape
+        and k.shape == shape
+        and (v.shape == shape or v.shape == (*shape[:2], value_width(shape[2])))
         and k.dtype == dtype == v.dtype
         and k.device == device == v.device
         and q.stride(2) == k.stride(2) == v.stride(2) == 1
@@ -109,13 +112,14 @@ def _passes_fast_check(q: Any, k: Any, v: Any, cu_seqlens: Any) -> bool:
     )
 
 
-def _check_heads(name: str, x: Tensor, q: Tensor) -> None:
+def _check_heads(name: str, x: Tensor, q: Tensor, may_be_padded: bool) -> None:
     check_floating(name, x, "[S, H, D]")
     if x.ndim != 3 or x.shape[2] not in HEAD_DIMS:
         raise ValueError(f"{name}: expected shape [S, H, D] with D one of {HEAD_DIMS}, got {list(x.shape)}")
     if x.dtype != q.dtype:
         raise TypeError(f"{name}: expected {q.dtype} as q has, got {x.dtype}")
-    _check_rows(name, x, q.shape, q)
+    padded = (*q.shape[:2], value_width(q.shape[2]))
+    _check_rows(name, x, padded if may_be_padded and x.shape == padded else q.shape, q)
 
 
 def _check_rows(name: str, x: Tensor, shape: tuple[int, ...], q: Tensor) -> None:

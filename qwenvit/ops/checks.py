@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from qwenvit.ops.packing import value_width
 from qwenvit.ops.reference import ACTIVATIONS
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
@@ -34,20 +35,23 @@ def check_rotation(name: str, width: int, cos: Tensor, sin: Tensor, num_heads: i
 
     Args:
         name: the argument that has these columns.
-        width: 3·H·D.
+        width: 3·H·D, or 2·H·D + H·`value_width(D)`.
         cos: `[S, D]` fp32.
         sin: `[S, D]` fp32.
         num_heads: H.
         like: a tensor with S rows on the expected device.
     """
-    check(
-        num_heads > 0 and width > 0 and width % (12 * num_heads) == 0,
-        name,
-        f"columns of Q, K and V in {num_heads} heads of a multiple of 4 channels",
-        width,
-    )
+    head_dim = cos.shape[-1] if isinstance(cos, Tensor) and cos.ndim else 0
+    if head_dim % 4 or width != num_heads * (2 * head_dim + value_width(head_dim)):
+        head_dim = width // (3 * num_heads) if num_heads > 0 else 0
+        check(
+            width > 0 and head_dim > 0 and width % (12 * num_heads) == 0,
+            name,
+            f"columns of Q, K and V in {num_heads} heads of a multiple of 4 channels",
+            width,
+        )
     for angles_name, angles in (("cos", cos), ("sin", sin)):
-        check_tensor(angles_name, angles, (like.shape[0], width // (3 * num_heads)), torch.float32, like)
+        check_tensor(angles_name, angles, (like.shape[0], head_dim), torch.float32, like)
 
 
 def check_act(act: str) -> None:

@@ -76,16 +76,17 @@ def qkv_rope(
 ) -> Tensor:
     """Project to packed Q, K and V, and rotate Q and K in fp32 (2-D RoPE: `qwenvit.plan.rope`). 6·S·C·H·D FLOPs.
 
-    16-bit tensors with `interleaved=True` and few channels use one fused kernel on sm_90
-    (`qwenvit.kernels.gemm.qkv_rope`). It reads S·C + 3·H·D·C elements and half of each row of `cos` and `sin`, writes
-    3·S·H·D elements, and rotates before it rounds. All other cases use cuBLAS and one in-place pass over Q and K, which
-    moves 4·S·H·D elements more. With `"triton"` a row's bits do not depend on S in 16 bits.
+    16-bit tensors with `interleaved=True`, few channels and heads of V as wide as those of Q use one fused kernel on
+    sm_90 (`qwenvit.kernels.gemm.qkv_rope`). It reads S·C + 3·H·D·C elements and half of each row of `cos` and `sin`,
+    writes 3·S·H·D elements, and rotates before it rounds. All other cases use cuBLAS and one in-place pass over Q and
+    K, which moves 4·S·H·D elements more. With `"triton"` a row's bits do not depend on S in 16 bits.
 
     Args:
         hidden_states: `[S, C]`, contiguous, bfloat16, float16 or float32.
-        weight: `[3·H·D, C]` in the dtype of `hidden_states`, contiguous: rows of Q, then K, then V. For
-            `interleaved=True`, the weight that `qwenvit.packing.pack_qkv` returns.
-        bias: `[3·H·D]` in the dtype of `hidden_states`, or None.
+        weight: `[N, C]` in the dtype of `hidden_states`, contiguous: rows of Q, then K, then V. N is 3·H·D, or
+            2·H·D + H·W with D rounded up to a multiple of 16, W, for V. For `interleaved=True`, the weight that
+            `qwenvit.packing.pack_qkv` returns.
+        bias: `[N]` in the dtype of `hidden_states`, or None.
         cos: cosines `[S, D]` fp32, contiguous, with equal halves in each row.
         sin: sines `[S, D]` fp32, contiguous, with equal halves in each row.
         num_heads: H.
@@ -93,7 +94,7 @@ def qkv_rope(
         impl: `"triton"`, `"reference"` or `"auto"` (Triton on a CUDA device).
 
     Returns:
-        `[S, 3·H·D]` in the dtype of `hidden_states`.
+        `[S, N]` in the dtype of `hidden_states`.
 
     Raises:
         TypeError: an argument has another type or dtype.
@@ -116,7 +117,8 @@ def rotate_qk_(
     I/O: reads and writes 2·S·H·D elements, reads half of each row of `cos` and `sin` (4·S·D bytes). 6·S·H·D FLOPs.
 
     Args:
-        qkv: `[S, 3·H·D]`, contiguous, bfloat16, float16 or float32: Q, then K, then V, each `[H, D]`. Overwritten.
+        qkv: `[S, N]`, contiguous, bfloat16, float16 or float32: Q, then K, each `[H, D]`, then V, `[H, D]` or `[H, W]`
+            with D rounded up to a multiple of 16, W. Q and K are overwritten.
         cos: cosines `[S, D]` fp32, contiguous, with equal halves in each row.
         sin: sines `[S, D]` fp32, contiguous, with equal halves in each row.
         num_heads: H.

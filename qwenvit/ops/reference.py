@@ -31,13 +31,13 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
 
 
 def rotate_qk(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, interleaved: bool) -> Tensor:
-    """Rotate Q and K of packed Q, K and V by angles `[S, D]`, in fp32: `[S, 3·H·D]` -> `[S, 3·H·D]`."""
-    q_and_k, v = qkv.tensor_split([qkv.shape[1] // 3 * 2], dim=1)
+    """Rotate Q and K of packed Q, K and V by angles `[S, D]`, in fp32: `[S, N]` -> `[S, N]`."""
+    q_and_k, v = qkv.tensor_split([2 * num_heads * cos.shape[1]], dim=1)
     return torch.cat((_rotate(q_and_k.unflatten(1, (2 * num_heads, -1)), cos, sin, interleaved).flatten(1), v), dim=1)
 
 
 def rotate_qk_(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, interleaved: bool) -> Tensor:
-    """Rotate Q and K of packed Q, K and V `[S, 3·H·D]` in place (`qwenvit.ops.rotate_qk_`)."""
+    """Rotate Q and K of packed Q, K and V `[S, N]` in place (`qwenvit.ops.rotate_qk_`)."""
     return qkv.copy_(rotate_qk(qkv, cos, sin, num_heads, interleaved))
 
 
@@ -50,7 +50,7 @@ def qkv_rope(
     num_heads: int,
     interleaved: bool,
 ) -> Tensor:
-    """Project, then rotate Q and K: `[S, C]` -> `[S, 3·H·D]` (`qwenvit.ops.qkv_rope`)."""
+    """Project, then rotate Q and K: `[S, C]` -> `[S, N]` (`qwenvit.ops.qkv_rope`)."""
     return rotate_qk(F.linear(hidden_states, weight, bias), cos, sin, num_heads, interleaved)
 
 
@@ -175,7 +175,8 @@ def rope_attention(
 ) -> Tensor:
     """Rotate Q and K, `[S, H, D]`, in fp32 and round them; then attend segment by segment: `[S, H, D]`.
 
-    The operation is `qwenvit.ops.rope_attention`; `cos` and `sin` are `[S, D / 2]` or `[S, D]`.
+    The operation is `qwenvit.ops.rope_attention`; `cos` and `sin` are `[S, D / 2]` or `[S, D]`. Channels of V beyond D
+    are not read.
 
     Raises:
         ValueError: `cu_seqlens` decreases, or does not start at 0 and end at S.
@@ -187,6 +188,7 @@ def rope_attention(
         if cos.shape[1] < q.shape[2]:
             cos, sin = cos.repeat(1, 2), sin.repeat(1, 2)
         q, k = _rotate(q, cos, sin, interleaved), _rotate(k, cos, sin, interleaved)
+    v = v[..., : q.shape[2]]
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     for start, end in pairwise(bounds):
         if end > start:

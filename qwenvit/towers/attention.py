@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from qwenvit import ops
 from qwenvit.arguments import Impl
 from qwenvit.ops.attention import HEAD_DIMS
-from qwenvit.ops.packing import adjacent_pairs
+from qwenvit.ops.packing import pack_qkv_rows, unpack_qkv_rows, value_width
 from qwenvit.towers.packed import Packed
 
 MAX_WINDOW_TOKENS = 64
@@ -17,9 +17,9 @@ class VisionAttention(Packed):
     """QKV projection with 2-D RoPE, attention within segments, output projection; for inference.
 
     Parameters are `qkv.weight`, `qkv.bias`, `proj.weight` and `proj.bias`, as in the checkpoints' `blocks.N.attn`.
-    `load_state_dict` takes and `state_dict` returns the checkpoints' order of rows. In memory the rows of Q and K have
-    the order of `qwenvit.packing.pack_qkv`, so write to `qkv` only with `load_state_dict`. Parameters do not require
-    gradients: the Triton kernels compute none.
+    `load_state_dict` takes and `state_dict` returns the checkpoints' rows. In memory `qkv` has the rows of
+    `qwenvit.packing.pack_qkv`, in another order and with more of them for V at a head width of 72, so write to it only
+    with `load_state_dict`. Parameters do not require gradients: the Triton kernels compute none.
 
     Args:
         hidden_size: C, channels of the hidden states.
@@ -49,9 +49,13 @@ class VisionAttention(Packed):
         self.num_heads = num_heads
         self.separate_qkv = separate_qkv
         self.impl = impl
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size, device=device, dtype=dtype)
+        self.head_dim = hidden_size // num_heads
+        packed_width = 2 * hidden_size + num_heads * value_width(self.head_dim)
+        self.qkv = nn.Linear(hidden_size, packed_width, device=device, dtype=dtype)
         self.proj = nn.Linear(hidden_size, hidden_size, device=device, dtype=dtype)
         self.requires_grad_(False)
+        for rows, padding in ((self.qkv.weight, 0.0), (self.qkv.bias, 1.0)):
+            rows[2 * hidden_size :].unflatten(0, (num_heads, -1))[:, self.head_dim :] = padding
 
     def forward(
         self, hidden_states: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int | None = None
@@ -76,7 +80,7 @@ class VisionAttention(Packed):
         return self.project_output(self.attend(y, cos, sin, cu_seqlens, max_seqlen))
 
     def project(self, hidden_states: Tensor, cos: Tensor, sin: Tensor, max_seqlen: int | None) -> Tensor:
-        """Project `hidden_states` `[S, C]` to Q, K and V, `[S, 3·C]`; rotate Q and K unless segments are windows.
+        """Project `hidden_states` `[S, C]` to Q, K and V, `[S, packed]`; rotate Q and K unless segments are windows.
 
         This is the first step of `forward`; `attend` and `project_output` follow. A caller of the three steps can free
         each step's input before the next.
@@ -87,9 +91,11 @@ class VisionAttention(Packed):
         return ops.qkv_rope(hidden_states, weight, bias, cos, sin, self.num_heads, impl=self.impl)
 
     def attend(self, qkv: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int | None) -> Tensor:
-        """Attend with the `[S, 3·C]` that `project` returned: the second step of `forward`, which returns `[S, C]`."""
+        """Attend with what `project` returned, `[S, packed]` -> `[S, C]`: the second step of `forward`."""
         angles: tuple[Tensor | None, Tensor | None] = (cos, sin) if _are_windows(max_seqlen) else (None, None)
-        q, k, v = qkv.unflatten(1, (3, self.num_heads, -1)).unbind(1)
+        q_and_k, v = qkv.tensor_split([2 * self.num_heads * self.head_dim], dim=1)
+        q, k = q_and_k.unflatten(1, (2, self.num_heads, self.head_dim)).unbind(1)
+        v = v.unflatten(1, (self.num_heads, -1))
         out = ops.rope_attention(q, k, v, *angles, cu_seqlens, max_seqlen, interleaved=True, impl=self.impl)
         return out.flatten(1)
 
@@ -98,29 +104,28 @@ class VisionAttention(Packed):
         return ops.linear(y, self.proj.weight, self.proj.bias, self.impl)
 
     def pack(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Concatenate Q, K and V, and make rotary pairs adjacent in Q and K."""
-        for kind in ("weight", "bias"):
+        """Concatenate Q, K and V, make rotary pairs adjacent in Q and K, and pad heads of V with channels of ones."""
+        for kind, padding in (("weight", 0.0), ("bias", 1.0)):
             parts = [f"{part}.{kind}" for part in "qkv"]
             if self.separate_qkv and all(part in tensors for part in parts):
                 tensors[f"qkv.{kind}"] = torch.cat([tensors.pop(part) for part in parts])
             rows = tensors.get(f"qkv.{kind}")
             # leave rows of another number alone: load_state_dict refuses them
-            if isinstance(rows, Tensor) and len(rows) == self.qkv.out_features:
-                tensors[f"qkv.{kind}"] = rows[self._order(rows.device)]
+            if isinstance(rows, Tensor) and len(rows) == 3 * self.num_heads * self.head_dim:
+                tensors[f"qkv.{kind}"] = pack_qkv_rows(rows, self.num_heads, padding)
         return tensors
 
     def unpack(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Restore the checkpoints' order of rows, and split Q, K and V if `separate_qkv`."""
-        order = self._order(self.qkv.weight.device).argsort()
-        rows = {kind: tensors.pop(f"qkv.{kind}")[order] for kind in ("weight", "bias")}
+        """Restore the checkpoints' rows, and split Q, K and V if `separate_qkv`."""
+        rows = {
+            kind: unpack_qkv_rows(tensors.pop(f"qkv.{kind}"), self.num_heads, self.head_dim)
+            for kind in ("weight", "bias")
+        }
         if self.separate_qkv:
             qkv = {f"{part}.{kind}": rows[kind].chunk(3)[i] for i, part in enumerate("qkv") for kind in rows}
         else:
             qkv = {f"qkv.{kind}": whole for kind, whole in rows.items()}
         return qkv | tensors  # names in the reference tower's order
-
-    def _order(self, device: torch.device) -> Tensor:
-        return adjacent_pairs(self.num_heads, self.qkv.in_features // self.num_heads, device)
 
 
 def _are_windows(max_seqlen: int | None) -> bool:

@@ -56,7 +56,7 @@ def fused_product_workloads(tile: str, modules: tuple[str, ...] = ("qkv_rope", "
     for model, (channels, heads, head_dim, counts) in QKV_SHAPES.items() if "qkv_rope" in modules else ():
         large = [tokens for tokens in counts if tokens in LARGE_PATCH_COUNTS]
         cases = [qkv_case(model, tokens, channels, heads, head_dim) for tokens in large]
-        names = ("x", "packed_weight", "packed_bias", "cos", "sin")
+        names = ("x", "permuted_weight", "permuted_bias", "cos", "sin")
 
         def rotate(x: Inputs, names: tuple[str, ...] = names, heads: int = heads) -> Any:
             return qkv_rope.project_and_rotate(*(x[name] for name in names), heads, tile=getattr(gemm, tile))

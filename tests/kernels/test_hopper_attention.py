@@ -195,6 +195,24 @@ def test_strides_and_parts(head_dim):
 
 
 @needs_hopper
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_values_with_ones_beside_them(dtype):
+    """As a packed projection has them: nothing is copied, and the bits are those of padded copies."""
+    bounds = [0, 6, 70, 134, 1170]
+    projection = torch.full((1170, 16 * (2 * 72 + 80)), torch.nan, dtype=dtype, device="cuda")
+    q, k = projection[:, : 32 * 72].unflatten(1, (2, 16, 72)).unbind(1)
+    v = projection[:, 32 * 72 :].unflatten(1, (16, 80))
+    for x, values in zip((q, k, v), packed(1170, 16, 72, dtype, "cuda"), strict=True):
+        x[..., :72] = values
+    v[..., 72:] = 1
+    expected = attend(q, k, v[..., :72].contiguous(), bounds)
+    copies = mock.Mock(side_effect=AssertionError("a copy"))
+    with mock.patch.object(hopper, "pad_with_ones", copies), mock.patch.object(hopper, "contiguous_copy", copies):
+        assert torch.equal(attend(q, k, v, bounds), expected)
+    assert_close_to_truth(q, k, v[..., :72].contiguous(), bounds)
+
+
+@needs_hopper
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_same_bits_again_alone_and_with_other_tiles(dtype, head_dim):

@@ -14,7 +14,7 @@ from qwenvit.kernels.gemm import qkv_rope as kernel
 from qwenvit.kernels.gemm.cublas import MIN_ROWS
 from qwenvit.kernels.gemm.tiles import Tile
 from qwenvit.ops import reference
-from qwenvit.ops.packing import adjacent_pairs, pack_qkv
+from qwenvit.ops.packing import adjacent_pairs, pack_qkv, unpack_qkv_rows, value_width
 from qwenvit.plan.rope import apply_rope, rope_cos_sin
 from support.errors import error, error_bound
 
@@ -59,15 +59,32 @@ def free_nan_memory(*shape, dtype):
     torch.full(shape, float("nan"), device=DEVICE, dtype=dtype)
 
 
-def test_packed_weights_match_the_reference_towers_attention_scores():
-    M, H, D, K = 12, 3, 16, 24
+@pytest.mark.parametrize("D", [16, 24, 72])
+def test_packed_weights_match_the_reference_towers_attention_scores(D):
+    M, H, K = 12, 3, 24
     x, weight, bias, cos, sin = make_inputs(M, H, D, K, torch.float32)
     q, k, v = (part.unflatten(-1, (H, D)) for part in F.linear(x, weight, bias).chunk(3, dim=-1))
     expected = torch.einsum("ihd,jhd->hij", apply_rope(q, cos, sin), apply_rope(k, cos, sin))
     packed = ops.qkv_rope(x, *pack_qkv(weight, bias, H), cos, sin, H, impl="triton")
-    q2, k2, v2 = packed.unflatten(1, (3, H, D)).unbind(1)
+    q2, k2 = packed[:, : 2 * H * D].unflatten(1, (2, H, D)).unbind(1)
+    v2 = packed[:, 2 * H * D :].unflatten(1, (H, value_width(D)))
     torch.testing.assert_close(torch.einsum("ihd,jhd->hij", q2, k2), expected, rtol=1e-4, atol=1e-2)
-    torch.testing.assert_close(v2, v, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(v2[..., :D], v, rtol=1e-4, atol=1e-3)
+    assert v2[..., D:].eq(1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_values_beside_the_channels_of_ones_do_not_change(dtype):
+    H, D, K = 3, 72, 40
+    x, weight, bias, *_ = make_inputs(37, H, D, K, dtype)
+    for b in (bias, None):
+        packed_weight, packed_bias = pack_qkv(weight, b, H)
+        packed = ops.linear(x, packed_weight, packed_bias, impl="triton")
+        assert packed[:, 2 * H * D :].unflatten(1, (H, 80))[..., D:].eq(1).all()
+        assert torch.equal(unpack_qkv_rows(packed_weight, H, D), weight)
+        if b is not None:
+            assert torch.equal(unpack_qkv_rows(packed_bias, H, D), b)
+    assert pack_qkv(weight[: 3 * H * 64], None, H)[1] is None  # head_dim 64 has no such channels
 
 
 def test_rotary_pairs_become_adjacent():
@@ -136,11 +153,12 @@ def test_the_fused_kernel_reads_unaligned_rows(wrong):
     assert error(got, truth(x, weight, bias, cos, sin, 2)) <= (1e-3 if ON_GPU else 1e-6)
 
 
+@pytest.mark.parametrize("v_width", [72, 80])
 @pytest.mark.parametrize("interleaved", [True, False], ids=["adjacent", "rotate_half"])
 @pytest.mark.parametrize("impl", ["triton", "reference"])
-def test_rotation_in_place_does_not_change_v(impl, interleaved):
+def test_rotation_in_place_does_not_change_v(impl, interleaved, v_width):
     M, H, D = 9, 5, 72
-    qkv = torch.randn(M, 3 * H * D, device=DEVICE)
+    qkv = torch.randn(M, 2 * H * D + H * v_width, device=DEVICE)
     qkv[:, 2 * H * D :: 3] = float("inf")  # a rotation by 0 would make it NaN
     cos, sin = (t.to(DEVICE) for t in rope_cos_sin(torch.randint(0, 99, (M, 2)), D, 10000.0))
     before = qkv.clone()
@@ -163,6 +181,9 @@ def test_bad_arguments():
         ((x, weight[:, :4].contiguous(), bias, cos, sin, 2), r"weight: expected shape \[any, 8\], got \[96, 4\]"),
         ((x, weight, bias[:5], cos, sin, 2), r"bias: expected .*\[96\]"),
         ((x, weight, bias, cos, sin, 5), r"weight: expected columns of Q, K and V in 5 heads"),
+        ((x, weight, bias, cos, sin, 0), r"weight: expected columns of Q, K and V in 0 heads"),
+        ((x, weight[:90], bias[:90], cos, sin, 2), r"weight: expected columns of Q, K and V in 2 heads .*, got 90"),
+        ((x, weight, bias, cos[:, :12].contiguous(), sin, 2), r"cos: expected shape \[6, 16\], got \[6, 12\]"),
         ((x, weight, bias, cos[:3], sin, 2), r"cos: expected .*\[6, 16\]"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -184,12 +205,17 @@ def test_published_shapes(D, K, H, dtype):
         expected = truth(x, weight, bias, cos, sin, H)
         bound = 1.05 * error(torch_among_many_rows(x, weight, bias, cos, sin, H, True), expected)
         got = [ops.qkv_rope(x, weight, bias, cos, sin, H)]
+        order = adjacent_pairs(H, D, DEVICE).argsort()
+        packed = ops.qkv_rope(x, *pack_qkv(weight[order], bias[order], H), cos, sin, H)
+        v = packed[:, 2 * H * D :].unflatten(1, (H, -1))
+        assert v[..., D:].eq(1).all()
+        got.append(torch.cat((packed[:, : 2 * H * D], v[..., :D].flatten(1)), 1))
         if dtype != torch.float32:
             free_nan_memory(M, 3 * H * D, dtype=dtype)
             got += [kernel.project_and_rotate(x, weight, bias, cos, sin, H) for _ in range(2)]
-            assert torch.equal(got[1], got[2])
+            assert torch.equal(got[-1], got[-2])
             alone = kernel.project_and_rotate(x[:1], weight, bias, cos[:1], sin[:1], H)
-            assert torch.equal(alone, got[1][:1])
+            assert torch.equal(alone, got[-1][:1])
         for y in got:
             assert error(y, expected) <= bound
 

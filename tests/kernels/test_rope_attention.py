@@ -71,6 +71,22 @@ def test_the_same_bits_for_angles_of_any_width_stride_and_dtype(dtype, max_seqle
         assert torch.equal(attend(*form), expected), name
 
 
+@pytest.mark.parametrize("rotate", [False, True], ids=["rotated before", "rotated here"])
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+@pytest.mark.parametrize("max_seqlen", [64, None], ids=["windows", "long"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_same_bits_for_values_with_ones_beside_them(dtype, max_seqlen, impl, rotate):
+    """As a packed projection has them, whose rows other numbers surround."""
+    q, k, v = packed(164, 3, 72, dtype)
+    memory = torch.full((164, 2 * 216 + 3 * 80 + 16), torch.nan, device=DEVICE, dtype=dtype)
+    padded = memory[:, 432:672].unflatten(1, (3, 80))
+    padded[..., :72], padded[..., 72:] = v, 1
+    others = *(angles(164, 72) if rotate else (None, None)), boundaries(WINDOWS), max_seqlen
+    expected = ops.rope_attention(q, k, v, *others, interleaved=True, impl=impl)
+    assert expected.isfinite().all()
+    assert torch.equal(ops.rope_attention(q, k, padded, *others, interleaved=True, impl=impl), expected)
+
+
 @pytest.mark.parametrize("max_seqlen", [64, None], ids=["windows", "long"])
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_rotated_before(head_dim, max_seqlen):
@@ -189,6 +205,13 @@ def test_mistakes_exceed_the_tolerance():
         ({"k": torch.zeros(20, 2, 64).half()}, TypeError, "k: expected torch.float32"),
         ({"k": torch.zeros(20, 1, 64)}, ValueError, "k: expected"),
         ({"v": torch.zeros(20, 64, 2).transpose(1, 2)}, ValueError, "v: expected an inner stride of 1"),
+        ({"v": torch.zeros(20, 2, 80)}, ValueError, r"v: expected \[20, 2, 64\]"),
+        ({"k": torch.zeros(20, 2, 80)}, ValueError, r"k: expected \[20, 2, 64\]"),
+        (
+            {"q": torch.zeros(20, 2, 72), "k": torch.zeros(20, 2, 80), "v": torch.zeros(20, 2, 80)},
+            ValueError,
+            r"k: expected \[20, 2, 72\]",
+        ),
         ({"cos": None}, ValueError, "cos, sin: expected two"),
         ({"cos": torch.zeros(20, 48)}, ValueError, r"cos: expected shape \[20, 32\] or \[20, 64\], got \[20, 48\]"),
         ({"cos": torch.zeros(19, 64)}, ValueError, r"cos: expected shape \[20, 32\] or \[20, 64\], got \[19, 64\]"),

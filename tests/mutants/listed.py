@@ -226,6 +226,15 @@ MUTANTS = [
         ("pack_gate_up", "if gate_weight.shape != up_weight.shape:", "if False:"),
     ),
     *_mutants(
+        "qwenvit/ops/packing.py", "tests/kernels/test_qkv_rope.py",
+        ("pack_qkv", "pack_qkv_rows(bias, num_heads, 1.0)", "pack_qkv_rows(bias, num_heads, 0.0)"),
+        ("unpack_qkv_rows", ".argsort()", ""),
+    ),
+    *_mutants(
+        "qwenvit/towers/attention.py", "tests/towers/test_vision_attention.py",
+        ("VisionAttention.__init__", "[:, self.head_dim :] = padding", "[:, self.head_dim :] = 0.0"),
+    ),
+    *_mutants(
         "qwenvit/towers/fast.py", "tests/towers/test_fast_tower.py",
         ("refuse_gradients", " and any(", " and all("),
     ),

@@ -95,8 +95,9 @@ MUTANTS = [
 
 def load_qkv_without_making_pairs_adjacent(tower, plan):
     attention = tower.blocks[3].attn
+    order = adjacent_pairs(attention.num_heads, tower.config.head_dim).argsort()[: 2 * tower.config.hidden_size]
     for rows in (attention.qkv.weight, attention.qkv.bias):
-        rows.copy_(rows[adjacent_pairs(attention.num_heads, tower.config.head_dim).argsort()])
+        rows[: len(order)] = rows[order]
     return plan
 
 

@@ -57,9 +57,11 @@ def test_outputs_equal_transformers_layer(head_dim, heads, dtype, impl, windows)
     assert error <= max(ERROR_FACTOR * baseline_error, floor), (error, baseline_error)
 
 
-def test_state_dict_round_trip_keeps_the_checkpoints_order_of_rows():
-    theirs = transformers_layer(64, 2, torch.float32)
-    ours = VisionAttention(128, 2, device=DEVICE)
+@pytest.mark.parametrize("head_dim", [64, 72])
+def test_state_dict_round_trip_keeps_the_checkpoints_order_of_rows(head_dim):
+    width = 2 * head_dim
+    theirs = transformers_layer(head_dim, 2, torch.float32)
+    ours = VisionAttention(width, 2, device=DEVICE)
     before = {name: tensor.clone() for name, tensor in theirs.state_dict().items()}
     ours.load_state_dict(theirs.state_dict())
     assert not torch.equal(ours.qkv.weight, before["qkv.weight"])
@@ -69,9 +71,24 @@ def test_state_dict_round_trip_keeps_the_checkpoints_order_of_rows():
         for name, tensor in before.items():
             assert torch.equal(state_dict[prefix + name], tensor)
             assert torch.equal(theirs.state_dict()[name], tensor), "the caller's tensors were changed"
-    again = torch.nn.ModuleDict({"attn": VisionAttention(128, 2, device="meta")})
+    again = torch.nn.ModuleDict({"attn": VisionAttention(width, 2, device="meta")})
     again.load_state_dict(outer.state_dict(), assign=True)
     assert torch.equal(again["attn"].qkv.weight, ours.qkv.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_layer_whose_weights_were_not_loaded_attends_like_its_state_dict(dtype):
+    """Its projection has the channels of ones that attention on Hopper adds up with."""
+    fresh = VisionAttention(2 * 72, 2, impl="triton" if GPU else "reference", device=DEVICE, dtype=dtype)
+    loaded = VisionAttention(2 * 72, 2, impl="reference", device=DEVICE, dtype=dtype)
+    loaded.load_state_dict(fresh.state_dict())
+    for name, parameter in loaded.named_parameters():
+        assert torch.equal(parameter, fresh.get_parameter(name)), name
+    hidden_states, plan = inputs(72, 2, dtype)
+    hidden_states[:, 3] /= 100
+    arguments = hidden_states, plan.cos, plan.sin, plan.frames.cu_seqlens
+    expected = loaded(*arguments)
+    assert Difference.of(fresh(*arguments), expected).relative_l2 < (0.02 if dtype == torch.bfloat16 else 1e-5)
 
 
 def test_wrong_shapes_are_refused_by_name():
