@@ -24,11 +24,12 @@ def run(ways, folder, ranks, **variables):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     program, answers = Path(__file__).parents[2] / "support/vllm_towers.py", folder / "answers.json"
-    homes = {f"VLLM_{name}_ROOT": str(folder / name) for name in ("CACHE", "CONFIG")}
+    settings = {f"VLLM_{name}_ROOT": str(folder / name) for name in ("CACHE", "CONFIG")}
+    settings["VLLM_DIST_IDENT"] = str(port)  # names the shared memory of the ranks, which an engine does itself
     processes = [
         subprocess.Popen(
             [ENVIRONMENT / "bin/python", program, ways, answers, str(port), str(rank), str(ranks)],
-            env=os.environ | VARIABLES | homes | variables,
+            env=os.environ | VARIABLES | settings | variables,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
