@@ -69,8 +69,8 @@ def rope_attention(
 ) -> Tensor:
     """Return attention within segments, `[S, H, D]`, without a host synchronisation.
 
-    `v` is `[S, H, D]`, or has ones up to a multiple of 16 channels. `qwenvit.ops.rope_attention` documents and checks
-    the arguments.
+    `v` is `[S, H, D]`, or `[S, H, 80]` with D = 72 and ones. `qwenvit.ops.rope_attention` documents and checks the
+    arguments.
     """
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     if out.numel() and len(cu_seqlens) > 1:
@@ -79,8 +79,6 @@ def rope_attention(
         attend = _varlen_attention_on_hopper if runs_hopper(q.device, q.dtype) else varlen_attention
         if max_seqlen is not None and max_seqlen <= MAX_WINDOW:
             attend = window_attention
-        if attend is not _varlen_attention_on_hopper:
-            v = v[..., : q.shape[2]]  # only attention on Hopper reads the ones beside the values
         with torch.cuda.device_of(q):  # Triton launches on the current device, which need not be the tensor's
             attend(q, k, v, cos, sin, cu_seqlens, scale, interleaved, out)
     return out

@@ -106,7 +106,7 @@ def _project_and_rotate(
 
 @triton.jit(do_not_specialize=["M"])
 def _rotate_in_place(
-    qkv_ptr,  # shape (M, WIDTH): Q and K, (H, D) each and overwritten, then V
+    qkv_ptr,  # shape (M, WIDTH), overwritten: Q and K, (H, D) each, then V, (H, D) or wider
     cos_ptr,  # fp32, shape (M, D); only the first D / 2 columns are read
     sin_ptr,  # fp32, shape (M, D); only the first D / 2 columns are read
     M,
@@ -116,6 +116,7 @@ def _rotate_in_place(
     INTERLEAVED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    BLOCK_ONES: tl.constexpr,  # ones beside V in a row, rounded up to a power of two
 ):
     N_PAIRS: tl.constexpr = H * D  # rotary pairs of Q and K together
     N_CHUNKS: tl.constexpr = (N_PAIRS + BLOCK_P - 1) // BLOCK_P
@@ -145,6 +146,14 @@ def _rotate_in_place(
     else:
         tl.store(p_first, b_new_first.to(qkv_ptr.dtype.element_ty), mask=m_pair)
         tl.store(p_first + D // 2, b_new_second.to(qkv_ptr.dtype.element_ty), mask=m_pair)
+    V_WIDTH: tl.constexpr = WIDTH // H - 2 * D
+    if V_WIDTH > D:  # noqa: SIM102 (known when compiling)
+        if i_chunk == N_CHUNKS - 1:  # which has the fewest pairs
+            o_one = tl.arange(0, BLOCK_ONES)
+            o_channel = o_one // (V_WIDTH - D) * V_WIDTH + D + o_one % (V_WIDTH - D)
+            m_one = (o_row < M) & (o_one < H * (V_WIDTH - D))[None, :]
+            b_one = tl.full([BLOCK_M, BLOCK_ONES], 1.0, qkv_ptr.dtype.element_ty)
+            tl.store(p_row + (2 * H * D + o_channel)[None, :], b_one, mask=m_one)
 
 
 @dataclass(frozen=True)
@@ -216,9 +225,9 @@ def project_and_rotate(
 
 
 def rotate_qk_(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, interleaved: bool) -> None:
-    """Rotate Q and K of packed `[S, N]` in place; see `qwenvit.ops.rotate_qk_`.
+    """Rotate Q and K of packed `[S, N]` in place, and write ones beside V; see `qwenvit.ops.rotate_qk_`.
 
-    I/O: reads and writes Q and K, reads half of cos and sin.
+    I/O: reads and writes Q and K, reads half of cos and sin, writes the ones.
     """
     M, width = qkv.shape
     if M == 0:
@@ -229,7 +238,8 @@ def rotate_qk_(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, interleave
         _rotate_in_place[(triton.cdiv(M, ROTATE_PASS.rows) * n_chunks,)](
             qkv, cos, sin, M,
             H=num_heads, D=D, WIDTH=width, INTERLEAVED=interleaved,
-            BLOCK_M=ROTATE_PASS.rows, BLOCK_P=ROTATE_PASS.pairs, num_warps=ROTATE_PASS.num_warps,
+            BLOCK_M=ROTATE_PASS.rows, BLOCK_P=ROTATE_PASS.pairs,
+            BLOCK_ONES=triton.next_power_of_2(width - 3 * num_heads * D), num_warps=ROTATE_PASS.num_warps,
             **COMPILE_OPTIONS,
         )  # fmt: skip
 

@@ -35,21 +35,22 @@ def check_rotation(name: str, width: int, cos: Tensor, sin: Tensor, num_heads: i
 
     Args:
         name: the argument that has these columns.
-        width: 3·H·D, or 2·H·D + H·`value_width(D)`.
+        width: 3·H·D, or 2·H·72 + H·80.
         cos: `[S, D]` fp32.
         sin: `[S, D]` fp32.
         num_heads: H.
         like: a tensor with S rows on the expected device.
     """
-    head_dim = cos.shape[-1] if isinstance(cos, Tensor) and cos.ndim else 0
-    if head_dim % 4 or width != num_heads * (2 * head_dim + value_width(head_dim)):
-        head_dim = width // (3 * num_heads) if num_heads > 0 else 0
+    if num_heads > 0 and width == num_heads * (2 * 72 + value_width(72)):
+        head_dim = 72
+    else:
         check(
-            width > 0 and head_dim > 0 and width % (12 * num_heads) == 0,
+            num_heads > 0 and width > 0 and width % (12 * num_heads) == 0,
             name,
             f"columns of Q, K and V in {num_heads} heads of a multiple of 4 channels",
             width,
         )
+        head_dim = width // (3 * num_heads)
     for angles_name, angles in (("cos", cos), ("sin", sin)):
         check_tensor(angles_name, angles, (like.shape[0], head_dim), torch.float32, like)
 

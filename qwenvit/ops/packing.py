@@ -1,4 +1,4 @@
-"""Weight layouts of the kernels: rows are reordered or padded with zeros at load time, and outputs do not change.
+"""Weight layouts of the kernels: rows are reordered or padded with zeros at load time, and the tower's outputs stay.
 
 Weights are `[out, in]` and biases `[out]`, as in `torch.nn.Linear`, before and after.
 """
@@ -9,13 +9,15 @@ from torch import Tensor
 
 WIDTH_MULTIPLE = 128
 """Widths are padded to a multiple of this: whole GEMM tiles, and rows aligned to 16 bytes (TUNING.md)."""
-VALUE_MULTIPLE = 16
-"""Heads of V are padded to a multiple of this many channels, with ones: attention on Hopper adds up weights by them."""
 
 
 def value_width(head_dim: int) -> int:
-    """Return the channels of a head of V in a packed projection: `head_dim` rounded up to a multiple of 16."""
-    return -(-head_dim // VALUE_MULTIPLE) * VALUE_MULTIPLE
+    """Return the channels of a head of V in a packed projection: 80 for a `head_dim` of 72, otherwise `head_dim`.
+
+    The channels beyond `head_dim` are for ones, which `qwenvit.ops.rotate_qk_` writes. Attention on Hopper adds up its
+    weights with them, in matrix products of 16 channels.
+    """
+    return 80 if head_dim == 72 else head_dim
 
 
 def adjacent_pairs(num_heads: int, head_dim: int, device: torch.device | str = "cpu") -> Tensor:
@@ -39,9 +41,7 @@ def adjacent_pairs(num_heads: int, head_dim: int, device: torch.device | str = "
 def pack_qkv(weight: Tensor, bias: Tensor | None, num_heads: int) -> tuple[Tensor, Tensor | None]:
     """Reorder a QKV projection so that rotary pairs are adjacent in Q and K (`interleaved=True` in `qwenvit.ops`).
 
-    Heads of V are padded to `value_width(head_dim)` channels that are one for every input: zeros in the weight, ones in
-    the bias. `qwenvit.ops.rope_attention` takes such values, and on Hopper adds up the rows of its weights by them, so
-    that nothing has to copy V. The published head_dims 64 and 80 need no padding, 72 does.
+    Heads of V of 72 channels get 8 rows of zeros, which leave room beside the values (`value_width`).
 
     Args:
         weight: `[3·num_heads·head_dim, in]`: rows of Q, then K, then V.
@@ -49,8 +49,8 @@ def pack_qkv(weight: Tensor, bias: Tensor | None, num_heads: int) -> tuple[Tenso
         num_heads: heads of each of Q, K and V.
 
     Returns:
-        Weight `[2·num_heads·head_dim + num_heads·value_width(head_dim), in]` and bias of as many rows, Q and K in the
-        order of `adjacent_pairs`. The bias is None if it was None and V is not padded.
+        Weight `[2·num_heads·head_dim + num_heads·value_width(head_dim), in]`, its rows in the order of
+        `adjacent_pairs`, and bias of as many rows, or None.
 
     Raises:
         ValueError: the rows are not Q, K and V of `num_heads` heads with an even head_dim.
@@ -58,24 +58,15 @@ def pack_qkv(weight: Tensor, bias: Tensor | None, num_heads: int) -> tuple[Tenso
     rows = weight.shape[0]
     if rows % (6 * num_heads):
         raise ValueError(f"weight: expected rows of Q, K and V in {num_heads} heads of an even width, got {rows} rows")
-    packed = pack_qkv_rows(weight, num_heads, 0.0)
-    if bias is None and len(packed) > rows:
-        bias = weight.new_zeros(rows)
-    return packed, None if bias is None else pack_qkv_rows(bias, num_heads, 1.0)
+    return pack_qkv_rows(weight, num_heads), None if bias is None else pack_qkv_rows(bias, num_heads)
 
 
-def pack_qkv_rows(rows: Tensor, num_heads: int, padding: float) -> Tensor:
-    """Reorder and pad rows of Q, K and V as `pack_qkv` does: `[3·num_heads·head_dim, ...]` -> `[packed, ...]`.
-
-    Args:
-        rows: a weight or a bias.
-        num_heads: heads of each of Q, K and V.
-        padding: what the rows beyond a head of V contain: 0 in weights, 1 in biases.
-    """
+def pack_qkv_rows(rows: Tensor, num_heads: int) -> Tensor:
+    """Reorder and pad a weight or bias as `pack_qkv` does: `[3·num_heads·head_dim, ...]` -> `[packed, ...]`."""
     head_dim = len(rows) // (3 * num_heads)
     q_and_k, v = rows[adjacent_pairs(num_heads, head_dim, rows.device)].tensor_split([2 * num_heads * head_dim])
     extra = value_width(head_dim) - head_dim
-    v = F.pad(v.unflatten(0, (num_heads, head_dim)), (*[0, 0] * (rows.ndim - 1), 0, extra), value=padding)
+    v = F.pad(v.unflatten(0, (num_heads, head_dim)), (*[0, 0] * (rows.ndim - 1), 0, extra))
     return torch.cat((q_and_k, v.flatten(0, 1)))
 
 

@@ -83,9 +83,8 @@ def qkv_rope(
 
     Args:
         hidden_states: `[S, C]`, contiguous, bfloat16, float16 or float32.
-        weight: `[N, C]` in the dtype of `hidden_states`, contiguous: rows of Q, then K, then V. N is 3·H·D, or
-            2·H·D + H·W with D rounded up to a multiple of 16, W, for V. For `interleaved=True`, the weight that
-            `qwenvit.packing.pack_qkv` returns.
+        weight: `[N, C]` in the dtype of `hidden_states`, contiguous: rows of Q, then K, then V. N is 3·H·D, or with
+            D = 72 also 2·H·72 + H·80. For `interleaved=True`, the weight that `qwenvit.packing.pack_qkv` returns.
         bias: `[N]` in the dtype of `hidden_states`, or None.
         cos: cosines `[S, D]` fp32, contiguous, with equal halves in each row.
         sin: sines `[S, D]` fp32, contiguous, with equal halves in each row.
@@ -94,7 +93,7 @@ def qkv_rope(
         impl: `"triton"`, `"reference"` or `"auto"` (Triton on a CUDA device).
 
     Returns:
-        `[S, N]` in the dtype of `hidden_states`.
+        `[S, N]` in the dtype of `hidden_states`. Heads of V of 80 channels end in ones.
 
     Raises:
         TypeError: an argument has another type or dtype.
@@ -112,13 +111,14 @@ def qkv_rope(
 def rotate_qk_(
     qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, interleaved: bool = True, impl: Impl = "auto"
 ) -> Tensor:
-    """Rotate Q and K of packed Q, K and V in place, in fp32.
+    """Rotate Q and K of packed Q, K and V in place, in fp32, and write ones beside V if there is room for them.
 
-    I/O: reads and writes 2·S·H·D elements, reads half of each row of `cos` and `sin` (4·S·D bytes). 6·S·H·D FLOPs.
+    I/O: reads and writes 2·S·H·D elements, reads half of each row of `cos` and `sin` (4·S·D bytes), and writes the
+    ones. 6·S·H·D FLOPs.
 
     Args:
-        qkv: `[S, N]`, contiguous, bfloat16, float16 or float32: Q, then K, each `[H, D]`, then V, `[H, D]` or `[H, W]`
-            with D rounded up to a multiple of 16, W. Q and K are overwritten.
+        qkv: `[S, N]`, contiguous, bfloat16, float16 or float32: Q, then K, each `[H, D]`, then V, `[H, D]` or, with
+            D = 72, `[H, 80]`, whose last 8 channels become ones. Overwritten.
         cos: cosines `[S, D]` fp32, contiguous, with equal halves in each row.
         sin: sines `[S, D]` fp32, contiguous, with equal halves in each row.
         num_heads: H.

@@ -31,8 +31,11 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
 
 
 def rotate_qk(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, interleaved: bool) -> Tensor:
-    """Rotate Q and K of packed Q, K and V by angles `[S, D]`, in fp32: `[S, N]` -> `[S, N]`."""
-    q_and_k, v = qkv.tensor_split([2 * num_heads * cos.shape[1]], dim=1)
+    """Rotate Q and K of packed Q, K and V by angles `[S, D]`, in fp32: `[S, N]` -> `[S, N]`, with ones beyond V's D."""
+    head_dim = cos.shape[1]
+    q_and_k, v = qkv.tensor_split([2 * num_heads * head_dim], dim=1)
+    heads = v.unflatten(1, (num_heads, -1))
+    v = F.pad(heads[..., :head_dim], (0, heads.shape[2] - head_dim), value=1.0).flatten(1)
     return torch.cat((_rotate(q_and_k.unflatten(1, (2 * num_heads, -1)), cos, sin, interleaved).flatten(1), v), dim=1)
 
 

@@ -54,8 +54,6 @@ class VisionAttention(Packed):
         self.qkv = nn.Linear(hidden_size, packed_width, device=device, dtype=dtype)
         self.proj = nn.Linear(hidden_size, hidden_size, device=device, dtype=dtype)
         self.requires_grad_(False)
-        for rows, padding in ((self.qkv.weight, 0.0), (self.qkv.bias, 1.0)):
-            rows[2 * hidden_size :].unflatten(0, (num_heads, -1))[:, self.head_dim :] = padding
 
     def forward(
         self, hidden_states: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int | None = None
@@ -104,15 +102,16 @@ class VisionAttention(Packed):
         return ops.linear(y, self.proj.weight, self.proj.bias, self.impl)
 
     def pack(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Concatenate Q, K and V, make rotary pairs adjacent in Q and K, and pad heads of V with channels of ones."""
-        for kind, padding in (("weight", 0.0), ("bias", 1.0)):
+        """Concatenate Q, K and V, make rotary pairs adjacent in Q and K, and pad heads of V."""
+        expected = 3 * self.num_heads * self.head_dim
+        for kind in ("weight", "bias"):
             parts = [f"{part}.{kind}" for part in "qkv"]
             if self.separate_qkv and all(part in tensors for part in parts):
                 tensors[f"qkv.{kind}"] = torch.cat([tensors.pop(part) for part in parts])
-            rows = tensors.get(f"qkv.{kind}")
-            # leave rows of another number alone: load_state_dict refuses them
-            if isinstance(rows, Tensor) and len(rows) == 3 * self.num_heads * self.head_dim:
-                tensors[f"qkv.{kind}"] = pack_qkv_rows(rows, self.num_heads, padding)
+            rows = tensors[f"qkv.{kind}"]
+            if len(rows) != expected:
+                raise ValueError(f"qkv.{kind}: expected {expected} rows, got {len(rows)}")
+            tensors[f"qkv.{kind}"] = pack_qkv_rows(rows, self.num_heads)
         return tensors
 
     def unpack(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """The fast tower: inference on a GPU, built of the operations in `qwenvit.ops`, tested against the reference tower.
 
-Weights are packed once, when they are loaded: rotary pairs become adjacent, values of head_dim 72 get channels of ones,
+Weights are packed once, when they are loaded: rotary pairs become adjacent, values of head_dim 72 get room for ones,
 gate and up projection become one product, and rows are padded to whole tiles. `load_state_dict` takes and `state_dict`
 returns the reference tower's names and shapes. A block is two norms, four matrix products and an attention. No block
 reorders tokens, and only the queries and keys of long segments are written twice.

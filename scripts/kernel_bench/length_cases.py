@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from common.kernel_inputs import Inputs
@@ -12,6 +13,7 @@ from kernel_bench.cases import ELEMENT_BYTES, Case, Implementation, Target, norm
 from peers.attention import Attention, fa4, fa4_dense, split_qkv
 from qwenvit import ops
 from qwenvit.kernels.attention import dispatch
+from qwenvit.ops.packing import value_width
 from qwenvit.plan.grid_plan import Segments
 
 HEADS = 16
@@ -35,6 +37,11 @@ def portable_attention(*arguments: object, **options: object) -> Tensor:
     """Run `ops.rope_attention` as on GPUs other than Hopper."""
     with mock.patch.object(dispatch, "runs_hopper", return_value=False):
         return ops.rope_attention(*arguments, **options)
+
+
+def plain_torch(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int | None) -> Tensor:
+    """Run the operation's reference."""
+    return ops.rope_attention(q, k, v, None, None, cu_seqlens, max_seqlen, impl="reference")
 
 
 def attention_fp64(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
@@ -62,7 +69,11 @@ def length_case(
     lengths: Sequence[int], libraries: dict[str, Attention], head_dim: int = 64, heads: int = HEADS,
     section: str = "lengths", title: str = "attention alone",
 ) -> Case:  # fmt: skip
-    """Return the case of attention alone over segments of these lengths."""
+    """Return the case of attention alone over segments of these lengths.
+
+    All read Q, K and V from a packed projection. Ours gets it as in the fast tower, where heads of V of 72 channels
+    have ones beside them (`pack_qkv`).
+    """
     segments, tokens = build_segments(lengths), sum(lengths)
     cu_seqlens, max_seqlen = segments.cu_seqlens, segments.max_seqlen
     equal_lengths = len(segments.groups) == 1
@@ -70,10 +81,23 @@ def length_case(
     def make_inputs(device: torch.device, dtype: torch.dtype) -> Inputs:
         qkv = normal(tokens, 3 * heads * head_dim, device=device, dtype=dtype)
         inputs = {"qkv": qkv, "cu_seqlens": cu_seqlens.to(device, copy=True)}
+        if value_width(head_dim) > head_dim:
+            inputs["tower_qkv"] = with_ones(qkv)
         return inputs | ({"contiguous": torch.stack(split_qkv(qkv, heads))} if "FA4" in libraries else {})
 
+    def with_ones(qkv: Tensor) -> Tensor:
+        q_and_k, v = qkv.tensor_split([2 * heads * head_dim], dim=1)
+        extra = value_width(head_dim) - head_dim
+        return torch.cat((q_and_k, F.pad(v.unflatten(1, (heads, head_dim)), (0, extra), value=1.0).flatten(1)), 1)
+
+    def split_tower_qkv(x: Inputs) -> tuple[Tensor, ...]:
+        if "tower_qkv" not in x:
+            return split_qkv(x["qkv"], heads)
+        q_and_k, v = x["tower_qkv"].tensor_split([2 * heads * head_dim], dim=1)
+        return *q_and_k.unflatten(1, (2, heads, head_dim)).unbind(1), v.unflatten(1, (heads, -1))
+
     def run_qwenvit(x: Inputs, impl: str = "auto", attend: Callable[..., Tensor] = ops.rope_attention) -> Tensor:
-        return attend(*split_qkv(x["qkv"], heads), None, None, x["cu_seqlens"], max_seqlen, impl=impl)
+        return attend(*split_tower_qkv(x), None, None, x["cu_seqlens"], max_seqlen, impl=impl)
 
     def targets(name: str) -> tuple[Target, ...]:
         if section == "lengths":
@@ -117,7 +141,7 @@ def length_case(
         implementations=implementations,
         rivals=rivals,
         truth=lambda x: attention_fp64(*split_qkv(x["qkv"].double(), heads), segments),
-        baseline=Implementation(functools.partial(run_qwenvit, impl="reference")),
+        baseline=rival(plain_torch),
         minimum_bytes=4 * tokens * heads * head_dim * ELEMENT_BYTES + cu_seqlens.nbytes,
         flops=4 * sum(length**2 for length in lengths) * heads * head_dim,
         targets={name: targets(name) for name in implementations},

@@ -20,7 +20,7 @@ from peers.attention import split_qkv, torch_rope
 from peers.torch_compile import compiled
 from qwenvit import ops
 from qwenvit.ops import reference
-from qwenvit.ops.packing import adjacent_pairs, pack_qkv
+from qwenvit.ops.packing import adjacent_pairs, pack_qkv, value_width
 
 QKV_SHAPES = {  # model: channels, heads, head_dim, patch counts
     "Qwen2.5-VL": (1280, 16, 80, (1024, 2304, 4096, 9216, 16384)),
@@ -38,8 +38,9 @@ MLP_SHAPES = {  # model: activation, channels, intermediate channels (padded), p
 def qkv_case(model: str, tokens: int, channels: int, heads: int, head_dim: int) -> Case:
     """Return the case of the QKV projection with RoPE.
 
-    `fused` is the fused kernel; `dispatch` is the operation, which chooses between it and cuBLAS with a RoPE pass. It
-    gets the towers' weight, which at head_dim 72 has channels of ones beside V (`pack_qkv`) that the others lack.
+    `fused` is the fused kernel; `dispatch` is the operation, which chooses between it and cuBLAS with a RoPE pass. At
+    head_dim 72 it also writes the ones that attention on Hopper needs beside V, since the towers' weight leaves room
+    for them (`pack_qkv`); ours and Triton's other ways then call the kernel that copies V's last channels for them.
     """
     width = 3 * heads * head_dim
 
@@ -52,17 +53,25 @@ def qkv_case(model: str, tokens: int, channels: int, heads: int, head_dim: int) 
         x |= {"weight": weight, "bias": bias, "packed_weight": packed_weight, "packed_bias": packed_bias}
         return x | {"permuted_weight": weight[order], "permuted_bias": bias[order]}
 
+    def add_ones(qkv: Tensor) -> Tensor:
+        from qwenvit.kernels.attention.pad_values import pad_with_ones
+
+        if value_width(head_dim) > head_dim:
+            pad_with_ones(split_qkv(qkv, heads)[2][..., 64:])
+        return qkv
+
     def run_fused(x: Inputs) -> Tensor:
         from qwenvit.kernels.gemm.qkv_rope import project_and_rotate
 
-        return project_and_rotate(x["x"], x["permuted_weight"], x["permuted_bias"], x["cos"], x["sin"], heads)
+        operands = x["x"], x["permuted_weight"], x["permuted_bias"], x["cos"], x["sin"]
+        return add_ones(project_and_rotate(*operands, heads))
 
     def run_dispatch(x: Inputs) -> Tensor:
         return ops.qkv_rope(x["x"], x["packed_weight"], x["packed_bias"], x["cos"], x["sin"], heads)
 
     def run_cublas_and_triton(x: Inputs) -> Tensor:
         qkv = F.linear(x["x"], x["permuted_weight"], x["permuted_bias"])
-        return ops.rotate_qk_(qkv, x["cos"], x["sin"], heads, impl="triton")
+        return add_ones(ops.rotate_qk_(qkv, x["cos"], x["sin"], heads, impl="triton"))
 
     def run_cublas_and_torch(x: Inputs) -> tuple[Tensor, ...]:
         return torch_rope(F.linear(x["x"], x["weight"], x["bias"]), x["cos"], x["sin"], heads)

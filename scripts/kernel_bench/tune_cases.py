@@ -16,6 +16,7 @@ from peers.attention import split_qkv, triton_rope
 from qwenvit import ops
 from qwenvit.kernels.gemm import mlp, qkv_rope
 from qwenvit.kernels.gemm import tiles as gemm
+from qwenvit.ops.packing import value_width
 
 LARGE_PATCH_COUNTS = (3136, 4096, 9216)
 """Patches of the images on which tiles of matrix products are measured."""
@@ -123,7 +124,8 @@ def tunables(tma: bool = True) -> list[Tunable]:
                 rope_pass_workloads(in_place=True)),
         Tunable("gemm.tiles", tile, tiles, fused_product_workloads(tile)),
         Tunable("gemm.qkv_rope", "channel_group", (16, 32, 64), fused_product_workloads(tile, ("qkv_rope",))),
-        Tunable("gemm.qkv_rope", "is_fused", (True, False), tuple(workload_of(case, "dispatch") for case in qkv)),
+        Tunable("gemm.qkv_rope", "is_fused", (True, False),
+                tuple(workload_of(case, "dispatch") for case in qkv if value_width(case.head_dim) == case.head_dim)),
         Tunable("gemm.mlp", "is_fused", (True, False), tuple(workload_of(case, "dispatch") for case in mlps)),
         Tunable("gemm.mlp", "GATE_PASS", combinations(rows=(1, 2, 4), cols=(1024, 2048), num_warps=(4, 8)),
                 workloads_of(gates)),

@@ -59,7 +59,7 @@ def free_nan_memory(*shape, dtype):
     torch.full(shape, float("nan"), device=DEVICE, dtype=dtype)
 
 
-@pytest.mark.parametrize("D", [16, 24, 72])
+@pytest.mark.parametrize("D", [16, 72])
 def test_packed_weights_match_the_reference_towers_attention_scores(D):
     M, H, K = 12, 3, 24
     x, weight, bias, cos, sin = make_inputs(M, H, D, K, torch.float32)
@@ -73,18 +73,14 @@ def test_packed_weights_match_the_reference_towers_attention_scores(D):
     assert v2[..., D:].eq(1).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_values_beside_the_channels_of_ones_do_not_change(dtype):
-    H, D, K = 3, 72, 40
-    x, weight, bias, *_ = make_inputs(37, H, D, K, dtype)
-    for b in (bias, None):
-        packed_weight, packed_bias = pack_qkv(weight, b, H)
-        packed = ops.linear(x, packed_weight, packed_bias, impl="triton")
-        assert packed[:, 2 * H * D :].unflatten(1, (H, 80))[..., D:].eq(1).all()
-        assert torch.equal(unpack_qkv_rows(packed_weight, H, D), weight)
-        if b is not None:
-            assert torch.equal(unpack_qkv_rows(packed_bias, H, D), b)
-    assert pack_qkv(weight[: 3 * H * 64], None, H)[1] is None  # head_dim 64 has no such channels
+@pytest.mark.parametrize("head_dim", [64, 72, 80])
+def test_packed_rows_are_unpacked(head_dim):
+    weight, bias = torch.randn(3 * 3 * head_dim, 8), torch.randn(3 * 3 * head_dim)
+    packed_weight, packed_bias = pack_qkv(weight, bias, 3)
+    assert len(packed_weight) == len(packed_bias) == 3 * (2 * head_dim + (64 if head_dim == 64 else 80))
+    assert torch.equal(unpack_qkv_rows(packed_weight, 3, head_dim), weight)
+    assert torch.equal(unpack_qkv_rows(packed_bias, 3, head_dim), bias)
+    assert pack_qkv(weight, None, 3)[1] is None
 
 
 def test_rotary_pairs_become_adjacent():
@@ -156,14 +152,16 @@ def test_the_fused_kernel_reads_unaligned_rows(wrong):
 @pytest.mark.parametrize("v_width", [72, 80])
 @pytest.mark.parametrize("interleaved", [True, False], ids=["adjacent", "rotate_half"])
 @pytest.mark.parametrize("impl", ["triton", "reference"])
-def test_rotation_in_place_does_not_change_v(impl, interleaved, v_width):
+def test_rotation_in_place_writes_nothing_to_v_but_ones_beside_it(impl, interleaved, v_width):
     M, H, D = 9, 5, 72
     qkv = torch.randn(M, 2 * H * D + H * v_width, device=DEVICE)
     qkv[:, 2 * H * D :: 3] = float("inf")  # a rotation by 0 would make it NaN
     cos, sin = (t.to(DEVICE) for t in rope_cos_sin(torch.randint(0, 99, (M, 2)), D, 10000.0))
     before = qkv.clone()
     assert ops.rotate_qk_(qkv, cos, sin, H, interleaved, impl=impl) is qkv
-    assert torch.equal(qkv[:, 2 * H * D :], before[:, 2 * H * D :])
+    v, v_before = (x[:, 2 * H * D :].unflatten(1, (H, v_width)) for x in (qkv, before))
+    assert torch.equal(v[..., :D], v_before[..., :D])
+    assert v[..., D:].eq(1).all()
     expected = reference.rotate_qk(before.nan_to_num(), cos.double(), sin.double(), H, interleaved)
     torch.testing.assert_close(qkv[:, : 2 * H * D], expected[:, : 2 * H * D])
     assert not torch.equal(qkv[:, : 2 * H * D], before[:, : 2 * H * D])
@@ -196,6 +194,13 @@ def test_bad_arguments():
         ops.qkv_rope(x, weight, bias, cos, sin, 2, impl="cuda")
 
 
+def values(packed, H, D):
+    """Check the ones beside V, and return Q, K and V without them."""
+    v = packed[:, 2 * H * D :].unflatten(1, (H, -1))
+    assert v[..., D:].eq(1).all()
+    return torch.cat((packed[:, : 2 * H * D], v[..., :D].flatten(1)), 1)
+
+
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize(("D", "K", "H"), [(80, 1280, 16), (72, 1152, 16), (64, 1024, 16), (64, 768, 12)])
@@ -205,11 +210,11 @@ def test_published_shapes(D, K, H, dtype):
         expected = truth(x, weight, bias, cos, sin, H)
         bound = 1.05 * error(torch_among_many_rows(x, weight, bias, cos, sin, H, True), expected)
         got = [ops.qkv_rope(x, weight, bias, cos, sin, H)]
-        order = adjacent_pairs(H, D, DEVICE).argsort()
-        packed = ops.qkv_rope(x, *pack_qkv(weight[order], bias[order], H), cos, sin, H)
-        v = packed[:, 2 * H * D :].unflatten(1, (H, -1))
-        assert v[..., D:].eq(1).all()
-        got.append(torch.cat((packed[:, : 2 * H * D], v[..., :D].flatten(1)), 1))
+        if D == 72:  # torch gets the packed weight too: in fp32 cuBLAS may add in another order for another width
+            order = adjacent_pairs(H, D, DEVICE).argsort()
+            packed = x, *pack_qkv(weight[order], bias[order], H), cos, sin, H
+            ours, theirs = (values(y, H, D) for y in (ops.qkv_rope(*packed), torch_among_many_rows(*packed, True)))
+            assert error(ours, expected) <= 1.05 * error(theirs, expected)
         if dtype != torch.float32:
             free_nan_memory(M, 3 * H * D, dtype=dtype)
             got += [kernel.project_and_rotate(x, weight, bias, cos, sin, H) for _ in range(2)]
@@ -221,8 +226,10 @@ def test_published_shapes(D, K, H, dtype):
 
 
 @needs_gpu
-def test_torch_compile_and_cuda_graph():
-    x, weight, bias, cos, sin = make_inputs(1024, 16, 80, 1280, torch.bfloat16)
+@pytest.mark.parametrize("D", [72, 80])
+def test_torch_compile_and_cuda_graph(D):
+    x, weight, bias, cos, sin = make_inputs(1024, 16, D, 1280, torch.bfloat16)
+    weight, bias = pack_qkv(weight, bias, 16)
 
     def step(x):
         y = ops.qkv_rope(x * 1, weight, bias, cos, sin, 16)

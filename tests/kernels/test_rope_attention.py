@@ -170,6 +170,9 @@ def test_the_registered_operation_passes_opcheck():
     for half in (None, torch.float32):
         arguments = (q, k, v, *angles(20, 64, half=half), cu_seqlens, 64, 0.125, False)
         torch.library.opcheck(torch.ops.qwenvit.rope_attention.default, arguments)
+    q, k, v = packed(20, 2, 72, torch.float32)
+    v = torch.nn.functional.pad(v, (0, 8), value=1.0)
+    torch.library.opcheck(torch.ops.qwenvit.rope_attention.default, (q, k, v, None, None, cu_seqlens, None, 0.1, True))
 
 
 def test_mistakes_exceed_the_tolerance():

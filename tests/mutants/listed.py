@@ -227,12 +227,16 @@ MUTANTS = [
     ),
     *_mutants(
         "qwenvit/ops/packing.py", "tests/kernels/test_qkv_rope.py",
-        ("pack_qkv", "pack_qkv_rows(bias, num_heads, 1.0)", "pack_qkv_rows(bias, num_heads, 0.0)"),
         ("unpack_qkv_rows", ".argsort()", ""),
     ),
     *_mutants(
+        "kernels/gemm/qkv_rope.py", "tests/kernels/test_qkv_rope.py",
+        ("_rotate_in_place", "i_chunk == N_CHUNKS - 1", "i_chunk == N_CHUNKS"),
+        ("_rotate_in_place", "o_one < H * (V_WIDTH - D)", "o_one <= H * (V_WIDTH - D)"),
+    ),
+    *_mutants(
         "qwenvit/towers/attention.py", "tests/towers/test_vision_attention.py",
-        ("VisionAttention.__init__", "[:, self.head_dim :] = padding", "[:, self.head_dim :] = 0.0"),
+        ("VisionAttention.pack", "if len(rows) != expected:", "if len(rows) < expected:"),
     ),
     *_mutants(
         "qwenvit/towers/fast.py", "tests/towers/test_fast_tower.py",

@@ -73,17 +73,16 @@ def test_state_dict_round_trip_keeps_the_checkpoints_order_of_rows(head_dim):
             assert torch.equal(theirs.state_dict()[name], tensor), "the caller's tensors were changed"
     again = torch.nn.ModuleDict({"attn": VisionAttention(width, 2, device="meta")})
     again.load_state_dict(outer.state_dict(), assign=True)
-    assert torch.equal(again["attn"].qkv.weight, ours.qkv.weight)
+    for name, parameter in ours.named_parameters():
+        assert torch.equal(again["attn"].get_parameter(name), parameter), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_layer_whose_weights_were_not_loaded_attends_like_its_state_dict(dtype):
-    """Its projection has the channels of ones that attention on Hopper adds up with."""
+    """The ones that attention on Hopper adds up with do not depend on what the rows beside V contain."""
     fresh = VisionAttention(2 * 72, 2, impl="triton" if GPU else "reference", device=DEVICE, dtype=dtype)
     loaded = VisionAttention(2 * 72, 2, impl="reference", device=DEVICE, dtype=dtype)
     loaded.load_state_dict(fresh.state_dict())
-    for name, parameter in loaded.named_parameters():
-        assert torch.equal(parameter, fresh.get_parameter(name)), name
     hidden_states, plan = inputs(72, 2, dtype)
     hidden_states[:, 3] /= 100
     arguments = hidden_states, plan.cos, plan.sin, plan.frames.cu_seqlens
@@ -91,12 +90,19 @@ def test_a_layer_whose_weights_were_not_loaded_attends_like_its_state_dict(dtype
     assert Difference.of(fresh(*arguments), expected).relative_l2 < (0.02 if dtype == torch.bfloat16 else 1e-5)
 
 
-def test_wrong_shapes_are_refused_by_name():
-    layer = VisionAttention(128, 2)
+@pytest.mark.parametrize("head_dim", [64, 72])
+def test_wrong_shapes_are_refused_by_name(head_dim):
+    layer = VisionAttention(2 * head_dim, 2)
+    with pytest.raises(ValueError, match=rf"qkv\.weight: expected {6 * head_dim} rows, got {3 * head_dim}"):
+        layer.load_state_dict(VisionAttention(head_dim, 1).state_dict())
+    packed = {name: torch.zeros(448, *parameter.shape[1:]) for name, parameter in layer.named_parameters()}
+    with pytest.raises(ValueError, match=rf"qkv\.weight: expected {6 * head_dim} rows, got 448"):
+        layer.load_state_dict(packed)
+    other_width = layer.state_dict() | {"qkv.weight": torch.zeros(6 * head_dim, 5)}
     with pytest.raises(RuntimeError, match=r"size mismatch for qkv\.weight"):
-        layer.load_state_dict(VisionAttention(64, 1).state_dict())
+        layer.load_state_dict(other_width)
     with pytest.raises(RuntimeError, match=r"Missing key.*qkv\.bias"):
-        layer.load_state_dict({"qkv.weight": layer.qkv.weight})
+        layer.load_state_dict({"qkv.weight": layer.state_dict()["qkv.weight"]})
     with pytest.raises(ValueError, match=r"hidden_size: expected num_heads times one of \(64, 72, 80\), got 100 with"):
         VisionAttention(100, 2)
 
