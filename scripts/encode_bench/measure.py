@@ -20,7 +20,7 @@ from common.timing import Call, synchronize, wall_seconds
 from encode_bench.folders import Folder
 from encode_bench.parity import layers_of, pixel_failures, same, token_failures, tower_layers
 from encode_bench.stages import decode, decode_seconds, sample_by_area, stage_seconds, tower_batches, video_batches
-from encode_bench.verdicts import CPU_RIVAL, ENCODE, FEATURES, GPU_RIVAL, HF_RIVAL, TOWER, Row
+from encode_bench.verdicts import CPU_RIVAL, ENCODE, FEATURES, GPU_RIVAL, HF_RIVAL, LAST_MAP, TOWER, Row
 from peers.transformers_processors import build_processor, process
 from qwenvit import Encoder
 from qwenvit.plan.reading_order import reading_order
@@ -150,7 +150,9 @@ class EncodeBench:
         return median_seconds(calls) | {"frames": frames, "patches": len(pixels)}
 
     def features(self, sides: Sequence[int] = FEATURE_SIDES) -> list[Row]:
-        """Return the median seconds of four layers' maps of one image, and of the tower alone, for square images.
+        """Return the median seconds of four layers' maps of one square image, of the last layer's, and of the tower.
+
+        Maps need no mergers, so the tower alone does more than the last layer's map.
 
         Raises:
             ParityError: the last layer's map differs from the tower's hidden states for the same pixel values.
@@ -165,6 +167,7 @@ class EncodeBench:
             pixels = pixels.to(encoder.device, encoder.dtype)
             calls = {
                 TOWER: partial(encoder, pixels, grid),
+                LAST_MAP: partial(encoder.features_of_pixels, pixels, grid, layers[-1:]),
                 FEATURES: partial(encoder.features_of_pixels, pixels, grid, layers),
             }
             order = reading_order(grid, config).to(encoder.device)
