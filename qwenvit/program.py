@@ -83,6 +83,7 @@ def export(
     try:
         with torch.no_grad(), torch.autocast(encoder.device.type, enabled=False):  # else it would be in the program
             program = torch.export.export(module.eval(), (pixel_values,), strict=False)
+        _erase_device_checks(program)
     finally:
         for part in training:  # eval() reaches the caller's modules, which may be in the middle of a training
             part.training = True
@@ -93,6 +94,19 @@ def export(
     elif file is not None:
         torch.export.save(program, file)
     return program
+
+
+def _erase_device_checks(program: torch.export.ExportedProgram) -> None:
+    """Erase the assertions that torch.export adds before conversions, of the device that the tower was exported on.
+
+    Nothing else in the program names a device: without them `program.module()` can be moved to another.
+    """
+    for module in program.graph_module.modules():
+        if isinstance(module, torch.fx.GraphModule):
+            for node in module.graph.nodes:
+                if node.target is torch.ops.aten._assert_tensor_metadata.default:
+                    module.graph.erase_node(node)
+            module.recompile()
 
 
 class TowerProgram(nn.Module):

@@ -119,6 +119,20 @@ def test_a_program_moves_to_another_device_as_a_whole(layers):
     assert all(tensor.is_meta for tensor in outputs.values())
 
 
+@pytest.mark.parametrize("layers", [None, [1, 2]], ids=["tower", "maps"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_no_operation_of_a_program_names_a_device(family, layers):
+    """Not even an assertion, which would fail on another device, but not on meta."""
+    _, encoder = tower_and_encoder(family)
+    program = export(encoder, GRIDS, layers=layers)
+    graphs = [part.graph for part in program.graph_module.modules() if isinstance(part, torch.fx.GraphModule)]
+    seen = []
+    for node in (node for graph in graphs for node in graph.nodes):
+        torch.fx.node.map_aggregate((node.args, node.kwargs), lambda value: seen.append(value) or value)
+    assert seen
+    assert not [value for value in seen if isinstance(value, torch.device)]
+
+
 def test_gradients_flow_through_the_program():
     hf, encoder = tower_and_encoder("qwen3_vl")
     pixel_values = random_pixels(168, encoder.config).requires_grad_()
