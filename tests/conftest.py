@@ -6,6 +6,8 @@ import signal
 # OpenMP's threads sleep while they wait. Spinning on busy cores makes some tests 20 to 40 times slower. OpenMP reads
 # these when torch is imported, and subprocesses inherit them.
 os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", "GOMP_SPINCOUNT": "0"}
+# The order of a sum, and so its last bit, may depend on the number of threads: subprocesses and fixtures have it too.
+os.environ["OMP_NUM_THREADS"] = "2"
 
 # A shell without job control starts commands in the background with SIGINT ignored, and nohup ignores SIGHUP. Tests'
 # subprocesses inherit it.
@@ -29,5 +31,5 @@ if not torch.cuda.is_available():
 
 @pytest.fixture(autouse=True)
 def _two_threads() -> None:
-    """Fix the number of threads: the order of a sum, and so its last bit, may depend on it."""
+    """Undo what the test before set."""
     torch.set_num_threads(2)

@@ -100,7 +100,10 @@ class Workers:
             with _blocked_signals():
                 for device in self.devices:
                     pipe, theirs = spawn.Pipe()
-                    arguments = (theirs, self._stop, _SharedDescriptor(self.lock), device, self.options, self.folder)
+                    arguments = (
+                        theirs, self._stop, _SharedDescriptor(self.lock), device, torch.get_num_threads(),
+                        self.options, self.folder,
+                    )  # fmt: skip
                     process = spawn.Process(target=_work, args=arguments, name=f"qwenvit {device}", daemon=True)
                     process.start()
                     theirs.close()
@@ -227,10 +230,12 @@ def _work(
     stop: Any,
     lock: _SharedDescriptor,  # noqa: ARG001 open as long as this process lives
     device: str,
+    num_threads: int,
     options: JobOptions,
     folder: Path,
 ) -> None:
-    """Run a worker."""
+    """Run a worker, with the parent's number of torch's threads: on a CPU the order of sums may depend on it."""
+    torch.set_num_threads(num_threads)
     sending = threading.Lock()
     inbox: queue.SimpleQueue[list[Record] | None] = queue.SimpleQueue()
 
