@@ -224,4 +224,5 @@ def test_rising_sizes_take_no_more_memory_than_the_largest():
         torch.cuda.empty_cache()
         return torch.cuda.memory_reserved() - before
 
+    held([12])  # cuBLAS' workspaces, which stay
     assert held(range(12, 182, 12)) <= held([180]) + 60 * 2**20  # a pool that grows takes the next power of two

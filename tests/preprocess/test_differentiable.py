@@ -85,7 +85,7 @@ def test_the_users_tensor_is_unchanged():
 def test_gradients_reach_images_on_both_sides_of_a_gpu():
     image = floats(3, 50, 70)
     for source in ("cpu", "cuda"):
-        leaf = image.to(source).requires_grad_()
+        leaf = image.to(source, copy=True).requires_grad_()
         pixel_values, grid = PROCESSOR(leaf, differentiable=True, do_rescale=False, device="cuda")
         expected, _ = PROCESSOR(leaf, do_rescale=False, device="cuda")
         assert pixel_values.is_cuda
@@ -94,7 +94,8 @@ def test_gradients_reach_images_on_both_sides_of_a_gpu():
         assert leaf.grad.device == leaf.device
         host = image.clone().requires_grad_()
         PROCESSOR(host, differentiable=True, do_rescale=False)[0].square().sum().backward()
-        torch.testing.assert_close(leaf.grad.cpu(), host.grad, rtol=1e-4, atol=1e-4)
+        # Either is off from fp64 by a few millionths of the largest.
+        torch.testing.assert_close(leaf.grad.cpu(), host.grad, rtol=1e-4, atol=1e-5 * float(host.grad.abs().max()))
         assert PROCESSOR.unpatchify(pixel_values, grid)[0].is_cuda
 
 
