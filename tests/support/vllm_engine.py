@@ -47,6 +47,8 @@ def main(job: str, answers: str) -> None:
         found |= {(name, prompt): answer for prompt, answer in answered.items()}
         cleanup_dist_env_and_memory()
     torch.save(found, answers)
+    sys.stdout.flush()
+    os._exit(0)  # a thread of vLLM's that still runs would now and then abort the interpreter's end
 
 
 def run(spec: dict[str, Any], prompts: dict[Any, Any]) -> dict[Any, Any]:
