@@ -65,5 +65,6 @@ def encode_records(
             shards.finish()
             raise
         shards.finish()
+        send(Encoded([], clock.seconds() - seconds))  # the last batches' time, which was not known before
     finally:
         shards.abandon()

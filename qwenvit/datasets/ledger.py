@@ -1,5 +1,6 @@
 """The books of a job, kept in one process: what is done, what failed, and how far the job is."""
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ CHANGED = (
     "its content has changed since it was encoded, and the old row stays; to encode it again, remove the shard whose "
     "index names it"
 )
+SECONDS_BETWEEN_WRITES = 5.0
+"""The manifest waits for the disk, which has shards to write. The next run counts the rows anew."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class Ledger:
         self._failures = Failures(manifest.folder)
         self._meter = meter
         self._on_item = on_item
+        self._next_write = 0.0
 
     @classmethod
     def begin(
@@ -126,7 +130,8 @@ class Ledger:
             counts["tokens"] += message.tokens
             counts["bytes"] += message.bytes
             counts["shards"] += 1
-            self._write()
+            if time.monotonic() >= self._next_write:
+                self._write()
             return
         self._meter.busy_seconds += message.busy_seconds
         for report in message.reports:
@@ -167,6 +172,7 @@ class Ledger:
         self._meter.report(last=True)
 
     def _write(self, *, last: bool = False) -> None:
+        self._next_write = time.monotonic() + SECONDS_BETWEEN_WRITES
         self._failures.write(last=last)
         self.manifest.counts["failed"] = len(self._failures)
         self.manifest.write()

@@ -1,4 +1,4 @@
-"""The thread that writes shards while the device goes on."""
+"""The threads that write shards while the device goes on: one writes, another brings whole shards to the disk."""
 
 import queue
 import threading
@@ -28,13 +28,16 @@ class CopiedBatch:
 class ShardStream:
     """Writes batches into shards of a folder, in a thread of its own.
 
+    A shard that has all its rows is brought to the disk by another thread, while the next one is written: until the
+    disk has a gigabyte, a batch or two would not be enough for the device to go on.
+
     Args:
         folder: the folder.
         format: the format of the shards.
         layout: what the items have in common.
         most_images: images of a shard.
         most_bytes: bytes of the tensors of a shard, or of one larger item.
-        on_shard: called in the thread with each shard that is whole.
+        on_shard: called with each shard that is whole, one after another, in another thread.
     """
 
     def __init__(
@@ -56,6 +59,8 @@ class ShardStream:
         self._writer: ShardWriter | None = None
         self._bytes = 0
         self._next_number = next_number(folder)
+        self._finisher: threading.Thread | None = None
+        self._finisher_error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="qwenvit-shards")
         self._thread.start()
 
@@ -100,6 +105,7 @@ class ShardStream:
         try:
             if self._file is not None and not self._abandoned:
                 self._end_shard()
+            self._await_finisher()
         except Exception as error:  # noqa: BLE001
             self._fail(error)
         if self._file is not None:
@@ -136,6 +142,27 @@ class ShardStream:
     def _end_shard(self) -> None:
         assert self._file is not None and self._writer is not None  # noqa: S101, PT018
         self._writer.finish()
-        report = self._file.finish()
-        self._file = self._writer = None
-        self._on_shard(report)
+        self._await_finisher()
+        finisher = threading.Thread(target=self._finish_shard, args=(self._file,), name="qwenvit-shard-end")
+        finisher.start()
+        self._finisher, self._file, self._writer = finisher, None, None
+
+    def _finish_shard(self, file: ShardFile) -> None:
+        try:
+            self._on_shard(file.finish())
+        except Exception as error:  # noqa: BLE001 raised by _await_finisher
+            file.abandon()
+            self._finisher_error = error
+
+    def _await_finisher(self) -> None:
+        """Wait until the shard before is whole.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        if self._finisher is not None:
+            self._finisher.join()
+            self._finisher = None
+        if (error := self._finisher_error) is not None:
+            self._finisher_error = None
+            raise error

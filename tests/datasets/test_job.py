@@ -436,6 +436,27 @@ def test_the_device_waits_for_a_slow_disk(encoder, pictures, tmp_path, monkeypat
     assert max(ahead) <= shard_stream.BATCHES_WAITING + 2
 
 
+def test_the_device_goes_on_while_a_shard_is_brought_to_the_disk(encoder, pictures, tmp_path, monkeypatch):
+    computed, whole, late = [], threading.Event(), []
+    pooled, finish = Embeddings.pooled, shard_stream.ShardFile.finish
+
+    def counted(self, *arguments, **options):
+        computed.append(1)
+        if len(computed) == 7:
+            whole.set()
+        return pooled(self, *arguments, **options)
+
+    def slow(self):
+        late.append(not whole.wait(10))
+        return finish(self)
+
+    monkeypatch.setattr(Embeddings, "pooled", counted)
+    monkeypatch.setattr(shard_stream.ShardFile, "finish", slow)
+    manifest = run_job(pictures, tmp_path / "out", model=encoder, devices=None, shard_images=3)
+    assert late == [False] * 3
+    assert (manifest.counts["images"], manifest.counts["shards"], manifest.complete) == (7, 3, True)
+
+
 @pytest.mark.parametrize("tokens", [True, False])
 def test_parquet_and_npy_have_the_same_vectors(pictures, tmp_path, tokens):
     run_job(pictures, tmp_path / "safetensors", shard_images=3)

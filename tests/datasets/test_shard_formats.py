@@ -158,6 +158,30 @@ def test_the_header_moves_what_is_written_rarely(tmp_path):
     assert len(load_file(tmp_path / "a.safetensors")) == 3000 * 4 + 1
 
 
+def test_little_of_a_safetensors_shard_is_moved(monkeypatch):
+    """The length of its header is foreseen after a small part: a shard of real tokens has a gigabyte."""
+    monkeypatch.setattr(safetensors, "SHARD_BYTES", 2**25)
+    layout = layout_of(SMALL["qwen2_5_vl"], has_pooled=False)
+    (item,) = items_of(layout, ["0"])
+    tokens = torch.zeros(2**16, dtype=torch.bfloat16)
+
+    class Counting(io.BytesIO):
+        moved = 0
+
+        def read(self, size=-1):
+            self.moved += size
+            return super().read(size)
+
+    stream = Counting()
+    writer = open_writer("safetensors", stream, layout)
+    for number in range(2**25 // tokens.nbytes):
+        record = replace(item.record, id=f"{number:08d}.jpg")
+        writer.add(replace(item, record=record, tokens=tokens))
+    writer.finish()
+    assert 0 < stream.moved < 0.2 * 2**25
+    assert len(stream.getvalue()) < 1.05 * 2**25
+
+
 def test_a_safetensors_shard_is_full_before_readers_refuse_its_header(monkeypatch):
     monkeypatch.setattr(safetensors, "FULL_HEADER_BYTES", 10_000)
     layout = layout_of(has_tokens=False)

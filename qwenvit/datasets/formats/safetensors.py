@@ -18,8 +18,9 @@ from qwenvit.weights.header import FLOAT_DTYPES, MAX_HEADER_BYTES
 FIRST_RESERVE = 4096
 """Bytes kept for the header while it is unknown: it comes first in the file, and says where every tensor is."""
 RESERVE_GROWTH = 8
-"""How many times as much is kept when a header does not fit. What is written is then moved: a small part of what
-follows."""
+"""How many times as much is kept, at least, when a header does not fit. What is written is then moved."""
+SHARD_BYTES = 2**30
+"""Of the tensors of a usual shard. So much room is kept that its header fits, if it grows on as before."""
 FULL_HEADER_BYTES = MAX_HEADER_BYTES // 4
 """A longer header takes no further row: readers refuse headers above a limit."""
 BLOCK = 2**24
@@ -122,8 +123,13 @@ class SafetensorsShard:
         return f"{{{','.join(fields)}}}".encode()
 
     def _grow(self) -> None:
-        """Move the tensors up, so that a longer header fits in front of them."""
-        start, self._reserve = self._reserve, min(self._reserve * RESERVE_GROWTH, 2 * FULL_HEADER_BYTES)
+        """Move the tensors up, so that a longer header fits in front of them.
+
+        After a small part of a shard the header's length at its end is foreseen, so that no large part is moved.
+        """
+        foreseen = self._header_bytes * SHARD_BYTES // max(self._written, 1)
+        wanted = max(self._reserve * RESERVE_GROWTH, min(foreseen + foreseen // 4, self._written // 2))
+        start, self._reserve = self._reserve, min(wanted, 2 * FULL_HEADER_BYTES)
         if self._reserve <= start:
             raise ValueError(f"expected a header of at most {start} bytes, got one of {self._header_bytes}")
         for end in range(self._written, 0, -BLOCK):  # from the end, since they overlap
