@@ -11,6 +11,7 @@ from common.hf_towers import build_tower, save_tower
 from common.machine import Ceilings, describe_machine
 from common.progress import progress
 from common.steps import Step, raise_on, steps_of
+from encode_bench.data_set import data_set
 from encode_bench.folders import FOLDERS, FULL_HD, PHOTOS, Folder
 from encode_bench.measure import EncodeBench
 from encode_bench.parity import pixel_failures
@@ -22,17 +23,18 @@ from qwenvit.config.published import published_config
 MODELS = {"Qwen2.5-VL-7B": "qwen2_5_vl-7b", "Qwen3-VL-8B": "qwen3_vl-8b"}
 """Names in `qwenvit.config.published`, by model."""
 ONE, PREPROCESSING, VIDEO, MAPS, MEMORY = "one file", "preprocessing", "video", "features", "host memory"
-CASES = (*(folder.name for folder in FOLDERS), ONE, PREPROCESSING, VIDEO, MAPS, MEMORY)
+DATA_SET = "data set"
+CASES = (*(folder.name for folder in FOLDERS), ONE, PREPROCESSING, VIDEO, MAPS, DATA_SET, MEMORY)
 """The choices of `--cases`."""
-FULL_HD_CASES, PHOTOS_CASES = (FULL_HD, ONE, PREPROCESSING, VIDEO), (PHOTOS, MEMORY)
+FULL_HD_CASES, PHOTOS_CASES = (FULL_HD, ONE, PREPROCESSING, VIDEO), (PHOTOS, DATA_SET, MEMORY)
 Files = Mapping[str, Sequence[Path]]
 """Paths by the name of their folder."""
 
 
 def empty_result(model: str) -> Result:
     return {"model": model, "machine": "", "ceilings": "", "pictures": "", "threads": DECODING_THREADS, "rows": [],
-            "one": None, "preprocessing": None, "video": None, "features": None, "memory": None, "failed": [],
-            "seconds": {}}  # fmt: skip
+            "one": None, "preprocessing": None, "video": None, "features": None, "data set": None, "memory": None,
+            "failed": [], "seconds": {}}  # fmt: skip
 
 
 def folders_for(cases: Collection[str]) -> list[Folder]:
@@ -101,6 +103,9 @@ def run_steps(
     if MAPS in cases:
         with step(MAPS):
             result["features"] = bench.features()
+    if DATA_SET in cases:
+        with step(DATA_SET):
+            result[DATA_SET] = data_set(bench.fresh(), files[PHOTOS])
     if MEMORY in cases:
         with step(MEMORY):
             result["memory"] = bench.memory(files[PHOTOS])

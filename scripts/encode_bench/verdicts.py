@@ -11,6 +11,7 @@ Row = dict[str, Any]
 """Figures of one step."""
 
 ENCODE, TOWER, FEATURES, LAST_MAP = "encode", "tower alone", "features", "map of the last layer"
+PIPELINE, VECTORS, TOKENS = "pipeline", "vectors", "tokens"
 GPU_RIVAL = "transformers' processor on the GPU + qwenvit's tower"
 CPU_RIVAL = "transformers' processor on the CPU + qwenvit's tower"
 HF_RIVAL = "transformers' processor on the GPU + its tower"
@@ -28,6 +29,8 @@ VIDEO_BAR = 1.10
 """Largest allowed ratio of `encode_video` to the tower alone."""
 FEATURES_BARS = {896: 1.05}
 """Largest allowed ratio of four layers' maps to that of the last layer alone, by the side of the image."""
+VECTORS_BAR, TOKENS_BAR = 1 / 0.95, 1 / 0.85
+"""Largest allowed ratio of a data-set job to the encoder's pipeline; with tokens, to the slower of it and the disk."""
 MEMORY_BAR = 200.0
 """Most MB that host memory grows."""
 
@@ -46,7 +49,7 @@ class Verdict:
         return self.value <= self.limit
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.value:.2f}{self.unit} (≤ {self.limit:g}) {'✓' if self.met else '✗'}"
+        return f"{self.name}: {self.value:.2f}{self.unit} (≤ {self.limit:.4g}) {'✓' if self.met else '✗'}"
 
 
 def over_the_tower(row: Row) -> float:
@@ -60,6 +63,11 @@ def cold_over_the_tower(row: Row) -> float:
 def beyond_ms(one: Row) -> float:
     """Return the milliseconds of one file beyond decoding and the tower."""
     return (one[ENCODE] - one["decode"] - one[TOWER]) * 1e3
+
+
+def over_the_pipeline(job: Row, output: str) -> float:
+    """Return a job's time over the pipeline's; with tokens, over the time that the disk takes for them if longer."""
+    return job[output] / max(job[PIPELINE], job["disk"] if output == TOKENS else 0.0)
 
 
 def growth_mb(memory: Row) -> float:
@@ -85,6 +93,9 @@ def verdicts(result: Result) -> list[Verdict]:
         for row in result.get("features") or ()  # figures from before this step have none
         if row["side"] in FEATURES_BARS
     ]
+    if job := result.get("data set"):
+        found.append(Verdict("data set, vectors", over_the_pipeline(job, VECTORS), VECTORS_BAR))
+        found.append(Verdict("data set, tokens", over_the_pipeline(job, TOKENS), TOKENS_BAR))
     if memory := result["memory"]:
         found.append(Verdict("host memory", growth_mb(memory), MEMORY_BAR, " MB"))
     return found

@@ -1,6 +1,7 @@
 """`scripts/bench_encode.py`: the files it makes, what it refuses to report, what it prints. Nothing here is timed."""
 
 import argparse
+import itertools
 import json
 import random
 import sys
@@ -19,11 +20,24 @@ from common.hf_towers import build_tower, forward
 from common.machine import Ceilings
 from common.steps import ParityError, steps_of
 from common.timing import gpu_seconds
-from encode_bench import chart, measure, model_run, parity, report, stages
+from encode_bench import chart, data_set, measure, model_run, parity, report, stages
 from encode_bench import folders as encode_folders
 from encode_bench.folders import FOLDERS, FULL_HD, MIX, PHOTOS, Folder, make_folder, photographs
-from encode_bench.verdicts import CPU_RIVAL, ENCODE, FEATURES, GPU_RIVAL, HF_RIVAL, LAST_MAP, TOWER, verdicts
-from qwenvit import Encoder
+from encode_bench.verdicts import (
+    CPU_RIVAL,
+    ENCODE,
+    FEATURES,
+    GPU_RIVAL,
+    HF_RIVAL,
+    LAST_MAP,
+    PIPELINE,
+    TOKENS,
+    TOWER,
+    VECTORS,
+    verdicts,
+)
+from qwenvit import Encoder, item_stream
+from qwenvit import encoder as encoder_module
 from qwenvit.preprocess.image_processor import ImageProcessor
 from support.towers import narrow, ours_from
 
@@ -292,6 +306,40 @@ def test_features(bench, monkeypatch):
         bench.features(sides=(64,))
 
 
+def test_a_data_set_job(bench, paths, monkeypatch):
+    """Both outputs are written, and removed; no time is given where a shard's tokens are not those of `encode`."""
+    for module in (encoder_module, item_stream):  # one image a batch: on a CPU bits may depend on it
+        monkeypatch.setattr(module, "PATCHES_PER_BATCH", 1)
+    outputs = []
+    run = data_set.encode_dataset
+
+    def recorded(inputs, output, **options):
+        manifest = run(inputs, output, **options)
+        outputs.append((output, options.get("format"), manifest.counts["images"]))
+        return manifest
+
+    monkeypatch.setattr(data_set, "encode_dataset", recorded)
+    row = json.loads(json.dumps(data_set.data_set(bench.encoder, paths, images=10)))
+    assert row["images"] == 10
+    sizes = bench.encoder.image_processor([path for path, _ in zip(itertools.cycle(paths), range(10), strict=False)])[1]
+    layers = 1 + len(bench.encoder.config.deepstack_visual_indexes)
+    token_bytes = int(sizes.prod(1).sum()) // 4 * bench.encoder.config.out_hidden_size * 4 * layers
+    assert token_bytes < row["bytes"] < token_bytes + 10_000
+    assert all(row[name] > 0 for name in (PIPELINE, VECTORS, TOKENS, "disk"))
+    assert [images for _, _, images in outputs] == [8] + [10] * (len(outputs) - 1)
+    assert {kind for _, kind, _ in outputs} == {None, "npy"}
+    assert not any(output.exists() for output, *_ in outputs)
+    encode = Encoder.encode
+    monkeypatch.setattr(Encoder, "encode", lambda self, images: encode(self, images[::-1]))
+    with pytest.raises(ParityError, match="tokens in a shard differ"):
+        data_set.data_set(bench.encoder, paths, images=10)
+
+
+def test_seconds_of_the_disk(tmp_path):
+    assert data_set._disk_seconds(tmp_path / "raw", 5 * 2**20, shard_bytes=2 * 2**20) > 0
+    assert sorted(path.stat().st_size for path in (tmp_path / "raw").iterdir()) == [2**20, 2 * 2**20, 2 * 2**20]
+
+
 def test_host_memory(monkeypatch):
     drawn = []
     monkeypatch.setattr(measure, "resident_bytes", lambda: 100 * len(drawn) if len(drawn) >= 4 else 9999)
@@ -334,6 +382,7 @@ EXTRAS = {
         {"side": 448, "layers": 4, TOWER: 0.0025, LAST_MAP: 0.0024, FEATURES: 0.0027},
         {"side": 896, "layers": 4, TOWER: 0.0081, LAST_MAP: 0.008, FEATURES: 0.0083},
     ],
+    "data set": {"images": 2000, "bytes": 5_600_000_000, PIPELINE: 7.6, VECTORS: 7.8, TOKENS: 9.5, "disk": 8.0},
     "memory": {"images": 5000, "first": 500, "before": 2_000_000_000, "most": 2_150_000_000},
 }
 
@@ -349,6 +398,8 @@ def test_verdicts():
         "preprocessing: 0.15 ms (≤ 0.2) ✓",
         "video: 1.20× (≤ 1.1) ✗",
         "features, 896²: 1.04× (≤ 1.05) ✓",
+        "data set, vectors: 1.03× (≤ 1.053) ✓",
+        "data set, tokens: 1.19× (≤ 1.176) ✗",
         "host memory: 150.00 MB (≤ 200) ✓",
     ]
     assert verdicts(result_of()) == []
@@ -359,7 +410,9 @@ def test_a_section():
     rivals = "60.00 (1.9×) | 100 (3.2×) | 90.00 (2.9×) |"
     assert f"| 1920×1080 | 64 | 10626 | 30.00 | **31.50** | 31.7 | 1.05× | 1.20× | {rivals}" in text
     assert "| 1920×1080 | 12.00 / 4 = 3.00 | 0.120 | 0.080 | 30.000 | 1.500 |" in text
-    assert "- 5 of 6 bars met: " in text
+    assert "- 6 of 8 bars met: " in text
+    vectors, tokens = "256 images/s with vectors alone, 0.97 of the pipeline's 263", "211 with tokens (5.6 GB), 0.84 of"
+    assert f"A data-set job over 2000 files of 640×480: {vectors}; {tokens} the disk's speed (the disk" in text
     assert "45.00 ms, of which decoding 13.50 and the tower 30.00: 1.50 ms beyond." in text
     assert "on the GPU: 0.150 ms; moving its 18.9 MB takes 4.5 µs." in text
     assert "64 frames of 1920×1080 (340032 patches): `encode_video` 1200 ms, tower alone 1000 ms, 1.20×." in text
