@@ -23,8 +23,9 @@ GENERATE_MARKERS = ("<!-- bench_generate.py: begin -->", "<!-- bench_generate.py
 METHOD = (
     "A cell has the ms until the first token, and in brackets those of `get_image_features`, which runs the vision "
     "tower, and their share. Times are medians of wall time until the result is ready; contenders take turns in one "
-    "process. First token: `model.generate(**inputs, max_new_tokens=1, do_sample=False)`, the inputs on the GPU, pixel "
-    f"values in bf16; the processor's own time is left out. A prompt has all images, and {TOKENS_AROUND} text tokens "
+    "process, and so do encoder alone and tower inside, by themselves. First token: `model.generate(**inputs, "
+    "max_new_tokens=1, do_sample=False)`, the inputs on the GPU, pixel values in bf16; the processor's own time is "
+    f"left out. A prompt has all images, and {TOKENS_AROUND} text tokens "
     "before and after them. transformers runs in eager mode, the language model with sdpa; the attention named is the "
     "tower's (FA2: `torch.nn.attention.varlen.varlen_attn`; FA3: `_vllm_fa3_C.fwd`). Encoder alone: "
     "`encoder(pixel_values, grid)` of the same images, the grid on the CPU. Tower inside: the call of it in "

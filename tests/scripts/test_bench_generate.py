@@ -137,8 +137,12 @@ def test_what_is_timed(bench, monkeypatch):
         runs.append(module)
         return forward(module, *args, **kwargs)
 
+    together = []
+
     def time_interleaved(calls, *_):
-        for name, call in calls.items():
+        together.append(set(calls))
+        for kind_and_name, call in calls.items():
+            kind, _, name = kind_and_name.partition(" ")
             runs.clear()
             with monkeypatch.context() as patch:
                 patch.setattr(nn.Module, "__call__", record)
@@ -154,12 +158,15 @@ def test_what_is_timed(bench, monkeypatch):
                 continue
             assert visual(bench.models[name]) in runs
             whole = bench.models[name] in runs
-            assert whole == (ENCODER not in calls)
+            assert whole == (kind == "first")
             assert len(result) == 1 if whole else len(torch.cat(result.pooler_output)) == 30
         return {name: [1.0, 1.0] for name in calls}
 
     monkeypatch.setattr(measure, "time_interleaved", time_interleaved)
     bench.measure(CASE)
+    contenders = (SDPA, EAGER, USE_TOWER, USE_QWENVIT)
+    both_kinds = {f"{kind} {name}" for kind in ("first", "tower") for name in contenders}
+    assert together == [both_kinds, {f"tower {INSIDE}", f"tower {ENCODER}"}]
 
 
 def spoil(bench, name, change):
