@@ -7,6 +7,7 @@ keyword arguments.
 
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -156,7 +157,8 @@ def main() -> None:
     os.set_inheritable(int(descriptor), False)
     serve(Connection(int(descriptor)), json.loads(options))
     sys.stdout.flush()
-    os._exit(0)  # vLLM's own shutdown may wait for its processes
+    # vLLM's own shutdown may wait for its processes; without one they would keep the GPU's memory.
+    os.killpg(0, signal.SIGKILL)
 
 
 if __name__ == "__main__":  # a process that vLLM starts may import this file

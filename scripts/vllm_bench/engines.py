@@ -16,6 +16,9 @@ from common.progress import progress
 
 LOG_LINES = 40
 """Last lines of an engine's log that are kept when it fails."""
+MEASURING_SECONDS = 60.0
+"""Of the time that is left when engines start, at most half, what is kept for those that are ready: they must not be
+killed because one is not."""
 NOTED = "] qwenvit"
 """Lines of the log with this text are the plugin's own: vLLM's format ends with it before the message."""
 
@@ -114,7 +117,8 @@ class Engines:
 
     def wait(self, seconds: float) -> None:
         """Wait until every engine is ready or has failed."""
-        limit = self._limit(seconds)
+        left = self.deadline - time.monotonic()
+        limit = self._limit(min(seconds, left - min(MEASURING_SECONDS, left / 2)))
         for name in list(self.running):
             progress(f"{self.result['model']}: waiting for {name}")
             described = self._noting(name, "start", lambda engine: engine.answer(limit))

@@ -45,9 +45,14 @@ ones, which follow a pause; the timed; those whose stages are timed."""
 CROWD_ROUNDS = 2
 PROMPTS = ((448,), (224, 448), (672,), (336,))
 """Sides of the images of the requests whose log-probabilities are compared."""
-PROMPT_ROUNDS = 4
+PROMPT_ROUNDS = 8
 ANSWER_SECONDS = 90.0
 """Seconds within which an engine has to do what one message asks."""
+
+
+def in_turn(names: Iterable[str], number: int) -> list[str]:
+    """Return the names in their order in even rounds, and backwards in odd ones."""
+    return list(names)[:: -1 if number % 2 else 1]
 
 
 def empty_result(model: str, options: argparse.Namespace) -> Result:
@@ -169,6 +174,8 @@ class ModelRun:
             for name in (name for name in self.engines.running if MODES[name].best_settings):
                 found = self.engines.ask(name, "graphs", ANSWER_SECONDS)
                 result["engines"][name]["graphs"] = found
+                if not self.shape.tiny and not (found and found["hits"] and not found["misses"]):
+                    self.engines.note(name, "graphs", f"expected every image in one of vLLM's CUDA graphs, got {found}")
 
     def request_steps(self, result: Result, step: Step) -> None:
         """Add the figures of whole requests."""
@@ -186,10 +193,10 @@ class ModelRun:
         names, path = self.with_part(TOWER), str(self.case_file(case))
         errors = self.engines.ask_each(names, "worker", ANSWER_SECONDS, call="bench_tower_errors", path=path)
         seconds: dict[str, list[float]] = {}
-        for _ in range(self.options.rounds):
+        for number in range(self.options.rounds):
             calls = {"warm_calls": WARM_CALLS, "calls": CALLS}
             asked = {"call": "bench_tower_times", "path": path, **calls}
-            self.collect(seconds, self.engines.ask_each(errors, "worker", ANSWER_SECONDS, **asked))
+            self.collect(seconds, self.engines.ask_each(in_turn(errors, number), "worker", ANSWER_SECONDS, **asked))
         row = {"name": case.name, "patches": case.patches, "frames": case.frames, "errors": errors}
         result["tower"].append(row | {"failures": tower_failures(errors), "times": all_quantiles(seconds)})
 
@@ -214,7 +221,8 @@ class ModelRun:
         for number in range(self.options.rounds):
             warm = WARM_REQUESTS if number else FIRST_REQUESTS
             ask = {"asked": self.new_requests(sides, warm + TIMED_REQUESTS), "warm": warm}
-            self.collect(seconds, self.engines.ask_each(names, "first_token_times", ANSWER_SECONDS, **ask))
+            turn = in_turn(names, number)
+            self.collect(seconds, self.engines.ask_each(turn, "first_token_times", ANSWER_SECONDS, **ask))
         asked = self.new_requests(sides, WARM_REQUESTS + STAGED_REQUESTS)
         stages = self.engines.ask_each(names, "stage_times", ANSWER_SECONDS, asked=asked, warm=WARM_REQUESTS)
         row: dict[str, Any] = {"name": name, "tokens": sum(map(self.shape.tokens, REQUESTS[name]))}
@@ -231,7 +239,7 @@ class ModelRun:
         seconds: dict[str, list[float]] = {}
         for number in range(1 + CROWD_ROUNDS):
             asked = self.new_requests((side,), count)
-            answers = self.engines.ask_each(names, "crowd_time", ANSWER_SECONDS, asked=asked)
+            answers = self.engines.ask_each(in_turn(names, number), "crowd_time", ANSWER_SECONDS, asked=asked)
             if number:  # the first is not timed
                 self.collect(seconds, {name: [each] for name, each in answers.items()})
         result["crowd"] = {"name": CROWD_CASE, "images": count, "times": all_quantiles(seconds)}

@@ -192,6 +192,10 @@ def test_engine_options():
     assert few["cudagraph_capture_sizes"] == engine_options.FEW_GRAPHS
     assert few["encoder_cudagraph_token_budgets"][-1] == 2304
     assert options_for(OFF, more={"max_model_len": 512})["max_model_len"] == 512
+    more = {"compilation_config": {"mode": 0, "compile_mm_encoder": False}}
+    replaced = options_for(BEST, more=more)["compilation_config"]
+    assert replaced == best["compilation_config"] | more["compilation_config"]
+    assert options_for(OFF, more=more)["compilation_config"] == more["compilation_config"]
     tiny = options_for(BEST, TINY[QWEN3])
     assert "compilation_config" not in tiny
     assert tiny["enforce_eager"] is True

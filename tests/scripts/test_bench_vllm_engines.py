@@ -2,12 +2,14 @@
 
 import argparse
 import os
+import signal
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from common.steps import steps_of
 from vllm_bench import engines, model_run
 from vllm_bench.cases import BEST, CASES, CROWD_CASE, MODES, OFF, PARTS, PIXELS, PLUGIN, REQUEST, TOWER, Shape
 from vllm_bench.engine_options import SCRIPTS
@@ -187,6 +189,25 @@ def test_an_engine_that_is_not_ready_in_time(start):
     group.stop()
 
 
+def test_engines_that_are_ready_are_not_killed_because_one_is_not(start):
+    group = Engines(empty(), soon(20))
+    for engine in (start(OFF), start(PIXELS, sleep=60)):
+        group.start(engine)
+    group.wait(120)
+    assert list(group.running) == [OFF]
+    assert group.ask(OFF, "worker", 5, call="calls") is not None
+    group.stop()
+
+
+def test_an_engine_that_the_benchmark_has_left_ends_with_its_processes(start):
+    engine = start()
+    engine.answer(soon())
+    engine.connection.close()
+    assert engine.process.wait(20) == -signal.SIGKILL
+    with pytest.raises(ProcessLookupError):
+        os.killpg(engine.process.pid, 0)
+
+
 # ---- the steps of a model, with engines that answer at once
 
 
@@ -256,7 +277,14 @@ def run_stubs(monkeypatch, tmp_path, broken=None, **changes):
 
 
 def test_all_steps(monkeypatch, tmp_path):
+    asked, ask = [], Stub.ask
+    monkeypatch.setattr(
+        Stub,
+        "ask",
+        lambda self, method, *rest, **more: asked.append((self.name, method)) or ask(self, method, *rest, **more),
+    )
     result, stubs = run_stubs(monkeypatch, tmp_path)
+    requests_in_order = [name for name, mode in MODES.items() if REQUEST in mode.parts]
     assert result["failed"] == []
     (tower,) = result["tower"]
     assert tower["name"] == "448²"
@@ -276,6 +304,8 @@ def test_all_steps(monkeypatch, tmp_path):
     assert result["engines"][BEST]["graphs"]["hits"] == 1
     seeds = [seed for _, arguments in stubs[BEST].asked for _, seed in arguments.get("asked", [])]
     assert len(set(seeds)) == len(seeds) > 50  # images never repeat
+    order = [name for name, method in asked if method == "first_token_times"]
+    assert order == [*requests_in_order, *requests_in_order[::-1]] * 2  # who is first alternates
     assert stubs[OFF].environment["VLLM_PLUGINS"] == "none"
     assert stubs[PIXELS].environment["VLLM_PLUGINS"] == "qwenvit"
 
@@ -287,6 +317,26 @@ def test_one_part_and_a_few_modes(monkeypatch, tmp_path):
     result, stubs = run_stubs(monkeypatch, tmp_path, parts=[REQUEST], cases=["448²"])
     assert set(stubs) == {OFF, BEST, PLUGIN, PIXELS}
     assert (result["tower"], len(result["requests"]), result["crowd"]) == ([], 1, None)
+
+
+@pytest.mark.parametrize(
+    "graphs", [{}, {"sizes": [64], "hits": 0, "misses": 0}, {"sizes": [64], "hits": 9, "misses": 1}]
+)
+def test_vllms_best_settings_without_its_graphs_are_a_failure(monkeypatch, tmp_path, graphs):
+    ask = Stub.ask
+    monkeypatch.setattr(
+        Stub,
+        "ask",
+        lambda self, method, *rest, **more: graphs if method == "graphs" else ask(self, method, *rest, **more),
+    )
+    options = argparse.Namespace(parts=[], cases=[], modes=[BEST], llm={})
+    run = ModelRun(Shape(QWEN2_5, 28), options, Engines(empty(), soon()), tmp_path)
+    run.engines.start(Stub(BEST, {}, {}, None))
+    result = run.engines.result
+    result["engines"][BEST] = {}
+    run.steps(result, steps_of(result, lambda _: None))
+    assert [what for what, _ in result["failed"]] == [f"{BEST}, graphs"]
+    assert result["engines"][BEST]["graphs"] == graphs
 
 
 def test_what_fails_costs_none_of_the_rest(monkeypatch, tmp_path):
