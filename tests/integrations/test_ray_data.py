@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from PIL import Image
 
 ray = pytest.importorskip("ray", reason="needs ray: pip install 'qwenvit[ray]'")
@@ -56,7 +55,6 @@ def photos(tmp_path_factory):
 def local_rows(photos, tmp_path_factory):
     """Return the rows of a local job by id."""
     output = tmp_path_factory.mktemp("local")
-    torch.set_num_threads(1)  # as in a worker of one core: the order of a sum may depend on it
     with warnings.catch_warnings(action="ignore"):
         encode_dataset(photos, output, model="demo", devices="cpu", format="parquet", **OPTIONS)
     errors = [json.loads(line)["id"] for line in (output / "errors.jsonl").read_text().splitlines()]
@@ -138,7 +136,6 @@ def test_what_rays_readers_return_is_embedded(cluster, photos, local_rows, tmp_p
 
 def test_columns_of_every_kind(photos, local_rows):
     """Without a cluster: the callable alone, on tables as Ray passes them."""
-    torch.set_num_threads(1)
     with warnings.catch_warnings(action="ignore"):
         embed = ray_data.EmbedImages("demo", device="cpu", **OPTIONS)
     names = sorted(local_rows)[:4]
