@@ -1,6 +1,7 @@
 """The public paths of the package, each imported before any other module of it, so that no earlier import can help."""
 
 import importlib
+import importlib.util
 import pkgutil
 import subprocess
 import sys
@@ -36,9 +37,10 @@ MODULES = {
     "qwenvit.packing": PACKING,
     "qwenvit.registry": ("PUBLISHED", "published_config"),
     "qwenvit.config": ("VisionConfig",),
-    "qwenvit.integrations.ray_data": ("EmbedImages", "embed_dataset"),
     "qwenvit.integrations.transformers": ("use_attention", "use_qwenvit", "use_rope_index", "use_tower"),
 }
+if importlib.util.find_spec("ray"):
+    MODULES["qwenvit.integrations.ray_data"] = ("EmbedImages", "embed_dataset")
 
 
 def run(code):

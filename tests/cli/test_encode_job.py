@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -194,7 +195,13 @@ def test_a_list_on_standard_input(photos, tmp_path):
         archive.add(photos / "4.png", "inner/4.png")
     names = ["photos/1.png", "s.tar", "photos/0.png"]
     done = subprocess.run(
-        command("-", "-o", "out"), input="\n".join(names), capture_output=True, text=True, cwd=tmp_path, check=False
+        command("-", "-o", "out"),
+        input="\n".join(names),
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert list(index(tmp_path / "out")) == ["photos/1.png", "s.tar/inner/4.png", "photos/0.png"]

@@ -459,10 +459,10 @@ def test_the_device_goes_on_while_a_shard_is_brought_to_the_disk(encoder, pictur
 
 @pytest.mark.parametrize("tokens", [True, False])
 def test_parquet_and_npy_have_the_same_vectors(pictures, tmp_path, tokens):
+    tables = pytest.importorskip("pyarrow.parquet")
     run_job(pictures, tmp_path / "safetensors", shard_images=3)
     expected = rows_of(tmp_path / "safetensors")
     run_job(pictures, tmp_path / "parquet", shard_images=3, format="parquet", tokens=tokens)
-    tables = pytest.importorskip("pyarrow.parquet")
     rows = [row for path in (tmp_path / "parquet").glob("*.parquet") for row in tables.read_table(path).to_pylist()]
     assert {row["id"]: np.float32(row["pooled"]).tobytes() for row in rows} == {
         name: row["pooled"] for name, row in expected.items()

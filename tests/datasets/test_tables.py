@@ -60,7 +60,9 @@ def test_the_struct_of_hugging_face_has_bytes_or_a_path(tmp_path):
 
 
 def test_what_datasets_writes_is_read(tmp_path):
-    datasets = pytest.importorskip("datasets")
+    pytest.importorskip("datasets.config", reason="needs datasets")  # `datasets` alone is also this folder's name
+    import datasets
+
     pictures = [Image.new("RGB", (8, 8), (shade, 0, 0)) for shade in range(5)]
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
     whole = datasets.Dataset.from_dict({"image": pictures, "label": range(5)}, features=features)

@@ -190,7 +190,7 @@ def test_an_engine_that_is_not_ready_in_time(start):
 
 
 def test_engines_that_are_ready_are_not_killed_because_one_is_not(start):
-    group = Engines(empty(), soon(20))
+    group = Engines(empty(), soon(60))
     for engine in (start(OFF), start(PIXELS, sleep=60)):
         group.start(engine)
     group.wait(120)

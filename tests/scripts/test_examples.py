@@ -52,7 +52,7 @@ def test_nearest_neighbours(monkeypatch, tmp_path, capsys):
     first, second = capsys.readouterr().out.splitlines()[:2]
     files = [folder / "query.png", *(folder / f"{name}.png" for name in ("landscape", "page", "panorama"))]
     files.append(folder / "trip" / "darker.jpg")
-    encoder = Encoder.from_pretrained("demo", device="cpu")
+    encoder = Encoder.from_pretrained("demo", device="cpu")  # the script takes a GPU, and bf16 there
     vectors = [encoder.encode(file, max_pixels=512 * 512)[0].tokens.double().mean(0).numpy() for file in files]
     query, *others = (vector / np.linalg.norm(vector) for vector in vectors)
     cosines = dict(zip(map(str, files[1:]), (float(query @ other) for other in others), strict=True))
@@ -61,7 +61,7 @@ def test_nearest_neighbours(monkeypatch, tmp_path, capsys):
     for rank, line in enumerate((first, second), 1):
         place, name, cosine = line.split()
         assert (place, name) == (f"{rank}.", best[rank - 1])
-        assert float(cosine) == pytest.approx(cosines[name], abs=1e-3)
+        assert float(cosine) == pytest.approx(cosines[name], abs=3e-3)
     assert len(names["pictures"]) == 3
 
 
