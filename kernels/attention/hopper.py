@@ -405,9 +405,9 @@ def hopper_attention(q: Operand, k: Operand, v: Operand, cu_seqlens: Tensor, sca
     `out` is contiguous and starts at a multiple of 16 bytes. Queries, keys (both rotated) and values are `[S, H, D]`
     each, or two tensors: `[S, H, 64]`, and the other D - 64 channels. Those of queries and keys may be padded to 16
     with zeros, those of values must be padded to 16 with ones. Values of D = 72 in one tensor may be `[S, H, 80]` with
-    ones; without them they are copied. I/O: reads all three once, if K and V stay in L2, and
-    writes `out`. A segment of L tokens takes 4 L² H D FLOPs. Raises ValueError unless `out` is on a GPU of compute
-    capability 9.0, and for values in two tensors without the ones' channels.
+    ones; without them they are copied. I/O: reads all three once, if K and V stay in L2, and writes `out`. A segment of
+    L tokens takes 4 L² H D FLOPs. Raises ValueError unless `out` is on a GPU of compute capability 9.0, and for values
+    in two tensors without the ones' channels.
     """
     v = end_with_ones(v)
     S, H, D = out.shape
