@@ -97,9 +97,9 @@ def export(
 
 
 def _erase_device_checks(program: torch.export.ExportedProgram) -> None:
-    """Erase the assertions that torch.export adds before conversions, of the device that the tower was exported on.
+    """Erase the assertions of dtype, device and layout that torch.export adds before conversions.
 
-    Nothing else in the program names a device: without them `program.module()` can be moved to another.
+    Nothing else in the program names the device that the tower was exported on: `program.module()` can be moved.
     """
     for module in program.graph_module.modules():
         if isinstance(module, torch.fx.GraphModule):

@@ -28,7 +28,7 @@ CHANGED = (
     "index names it"
 )
 SECONDS_BETWEEN_WRITES = 5.0
-"""The manifest waits for the disk, which has shards to write. The next run counts the rows anew."""
+"""To write the manifest takes longer while the disk has shards to write. The next run counts the rows anew."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ class Ledger:
         self._meter = meter
         self._on_item = on_item
         self._next_write = 0.0
+        self._has_news = False
 
     @classmethod
     def begin(
@@ -130,9 +131,13 @@ class Ledger:
             counts["tokens"] += message.tokens
             counts["bytes"] += message.bytes
             counts["shards"] += 1
-            if time.monotonic() >= self._next_write:
-                self._write()
-            return
+            self._has_news = True
+        else:
+            self._note_batch(message)
+        if self._has_news and time.monotonic() >= self._next_write:
+            self._write()
+
+    def _note_batch(self, message: Encoded) -> None:
         self._meter.busy_seconds += message.busy_seconds
         for report in message.reports:
             self._meter.count(report)
@@ -140,6 +145,7 @@ class Ledger:
                 self._failures.encoded(report.id)
             else:
                 self._failures.add(report.id, report.error)
+                self._has_news = True
             if self._on_item is not None:
                 self._on_item(report)
         self._meter.report()
@@ -172,7 +178,7 @@ class Ledger:
         self._meter.report(last=True)
 
     def _write(self, *, last: bool = False) -> None:
-        self._next_write = time.monotonic() + SECONDS_BETWEEN_WRITES
         self._failures.write(last=last)
         self.manifest.counts["failed"] = len(self._failures)
         self.manifest.write()
+        self._next_write, self._has_news = time.monotonic() + SECONDS_BETWEEN_WRITES, False

@@ -115,12 +115,14 @@ class ShardStream:
         if isinstance(error, OSError) and error.errno is not None:
             told = f"{error.strerror}; whole shards are kept, and the same call continues the job"
             error = type(error)(error.errno, told, str(self._folder))
-        self._error = error
+        self._error = self._error or error
         if self._file is not None:  # its space may be what the manifest needs
             self._file.abandon()
         self._file = self._writer = None
 
     def _write(self, batch: CopiedBatch) -> None:
+        if self._finisher_error is not None:  # more would be lost with the next shard
+            self._await_finisher()
         if batch.copied is not None:
             batch.copied.synchronize()
         for item in batch.items:

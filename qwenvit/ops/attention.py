@@ -42,7 +42,8 @@ def rope_attention(
             Strides and addresses that are multiples of 16 bytes are fastest.
         k: keys, shape, dtype and device of `q`; last stride 1.
         v: values, shape, dtype and device of `q`; last stride 1. With D = 72 also `[S, H, 80]` whose last 8 channels
-            are ones, as `rotate_qk_` writes them and `"triton"` does not check: so no kernel has to copy V.
+            are ones, as `rotate_qk_` writes them: so no kernel has to copy V. `"triton"` does not check that. Other
+            values there make the result wrong on Hopper (16 bits, segments above 64), and have no effect elsewhere.
         cos: cosines of each pair's angle, `[S, D / 2]`, or `[S, D]` with equal halves in each row; fp32 or the dtype
             of `q`, last stride 1. The rotation is computed in fp32 with either. None if `q` and `k` are already
             rotated.

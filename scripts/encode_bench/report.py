@@ -43,8 +43,8 @@ METHOD = (
 JOB_METHOD = (
     "Data set: `encode_dataset(folder, output, model=encoder)` with an encoder that has run, from the first file to "
     "the last shard on the disk: loading the model, hashing its weights and compiling kernels are left out. Pipeline: "
-    "`iter_encode` over the same files, results dropped. The disk's speed: files of 1 GiB, each synced. Tokens of some "
-    "rows are compared with `encode`'s to the last bit."
+    "`iter_encode` over the same files, results dropped. The disk's speed: files of 1 GiB, each synced while the next "
+    "is written. Tokens of some rows are compared with `encode`'s to the last bit."
 )
 STAGES_METHOD = (
     "Stages are timed on their own, over a sample of each folder: decoding with Pillow in one thread, divided by the "
@@ -118,6 +118,7 @@ def features_text(rows: Iterable[Row]) -> str:
         f"{row['side']}² {milliseconds(row[FEATURES])} ms, {row[FEATURES] / row[LAST_MAP]:.2f}× the last layer's alone "
         f"(whole tower {milliseconds(row[TOWER])} ms)"
         for row in rows
+        if LAST_MAP in row  # figures from before it was measured have none
     ]
     return f"Maps of four layers of one image from its pixel values: {'; '.join(found)}"
 

@@ -91,7 +91,7 @@ def verdicts(result: Result) -> list[Verdict]:
     found += [
         Verdict(f"features, {row['side']}²", row[FEATURES] / row[LAST_MAP], FEATURES_BARS[row["side"]])
         for row in result.get("features") or ()  # figures from before this step have none
-        if row["side"] in FEATURES_BARS
+        if row["side"] in FEATURES_BARS and LAST_MAP in row
     ]
     if job := result.get("data set"):
         found.append(Verdict("data set, vectors", over_the_pipeline(job, VECTORS), VECTORS_BAR))

@@ -37,7 +37,7 @@ sharper bound (`parity.ERROR_FACTOR`); the language model then makes more or les
 ROUNDS, MAX_SECONDS, MIN_ROUNDS = 20, 1.0, 4
 """Timed rounds. A contender that would take longer than MAX_SECONDS in all skips rounds, down to MIN_ROUNDS."""
 CLOSE_ROUNDS = 200
-"""The same for the two calls whose difference is a fraction of a millisecond. They take turns by themselves."""
+"""The same for calls whose differences are fractions of a millisecond. They take turns by themselves."""
 WARM_CALLS = 2
 """Untimed calls of qwenvit's before: a CUDA graph may be captured when its capacity comes the second time."""
 
@@ -67,7 +67,8 @@ class GenerateBench:
 
         Returns:
             `parity`: see `parity`; `first` and `tower`: quantiles of the seconds until the first token and of
-            `get_image_features`, by contender; the latter also of the tower inside it and of the encoder alone.
+            `get_image_features`, by contender; `close`: those of use_tower's `get_image_features`, of the tower inside
+            it and of the encoder alone.
 
         Raises:
             ParityError: a contender's outputs, log-probabilities or tokens differ by more than rounding.
@@ -82,15 +83,16 @@ class GenerateBench:
             whole[f"first {name}"] = partial(self.generate, name, inputs, 1)
             whole[f"tower {name}"] = partial(self.features, name, inputs)
         close: dict[str, Callable[[], Any]] = {
-            f"tower {INSIDE}": lambda: self.inside(inputs),
-            f"tower {ENCODER}": lambda: self.encoder(pixels, grid),
+            f"close {INSIDE}": lambda: self.inside(inputs),
+            f"close {USE_TOWER}": lambda: self.features(USE_TOWER, inputs),
+            f"close {ENCODER}": lambda: self.encoder(pixels, grid),
         }
         ours = [whole[f"{kind} {name}"] for kind in ("first", "tower") for name in OURS]
         for call in [*ours, *close.values()] * WARM_CALLS:
             call()
         seconds = time_interleaved(whole, ROUNDS, MAX_SECONDS, MIN_ROUNDS)
         seconds |= time_interleaved(close, CLOSE_ROUNDS, MAX_SECONDS, MIN_ROUNDS)
-        for kind in ("first", "tower"):
+        for kind in ("first", "tower", "close"):
             prefix = f"{kind} "
             found = {name.removeprefix(prefix): times for name, times in seconds.items() if name.startswith(prefix)}
             row[kind] = {name: quantiles(times) for name, times in found.items()}

@@ -23,9 +23,9 @@ GENERATE_MARKERS = ("<!-- bench_generate.py: begin -->", "<!-- bench_generate.py
 METHOD = (
     "A cell has the ms until the first token, and in brackets those of `get_image_features`, which runs the vision "
     "tower, and their share. Times are medians of wall time until the result is ready; contenders take turns in one "
-    "process, and so do encoder alone and tower inside, by themselves. First token: `model.generate(**inputs, "
-    "max_new_tokens=1, do_sample=False)`, the inputs on the GPU, pixel values in bf16; the processor's own time is "
-    f"left out. A prompt has all images, and {TOKENS_AROUND} text tokens "
+    "process; encoder alone, tower inside and get_image_features beyond it do by themselves. First token: "
+    "`model.generate(**inputs, max_new_tokens=1, do_sample=False)`, the inputs on the GPU, pixel values in bf16; the "
+    f"processor's own time is left out. A prompt has all images, and {TOKENS_AROUND} text tokens "
     "before and after them. transformers runs in eager mode, the language model with sdpa; the attention named is the "
     "tower's (FA2: `torch.nn.attention.varlen.varlen_attn`; FA3: `_vllm_fa3_C.fwd`). Encoder alone: "
     "`encoder(pixel_values, grid)` of the same images, the grid on the CPU. Tower inside: the call of it in "
@@ -55,7 +55,7 @@ def saved_ms(row: Row, kind: str) -> float:
 
 def overhead_ms(row: Row, name: str) -> float:
     """Return the milliseconds that a call of the tower in its model takes beyond the encoder alone."""
-    return median_ms(row, "tower", name) - median_ms(row, "tower", ENCODER)
+    return median_ms(row, "close", name) - median_ms(row, "close", ENCODER)
 
 
 def verdicts(row: Row) -> dict[str, bool]:
@@ -82,7 +82,7 @@ def times_table(result: Result) -> str:
             cells.append(f"{shown} ({tower:.2f}, {tower / first:.0%})")
         speedup = median_ms(row, "first", SDPA) / median_ms(row, "first", USE_TOWER)
         cells += [f"{saved_ms(row, 'first'):.2f} ({speedup:.2f}×)", f"{saved_ms(row, 'tower'):.2f}"]
-        cells += [f"{median_ms(row, 'tower', ENCODER):.2f}"]
+        cells += [f"{median_ms(row, 'close', ENCODER):.2f}"]
         lines.append([*cells, *(f"{overhead_ms(row, name):+.3f}" for name in (INSIDE, USE_TOWER))])
     last = ["encoder alone, ms", "tower inside beyond it, ms", "get_image_features beyond it, ms"]
     return table([*head, *last], lines)

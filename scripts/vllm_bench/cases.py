@@ -16,6 +16,8 @@ IMAGES, IMAGES_SIDE = 8, 448
 FRAMES, FRAME_SIDE = 16, 448
 REQUESTS = {"448²": (448,), "896²": (896,), "1344²": (1344,), "4 × 896²": (896,) * 4}
 """Heights and widths of the images of one request."""
+PROMPTS = ((448,), (224, 448), (672,), (336,))
+"""Sides of the images of the requests whose log-probabilities are compared."""
 CROWD, CROWD_SIDE = 64, 896
 """How many requests are sent at once, and the side of the image of each."""
 VIDEO_CASE = f"{FRAMES} frames, {FRAME_SIDE}²"
@@ -122,12 +124,16 @@ def tower_cases(shape: Shape, only: Collection[str] = TOWER_CASES) -> list[Case]
 
 
 def graph_budgets(shape: Shape, parts: Collection[str], only: Collection[str]) -> list[int]:
-    """Return the token counts of all cases: the sizes of vLLM's CUDA graphs with its best settings."""
+    """Return the token counts of all cases: the sizes of vLLM's CUDA graphs with its best settings.
+
+    One of them is as large as the largest of `PROMPTS`.
+    """
     found = set()
     if TOWER in parts:
         found |= {case.patches // shape.vision.merge_unit for case in tower_cases(shape, only)}
     if REQUEST in parts:
         found |= {sum(map(shape.tokens, sides)) for name, sides in REQUESTS.items() if name in only}
+        found.add(max(sum(map(shape.tokens, sides)) for sides in PROMPTS))
         if CROWD_CASE in only:  # the scheduler encodes as many images in a step as its budget of tokens has room for
             found |= {shape.tokens(CROWD_SIDE) * count for count in (1, IMAGES)}
     return sorted(found)

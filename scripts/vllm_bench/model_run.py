@@ -19,6 +19,7 @@ from vllm_bench.cases import (
     MODES,
     OFF,
     PARTS,
+    PROMPTS,
     REQUEST,
     REQUESTS,
     TOWER,
@@ -43,8 +44,6 @@ FIRST_REQUESTS, WARM_REQUESTS, TIMED_REQUESTS, STAGED_REQUESTS = 3, 1, 5, 4
 """Requests of each engine in turn: the untimed of its first turn, in which CUDA graphs may be captured, and of later
 ones, which follow a pause; the timed; those whose stages are timed."""
 CROWD_ROUNDS = 2
-PROMPTS = ((448,), (224, 448), (672,), (336,))
-"""Sides of the images of the requests whose log-probabilities are compared."""
 PROMPT_ROUNDS = 8
 ANSWER_SECONDS = 90.0
 """Seconds within which an engine has to do what one message asks."""
@@ -171,10 +170,11 @@ class ModelRun:
         if REQUEST in self.options.parts:
             self.request_steps(result, step)
         with step("graphs"):
-            for name in (name for name in self.engines.running if MODES[name].best_settings):
+            for name in [name for name in self.engines.running if MODES[name].best_settings]:
                 found = self.engines.ask(name, "graphs", ANSWER_SECONDS)
                 result["engines"][name]["graphs"] = found
-                if not self.shape.tiny and not (found and found["hits"] and not found["misses"]):
+                in_graphs = found and found["hits"] and not found["misses"]
+                if name in self.engines.running and not in_graphs and not self.shape.tiny:
                     self.engines.note(name, "graphs", f"expected every image in one of vLLM's CUDA graphs, got {found}")
 
     def request_steps(self, result: Result, step: Step) -> None:

@@ -7,18 +7,23 @@ import os
 import threading
 import warnings
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import qwenvit
+from qwenvit.datasets import ledger as ledger_module
 from qwenvit.datasets import shard_stream
 from qwenvit.datasets.embed import copy_batch
 from qwenvit.datasets.find import find_records
+from qwenvit.datasets.ledger import Encoded
+from qwenvit.datasets.manifest import Manifest
 from qwenvit.datasets.options import JobOptions, hash_weights
-from qwenvit.datasets.progress import ItemReport
+from qwenvit.datasets.progress import ItemReport, Meter
 from qwenvit.datasets.record import Record
+from qwenvit.datasets.shard_folder import ShardReport
 from qwenvit.encoder import Encoder
 from qwenvit.item_stream import encode_stream
 from qwenvit.outputs import Embeddings
@@ -436,13 +441,15 @@ def test_the_device_waits_for_a_slow_disk(encoder, pictures, tmp_path, monkeypat
     assert max(ahead) <= shard_stream.BATCHES_WAITING + 2
 
 
-def test_the_device_goes_on_while_a_shard_is_brought_to_the_disk(encoder, pictures, tmp_path, monkeypatch):
+def test_the_device_goes_on_while_a_shard_is_brought_to_the_disk(encoder, tmp_path, monkeypatch):
+    """One shard's worth of batches further than the batches that may wait for the writer."""
+    pictures = make_pictures(tmp_path / "pictures", 9)
     computed, whole, late = [], threading.Event(), []
     pooled, finish = Embeddings.pooled, shard_stream.ShardFile.finish
 
     def counted(self, *arguments, **options):
         computed.append(1)
-        if len(computed) == 7:
+        if len(computed) == 8:
             whole.set()
         return pooled(self, *arguments, **options)
 
@@ -454,7 +461,41 @@ def test_the_device_goes_on_while_a_shard_is_brought_to_the_disk(encoder, pictur
     monkeypatch.setattr(shard_stream.ShardFile, "finish", slow)
     manifest = run_job(pictures, tmp_path / "out", model=encoder, devices=None, shard_images=3)
     assert late == [False] * 3
-    assert (manifest.counts["images"], manifest.counts["shards"], manifest.complete) == (7, 3, True)
+    assert (manifest.counts["images"], manifest.counts["shards"], manifest.complete) == (9, 3, True)
+
+
+def test_the_manifest_is_written_now_and_then(encoder, pictures, tmp_path, monkeypatch):
+    """After each shard if it is time, and also when it gets to be time later."""
+    counts, write = [], Manifest.write
+    monkeypatch.setattr(Manifest, "write", lambda self: counts.append(self.counts["images"]) or write(self))
+    monkeypatch.setattr(ledger_module, "SECONDS_BETWEEN_WRITES", 100.0)
+    run_job(pictures, tmp_path / "rarely", model=encoder, devices=None, shard_images=2)
+    assert counts == [0, 7]
+    counts.clear()
+    monkeypatch.setattr(ledger_module, "SECONDS_BETWEEN_WRITES", 0.0)
+    run_job(pictures, tmp_path / "often", model=encoder, devices=None, shard_images=2)
+    assert counts[0] == 0
+    assert counts[-1] == 7
+    assert len(set(counts)) > 2
+    folder = tmp_path / "later"
+    folder.mkdir()
+    now = [0.0]
+    monkeypatch.setattr(ledger_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(ledger_module, "SECONDS_BETWEEN_WRITES", 5.0)
+    manifest = Manifest(folder, {"format": "npy"}, {}, [])
+    ledger = ledger_module.Ledger(manifest, None, Meter(lambda: None, 1, None), None)
+    for seconds, message, expected in (
+        (0.0, ShardReport(1, 1, 1), [1]),
+        (1.0, ShardReport(1, 1, 1), [1]),
+        (4.0, Encoded([], 0.0), [1]),
+        (6.0, Encoded([], 0.0), [1, 2]),
+        (20.0, Encoded([], 0.0), [1, 2]),
+    ):
+        now[0] = seconds
+        if not seconds:
+            counts.clear()
+        ledger.note(message)
+        assert counts == expected, seconds
 
 
 @pytest.mark.parametrize("tokens", [True, False])

@@ -3,10 +3,12 @@
 import errno
 import os
 import subprocess
+import time
 from contextlib import suppress
 
 import pytest
 
+from qwenvit import item_stream
 from qwenvit.datasets import device, job
 from support.jobs import leftovers, make_pictures, rows_of, run_job
 
@@ -118,8 +120,9 @@ def rows_of_whole(output):
     return rows_of(output)
 
 
-def test_an_error_while_writing_ends_the_job_soon(whole, tmp_path, monkeypatch):
-    """The device must not go on for long when the writer has failed."""
+@pytest.mark.parametrize("method", ["add_to_index", "finish"])
+def test_an_error_while_writing_ends_the_job_soon(whole, tmp_path, monkeypatch, method):
+    """The device must not go on for long when the writer has failed, or the thread that ends shards."""
     pictures, _ = whole
     encoded = []
     monkeypatch.setattr(
@@ -127,10 +130,13 @@ def test_an_error_while_writing_ends_the_job_soon(whole, tmp_path, monkeypatch):
     )
     from qwenvit.datasets import shard_stream
 
-    monkeypatch.setattr(shard_stream.ShardFile, "add_to_index", _full)
+    monkeypatch.setattr(shard_stream.ShardFile, method, _full)
+    monkeypatch.setattr(item_stream, "PATCHES_PER_BATCH", 1)
+    put = shard_stream.ShardStream.put
+    monkeypatch.setattr(shard_stream.ShardStream, "put", lambda *a: put(*a) or time.sleep(0.05))
     with pytest.raises(OSError, match="No space left"):
-        run_job(pictures, tmp_path)
-    assert len(encoded) <= shard_stream.BATCHES_WAITING + 2
+        run_job(pictures, tmp_path, shard_images=5)
+    assert len(encoded) <= shard_stream.BATCHES_WAITING + 2 + (5 if method == "finish" else 0)
     assert leftovers(tmp_path) == []
 
 

@@ -1,4 +1,4 @@
-"""A job that is killed loses at most a shard, and the same call continues it to the same rows."""
+"""A job that is killed loses at most two shards, and the same call continues it to the same rows."""
 
 import json
 import os

@@ -5,6 +5,7 @@ import gc
 import io
 import json
 import random
+import struct
 import subprocess
 import sys
 from dataclasses import replace
@@ -158,12 +159,12 @@ def test_the_header_moves_what_is_written_rarely(tmp_path):
     assert len(load_file(tmp_path / "a.safetensors")) == 3000 * 4 + 1
 
 
-def test_little_of_a_safetensors_shard_is_moved(monkeypatch):
+def test_little_of_a_safetensors_shard_is_moved(tmp_path, monkeypatch):
     """The length of its header is foreseen after a small part: a shard of real tokens has a gigabyte."""
     monkeypatch.setattr(safetensors, "SHARD_BYTES", 2**25)
-    layout = layout_of(SMALL["qwen2_5_vl"], has_pooled=False)
+    layout = layout_of(SMALL["qwen2_5_vl"], dtype=torch.float16, has_pooled=False)
     (item,) = items_of(layout, ["0"])
-    tokens = torch.zeros(2**16, dtype=torch.bfloat16)
+    tokens = torch.zeros(2**16, dtype=torch.float16)
 
     class Counting(io.BytesIO):
         moved = 0
@@ -179,6 +180,11 @@ def test_little_of_a_safetensors_shard_is_moved(monkeypatch):
         writer.add(replace(item, record=record, tokens=tokens))
     writer.finish()
     assert 0 < stream.moved < 0.2 * 2**25
+    (tmp_path / "a.safetensors").write_bytes(stream.getvalue())
+    (header_bytes,) = struct.unpack("<Q", stream.getvalue()[:8])
+    assert (8 + header_bytes) % safetensors.ALIGNMENT == 0
+    with safe_open(tmp_path / "a.safetensors", "np") as opened:
+        assert all(opened.get_tensor(name).flags.aligned for name in opened.keys())  # noqa: SIM118
     assert len(stream.getvalue()) < 1.05 * 2**25
 
 

@@ -308,9 +308,9 @@ MUTANTS = [
         "qwenvit/datasets/formats/safetensors.py", "tests/datasets/test_shard_formats.py",
         ("SafetensorsShard.finish", "padding := -self._written % 4", "padding := 0"),
         ("SafetensorsShard.finish", "self._written if self._layout.has_tokens else 0", "0"),
-        ("SafetensorsShard._grow", "range(self._written, 0, -BLOCK)", "range(self._written, BLOCK, -BLOCK)"),
-        ("SafetensorsShard._grow", "min(wanted, 2 * FULL_HEADER_BYTES)", "wanted"),
-        ("SafetensorsShard._grow", "min(foreseen + foreseen // 4, self._written // 2)", "0"),
+        ("SafetensorsShard._move", "range(self._written, 0, -BLOCK)", "range(self._written, BLOCK, -BLOCK)"),
+        ("SafetensorsShard._grow", "min(foreseen + foreseen // 4, self._written // 8)", "0"),
+        ("SafetensorsShard._move", "-(-reserve // ALIGNMENT) * ALIGNMENT", "reserve + 1"),
     ),
     *_mutants(
         "qwenvit/datasets/formats/parquet.py", "tests/datasets/test_shard_formats.py",

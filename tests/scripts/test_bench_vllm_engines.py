@@ -19,7 +19,7 @@ from vllm_bench.stages import STAGES, WHOLE
 
 QWEN2_5 = "Qwen2.5-VL-7B"
 VLLM = """
-import os, sys, time
+import os, subprocess, sys, time
 from types import SimpleNamespace
 from vllm.multimodal.processing import Processor
 
@@ -32,6 +32,8 @@ class LLM:
             raise ValueError("it cannot\\nbe done")
         if "die" in options:
             os._exit(7)
+        if "child" in options:
+            subprocess.Popen(["sleep", "300"], stdout=open(options["child"], "w"))
         time.sleep(options.get("sleep", 0))
 
     def collective_rpc(self, method, kwargs):
@@ -191,7 +193,7 @@ def test_an_engine_that_is_not_ready_in_time(start):
 
 def test_engines_that_are_ready_are_not_killed_because_one_is_not(start):
     group = Engines(empty(), soon(60))
-    for engine in (start(OFF), start(PIXELS, sleep=60)):
+    for engine in (start(PIXELS, sleep=60), start(OFF)):
         group.start(engine)
     group.wait(120)
     assert list(group.running) == [OFF]
@@ -199,13 +201,14 @@ def test_engines_that_are_ready_are_not_killed_because_one_is_not(start):
     group.stop()
 
 
-def test_an_engine_that_the_benchmark_has_left_ends_with_its_processes(start):
-    engine = start()
-    engine.answer(soon())
-    engine.connection.close()
-    assert engine.process.wait(20) == -signal.SIGKILL
-    with pytest.raises(ProcessLookupError):
-        os.killpg(engine.process.pid, 0)
+def test_an_engine_that_the_benchmark_has_left_ends_with_its_processes(start, tmp_path):
+    os.mkfifo(tmp_path / "alive")
+    engine = start(child=str(tmp_path / "alive"))
+    with (tmp_path / "alive").open() as alive:  # which the engine's own process keeps open for writing
+        engine.answer(soon())
+        engine.connection.close()
+        assert engine.process.wait(20) == -signal.SIGKILL
+        assert alive.read() == ""
 
 
 # ---- the steps of a model, with engines that answer at once

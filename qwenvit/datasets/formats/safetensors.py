@@ -21,6 +21,8 @@ RESERVE_GROWTH = 8
 """How many times as much is kept, at least, when a header does not fit. What is written is then moved."""
 SHARD_BYTES = 2**30
 """Of the tensors of a usual shard. So much room is kept that its header fits, if it grows on as before."""
+ALIGNMENT = 64
+"""Tensors start at multiples of it in the file, if their sizes are multiples of it too: readers map the file."""
 FULL_HEADER_BYTES = MAX_HEADER_BYTES // 4
 """A longer header takes no further row: readers refuse headers above a limit."""
 BLOCK = 2**24
@@ -91,8 +93,8 @@ class SafetensorsShard:
             self._entries.append(_entry("pooled", "F32", shape, start, size))
             self._write(vectors)
         header = self._header()
-        while len(header) > self._reserve - 8:
-            self._grow()
+        if len(header) > self._reserve - 8:
+            self._move(len(header) + 8)
         self._stream.seek(0)
         self._stream.write((self._reserve - 8).to_bytes(8, "little") + header.ljust(self._reserve - 8))
         self._stream.seek(0, io.SEEK_END)
@@ -123,13 +125,17 @@ class SafetensorsShard:
         return f"{{{','.join(fields)}}}".encode()
 
     def _grow(self) -> None:
-        """Move the tensors up, so that a longer header fits in front of them.
+        """Keep more for the header.
 
-        After a small part of a shard the header's length at its end is foreseen, so that no large part is moved.
+        After a small part of a shard the header's length at its end is foreseen, so that no large part is moved. An
+        eighth of what is written may be kept in vain.
         """
         foreseen = self._header_bytes * SHARD_BYTES // max(self._written, 1)
-        wanted = max(self._reserve * RESERVE_GROWTH, min(foreseen + foreseen // 4, self._written // 2))
-        start, self._reserve = self._reserve, min(wanted, 2 * FULL_HEADER_BYTES)
+        self._move(max(self._reserve * RESERVE_GROWTH, min(foreseen + foreseen // 4, self._written // 8)))
+
+    def _move(self, reserve: int) -> None:
+        """Move the tensors up, so that a header of about this length fits in front of them."""
+        start, self._reserve = self._reserve, min(-(-reserve // ALIGNMENT) * ALIGNMENT, 2 * FULL_HEADER_BYTES)
         if self._reserve <= start:
             raise ValueError(f"expected a header of at most {start} bytes, got one of {self._header_bytes}")
         for end in range(self._written, 0, -BLOCK):  # from the end, since they overlap
