@@ -22,6 +22,7 @@ import functools
 import gc
 import os
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ def main(job: str, answers: str) -> None:
 
 
 def run(spec: dict[str, Any], prompts: dict[Any, Any]) -> dict[Any, Any]:
+    before = weakref.WeakSet(vllm_towers())  # of engines that have ended: some versions of vLLM keep them
     engine = LLM(**spec["arguments"])
     found = {}
     if folder := spec.get("reload"):
@@ -64,7 +66,8 @@ def run(spec: dict[str, Any], prompts: dict[Any, Any]) -> dict[Any, Any]:
     for name, prompt in prompts.items():  # one by one, so that no answer depends on another prompt
         found[name] = ask(engine, prompt)
     if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0":
-        found["report"] = engine.apply_model(report)[0] | {"vllm_towers": vllm_towers()}
+        towers = sum(tower not in before for tower in vllm_towers())
+        found["report"] = engine.apply_model(report)[0] | {"vllm_towers": towers}
     return found
 
 
@@ -99,11 +102,11 @@ def embeddings(model: torch.nn.Module) -> torch.Tensor:
     return model.visual(patches.to(model.visual.dtype), [[1, 8, 12], [2, 4, 6]]).float()
 
 
-def vllm_towers() -> int:
-    """Return how many vision towers of vLLM take memory in this process."""
+def vllm_towers() -> list[torch.nn.Module]:
+    """Return the vision towers of vLLM that take memory in this process."""
     gc.unfreeze()  # vLLM hides what it has made when it started
     gc.collect()
-    return sum(type(each).__name__.endswith("VisionTransformer") for each in gc.get_objects())
+    return [each for each in gc.get_objects() if type(each).__name__.endswith("VisionTransformer")]
 
 
 def addresses(model: torch.nn.Module) -> list[int]:

