@@ -206,6 +206,24 @@ def test_a_safetensors_shard_is_full_before_readers_refuse_its_header(monkeypatc
     assert 9_500 < len(stream.getvalue()[8 : 8 + length].rstrip()) < 11_000
 
 
+@pytest.mark.parametrize(("rows", "fits"), [(40, True), (400, False)])
+def test_a_header_that_is_longer_than_foreseen_overwrites_no_tensor(tmp_path, monkeypatch, rows, fits):
+    monkeypatch.setattr(safetensors, "FULL_HEADER_BYTES", 10_016)
+    layout = layout_of(has_tokens=False)
+    items = items_of(layout, [f"{index:0200d}" for index in range(rows)])
+    with (tmp_path / "a.safetensors").open("w+b") as stream:
+        writer = open_writer("safetensors", stream, layout)
+        for item in items:
+            writer._header_bytes = 0
+            writer.add(item)
+        if not fits:
+            with pytest.raises(ValueError, match="expected a header of at most 20032 bytes"):
+                writer.finish()
+            return
+        writer.finish()
+    assert torch.equal(load_file(tmp_path / "a.safetensors")["pooled"], torch.stack([item.pooled for item in items]))
+
+
 def test_vectors_without_tokens(tmp_path):
     layout = layout_of(has_tokens=False)
     items = items_of(layout)

@@ -93,7 +93,7 @@ class SafetensorsShard:
             self._entries.append(_entry("pooled", "F32", shape, start, size))
             self._write(vectors)
         header = self._header()
-        if len(header) > self._reserve - 8:
+        while len(header) > self._reserve - 8:  # twice only if that is more than a header may have, which is refused
             self._move(len(header) + 8)
         self._stream.seek(0)
         self._stream.write((self._reserve - 8).to_bytes(8, "little") + header.ljust(self._reserve - 8))
