@@ -72,9 +72,8 @@ def encode_dataset(
     The same call continues after any death, SIGKILL, power failure and full disk included: inputs are done that have a
     row in a whole shard, by id and content. What is lost are at most two shards of each device: one that was on its way
     to the disk, and one that was being written. The first SIGINT, SIGTERM or SIGHUP ends the job after the current
-    batch, with its shard written. `errors.jsonl` has the reasons of
-    inputs that could not be encoded; the next call tries them again. An input whose content has changed since it was
-    encoded is such a failure: its old row stays.
+    batch, with its shard written. `errors.jsonl` has the reasons of inputs that could not be encoded; the next call
+    tries them again. An input whose content has changed since it was encoded is such a failure: its old row stays.
 
     The bits of a row depend on its image alone on Hopper GPUs in 16 bits, and on a CPU with the same number of torch's
     threads. With other GPUs and dtypes, where a job was interrupted may change last bits.

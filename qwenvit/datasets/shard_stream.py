@@ -3,6 +3,7 @@
 import queue
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,8 +60,8 @@ class ShardStream:
         self._writer: ShardWriter | None = None
         self._bytes = 0
         self._next_number = next_number(folder)
-        self._finisher: threading.Thread | None = None
-        self._finisher_error: Exception | None = None
+        self._disk = ThreadPoolExecutor(1, "qwenvit-shard-end")
+        self._ending: Future[None] | None = None
         self._thread = threading.Thread(target=self._run, name="qwenvit-shards")
         self._thread.start()
 
@@ -105,11 +106,12 @@ class ShardStream:
         try:
             if self._file is not None and not self._abandoned:
                 self._end_shard()
-            self._await_finisher()
+            self._await_end()
         except Exception as error:  # noqa: BLE001
             self._fail(error)
         if self._file is not None:
             self._file.abandon()
+        self._disk.shutdown()
 
     def _fail(self, error: Exception) -> None:
         if isinstance(error, OSError) and error.errno is not None:
@@ -121,8 +123,8 @@ class ShardStream:
         self._file = self._writer = None
 
     def _write(self, batch: CopiedBatch) -> None:
-        if self._finisher_error is not None:  # more would be lost with the next shard
-            self._await_finisher()
+        if self._ending is not None and self._ending.done():  # if it has failed, the next shard would be lost too
+            self._await_end()
         if batch.copied is not None:
             batch.copied.synchronize()
         for item in batch.items:
@@ -144,27 +146,23 @@ class ShardStream:
     def _end_shard(self) -> None:
         assert self._file is not None and self._writer is not None  # noqa: S101, PT018
         self._writer.finish()
-        self._await_finisher()
-        finisher = threading.Thread(target=self._finish_shard, args=(self._file,), name="qwenvit-shard-end")
-        finisher.start()
-        self._finisher, self._file, self._writer = finisher, None, None
+        self._await_end()
+        self._ending = self._disk.submit(self._bring_to_disk, self._file)
+        self._file = self._writer = None
 
-    def _finish_shard(self, file: ShardFile) -> None:
+    def _bring_to_disk(self, file: ShardFile) -> None:
         try:
             self._on_shard(file.finish())
-        except Exception as error:  # noqa: BLE001 raised by _await_finisher
+        except Exception:
             file.abandon()
-            self._finisher_error = error
+            raise
 
-    def _await_finisher(self) -> None:
+    def _await_end(self) -> None:
         """Wait until the shard before is whole.
 
         Raises:
             OSError: it could not be written.
         """
-        if self._finisher is not None:
-            self._finisher.join()
-            self._finisher = None
-        if (error := self._finisher_error) is not None:
-            self._finisher_error = None
-            raise error
+        ending, self._ending = self._ending, None
+        if ending is not None:
+            ending.result()
