@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from qwenvit.ops.packing import value_width
+from qwenvit.ops.packing import packed_width
 from qwenvit.ops.reference import ACTIVATIONS
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
@@ -41,7 +41,7 @@ def check_rotation(name: str, width: int, cos: Tensor, sin: Tensor, num_heads: i
         num_heads: H.
         like: a tensor with S rows on the expected device.
     """
-    if num_heads > 0 and width == num_heads * (2 * 72 + value_width(72)):
+    if num_heads > 0 and width == packed_width(num_heads, 72):
         head_dim = 72
     else:
         check(

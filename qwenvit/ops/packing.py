@@ -20,6 +20,18 @@ def value_width(head_dim: int) -> int:
     return 80 if head_dim == 72 else head_dim
 
 
+def packed_width(num_heads: int, head_dim: int) -> int:
+    """Return the channels of a packed projection: Q and K of `head_dim` a head, V of `value_width(head_dim)`."""
+    return num_heads * (2 * head_dim + value_width(head_dim))
+
+
+def split_packed_qkv(qkv: Tensor, num_heads: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return views of a packed projection's output `[S, packed_width]`: Q and K `[S, H, D]`, V `[S, H, D or wider]`."""
+    q_and_k, v = qkv.tensor_split([2 * num_heads * head_dim], dim=1)
+    q, k = q_and_k.unflatten(1, (2, num_heads, head_dim)).unbind(1)
+    return q, k, v.unflatten(1, (num_heads, -1))
+
+
 def adjacent_pairs(num_heads: int, head_dim: int, device: torch.device | str = "cpu") -> Tensor:
     """Return the row order that makes the channels of a rotary pair adjacent in Q and K.
 
@@ -49,8 +61,8 @@ def pack_qkv(weight: Tensor, bias: Tensor | None, num_heads: int) -> tuple[Tenso
         num_heads: heads of each of Q, K and V.
 
     Returns:
-        Weight `[2·num_heads·head_dim + num_heads·value_width(head_dim), in]`, its rows in the order of
-        `adjacent_pairs`, and bias of as many rows, or None.
+        Weight `[packed_width(num_heads, head_dim), in]`, its rows in the order of `adjacent_pairs`, and bias of as many
+        rows, or None.
 
     Raises:
         ValueError: the rows are not Q, K and V of `num_heads` heads with an even head_dim.

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from qwenvit import ops
 from qwenvit.arguments import Impl
 from qwenvit.ops.attention import HEAD_DIMS
-from qwenvit.ops.packing import pack_qkv_rows, unpack_qkv_rows, value_width
+from qwenvit.ops.packing import pack_qkv_rows, packed_width, split_packed_qkv, unpack_qkv_rows
 from qwenvit.towers.packed import Packed
 
 MAX_WINDOW_TOKENS = 64
@@ -50,8 +50,7 @@ class VisionAttention(Packed):
         self.separate_qkv = separate_qkv
         self.impl = impl
         self.head_dim = hidden_size // num_heads
-        packed_width = 2 * hidden_size + num_heads * value_width(self.head_dim)
-        self.qkv = nn.Linear(hidden_size, packed_width, device=device, dtype=dtype)
+        self.qkv = nn.Linear(hidden_size, packed_width(num_heads, self.head_dim), device=device, dtype=dtype)
         self.proj = nn.Linear(hidden_size, hidden_size, device=device, dtype=dtype)
         self.requires_grad_(False)
 
@@ -91,9 +90,7 @@ class VisionAttention(Packed):
     def attend(self, qkv: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int | None) -> Tensor:
         """Attend with what `project` returned, `[S, packed]` -> `[S, C]`: the second step of `forward`."""
         angles: tuple[Tensor | None, Tensor | None] = (cos, sin) if _are_windows(max_seqlen) else (None, None)
-        q_and_k, v = qkv.tensor_split([2 * self.num_heads * self.head_dim], dim=1)
-        q, k = q_and_k.unflatten(1, (2, self.num_heads, self.head_dim)).unbind(1)
-        v = v.unflatten(1, (self.num_heads, -1))
+        q, k, v = split_packed_qkv(qkv, self.num_heads, self.head_dim)
         out = ops.rope_attention(q, k, v, *angles, cu_seqlens, max_seqlen, interleaved=True, impl=self.impl)
         return out.flatten(1)
 

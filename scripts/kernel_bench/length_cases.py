@@ -13,7 +13,7 @@ from kernel_bench.cases import ELEMENT_BYTES, Case, Implementation, Target, norm
 from peers.attention import Attention, fa4, fa4_dense, split_qkv
 from qwenvit import ops
 from qwenvit.kernels.attention import dispatch
-from qwenvit.ops.packing import value_width
+from qwenvit.ops.packing import split_packed_qkv, value_width
 from qwenvit.plan.grid_plan import Segments
 
 HEADS = 16
@@ -86,18 +86,14 @@ def length_case(
         return inputs | ({"contiguous": torch.stack(split_qkv(qkv, heads))} if "FA4" in libraries else {})
 
     def with_ones(qkv: Tensor) -> Tensor:
-        q_and_k, v = qkv.tensor_split([2 * heads * head_dim], dim=1)
-        extra = value_width(head_dim) - head_dim
-        return torch.cat((q_and_k, F.pad(v.unflatten(1, (heads, head_dim)), (0, extra), value=1.0).flatten(1)), 1)
-
-    def split_tower_qkv(x: Inputs) -> tuple[Tensor, ...]:
-        if "tower_qkv" not in x:
-            return split_qkv(x["qkv"], heads)
-        q_and_k, v = x["tower_qkv"].tensor_split([2 * heads * head_dim], dim=1)
-        return *q_and_k.unflatten(1, (2, heads, head_dim)).unbind(1), v.unflatten(1, (heads, -1))
+        q, k, v = split_qkv(qkv, heads)
+        v = F.pad(v, (0, value_width(head_dim) - head_dim), value=1.0)
+        return torch.cat([x.flatten(1) for x in (q, k, v)], 1)
 
     def run_qwenvit(x: Inputs, impl: str = "auto", attend: Callable[..., Tensor] = ops.rope_attention) -> Tensor:
-        return attend(*split_tower_qkv(x), None, None, x["cu_seqlens"], max_seqlen, impl=impl)
+        packed = x["tower_qkv" if "tower_qkv" in x else "qkv"]
+        operands = split_packed_qkv(packed, heads, head_dim)
+        return attend(*operands, None, None, x["cu_seqlens"], max_seqlen, impl=impl)
 
     def targets(name: str) -> tuple[Target, ...]:
         if section == "lengths":

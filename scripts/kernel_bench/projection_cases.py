@@ -20,7 +20,7 @@ from peers.attention import split_qkv, torch_rope
 from peers.torch_compile import compiled
 from qwenvit import ops
 from qwenvit.ops import reference
-from qwenvit.ops.packing import adjacent_pairs, pack_qkv, value_width
+from qwenvit.ops.packing import adjacent_pairs, pack_qkv, split_packed_qkv, value_width
 
 QKV_SHAPES = {  # model: channels, heads, head_dim, patch counts
     "Qwen2.5-VL": (1280, 16, 80, (1024, 2304, 4096, 9216, 16384)),
@@ -81,8 +81,7 @@ def qkv_case(model: str, tokens: int, channels: int, heads: int, head_dim: int) 
         return torch.stack(parts, 1).flatten(1)[:, order]
 
     def without_ones(packed: Tensor) -> Tensor:
-        q_and_k, v = packed.tensor_split([2 * heads * head_dim], dim=1)
-        return torch.cat((q_and_k, v.unflatten(1, (heads, -1))[..., :head_dim].flatten(1)), 1)
+        return torch.cat([x[..., :head_dim].flatten(1) for x in split_packed_qkv(packed, heads, head_dim)], 1)
 
     def truth(x: Inputs) -> Tensor:
         x = to_fp64(x)

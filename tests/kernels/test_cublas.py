@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from qwenvit import ops
 from qwenvit.config.published import PUBLISHED
 from qwenvit.kernels.gemm import cublas
-from qwenvit.ops.packing import WIDTH_MULTIPLE, value_width
+from qwenvit.ops.packing import WIDTH_MULTIPLE, packed_width
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -69,8 +69,8 @@ def published_products():
         middle = config.intermediate_size
         if config.traits.gated_mlp:
             middle = -(-middle // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
-        packed_qkv = 2 * width + config.num_heads * value_width(config.head_dim)
-        found |= {(width, config.patch_dim), (packed_qkv, width), (width, width), (middle, width), (width, middle)}
+        qkv = packed_width(config.num_heads, config.head_dim)
+        found |= {(width, config.patch_dim), (qkv, width), (width, width), (middle, width), (width, middle)}
         found |= {(merged, merged), (config.out_hidden_size, merged)}
     return sorted(found)
 

@@ -22,7 +22,7 @@ from qwenvit.config.published import PUBLISHED
 from qwenvit.graphs.device_plan import grid_table
 from qwenvit.kernels.gemm import tiles
 from qwenvit.kernels.grid_plan import launch_grid_plan
-from qwenvit.ops.packing import value_width
+from qwenvit.ops.packing import packed_width, split_packed_qkv
 from support.ptxas import compile_with_report
 
 
@@ -97,10 +97,9 @@ def call_everything(dtype: torch.dtype) -> None:
 
             pad_with_ones(qkv[:, 2, :, 64:])
         width = 16 * head_dim
-        packed = zeros(256, 2 * width + 16 * value_width(head_dim))
+        packed = zeros(256, packed_width(16, head_dim))
         ops.rotate_qk_(packed, angles, angles, 16, impl="triton")
-        v = packed[:, 2 * width :].unflatten(1, (16, -1))
-        ops.rope_attention(*qkv[:, :2].unbind(1), v, None, None, cu_seqlens, impl="triton")
+        ops.rope_attention(*split_packed_qkv(packed, 16, head_dim), None, None, cu_seqlens, impl="triton")
         if dtype != torch.float32:
             from qwenvit.kernels.gemm.qkv_rope import project_and_rotate
 
