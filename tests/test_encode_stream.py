@@ -27,10 +27,9 @@ from qwenvit.outputs import Embeddings
 from qwenvit.preprocess import image_processor
 from qwenvit.preprocess import prefetch as prefetch_module
 from qwenvit.preprocess.decode import snapshot
-from qwenvit.towers.fast import FastTower
 from qwenvit.towers.reference import ReferenceTower
 from support.prefetch_threads import assert_no_prefetch_threads, prefetch_threads
-from support.towers import SMALL, narrow
+from support.towers import SMALL, fast_encoder_on_gpu, narrow
 
 ROOT = Path(__file__).parents[1]
 SMALL_IMAGES = {"min_pixels": 1024}
@@ -494,10 +493,7 @@ needs_torchvision = pytest.mark.skipif(find_spec("torchvision") is None, reason=
 def fast():
     """Return an encoder with the fast tower of two blocks, in bfloat16 on the GPU."""
     config = narrow("qwen2_5_vl", depth=2, out_hidden_size=64, intermediate_size=512)
-    torch.manual_seed(0)
-    tower = FastTower(config).to("cuda", torch.bfloat16)
-    tower.load_state_dict(ReferenceTower(config).state_dict())
-    return Encoder(tower)
+    return fast_encoder_on_gpu(config)
 
 
 def fast_expected(enc, images):

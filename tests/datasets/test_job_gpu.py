@@ -6,13 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qwenvit import Encoder, encode_dataset, load_embeddings
+from qwenvit import encode_dataset, load_embeddings
 from qwenvit import item_stream as item_stream_module
 from qwenvit.datasets import shard_stream
-from qwenvit.towers.fast import FastTower
-from qwenvit.towers.reference import ReferenceTower
 from support.jobs import make_pictures, rows_of
-from support.towers import narrow
+from support.towers import fast_encoder_on_gpu, narrow
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 OPTIONS = {"min_pixels": 4096}
@@ -23,10 +21,7 @@ OPTIONS = {"min_pixels": 4096}
 def encoder():
     """Return an encoder with the fast tower of two blocks and DeepStack, in bfloat16."""
     config = narrow("qwen3_vl", depth=2, out_hidden_size=256)
-    torch.manual_seed(0)
-    tower = FastTower(config).to("cuda", torch.bfloat16)
-    tower.load_state_dict(ReferenceTower(config).state_dict())
-    return Encoder(tower)
+    return fast_encoder_on_gpu(config)
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,8 @@ from qwenvit.graphs import device_plan
 from qwenvit.graphs.capacity import MAX_GRAPH_PATCHES
 from qwenvit.plan.grid_plan import GridPlan
 from qwenvit.plan.inputs import check_grid
-from qwenvit.towers.fast import FastTower
 from qwenvit.towers.reference import ReferenceTower
-from support.towers import FULL, narrow, random_pixels
+from support.towers import FULL, fast_encoder_on_gpu, narrow, random_pixels
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 SAME_TOTAL = ([[1, 8, 32]], [[1, 32, 8]], [[1, 16, 16]], [[4, 8, 8]], [[1, 8, 8], [2, 12, 8]], [[1, 2, 2]] * 64)
@@ -22,10 +21,7 @@ SAME_TOTAL = ([[1, 8, 32]], [[1, 32, 8]], [[1, 16, 16]], [[4, 8, 8]], [[1, 8, 8]
 def encoder(family="qwen2_5_vl", dtype=torch.bfloat16):
     middle = {"intermediate_size": 512} if FULL[family].traits.gated_mlp else {}
     config = narrow(family, depth=4, out_hidden_size=64, **middle)
-    torch.manual_seed(0)
-    tower = FastTower(config).to("cuda", dtype)
-    tower.load_state_dict(ReferenceTower(config).state_dict())
-    return Encoder(tower)
+    return fast_encoder_on_gpu(config, dtype)
 
 
 def pixels_of(grid, enc, seed=0):

@@ -5,14 +5,11 @@ import threading
 import pytest
 import torch
 
-from qwenvit import Encoder
 from qwenvit.graphs.capacity import MAX_GRAPH_PATCHES
 from qwenvit.plan.grid_plan import GridPlan
 from qwenvit.plan.reading_order import reading_order
-from qwenvit.towers.fast import FastTower
 from qwenvit.towers.hidden_states import ordered_hidden_states
-from qwenvit.towers.reference import ReferenceTower
-from support.towers import FULL, MIXED_GRIDS, narrow, random_pixels
+from support.towers import FULL, MIXED_GRIDS, fast_encoder_on_gpu, narrow, random_pixels
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
@@ -22,10 +19,7 @@ LAYERS = (-1, 0, 2, 2)
 def encoder(family="qwen2_5_vl", dtype=torch.bfloat16):
     middle = {"intermediate_size": 512} if FULL[family].traits.gated_mlp else {}
     config = narrow(family, depth=4, out_hidden_size=64, **middle)
-    torch.manual_seed(0)
-    tower = FastTower(config).to("cuda", dtype)
-    tower.load_state_dict(ReferenceTower(config).state_dict())
-    return Encoder(tower)
+    return fast_encoder_on_gpu(config, dtype)
 
 
 def pixels_of(grid, enc, seed=0):

@@ -8,13 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from qwenvit import Encoder
 from qwenvit.graphs import graphed_tower, workspace
 from qwenvit.graphs.graph import UnownedTensor
 from qwenvit.graphs.workspace import reserve_workspaces
-from qwenvit.towers.fast import FastTower
-from qwenvit.towers.reference import ReferenceTower
-from support.towers import narrow, random_pixels
+from support.towers import fast_encoder_on_gpu, narrow, random_pixels
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 GENERATIONS = ((64, 66), (92, 130), (130, 64))
@@ -25,10 +22,7 @@ pool, or, if it is smaller, the test moves the weights."""
 def encoder(dtype):
     """Return a tower whose products are so deep, and of so few tiles, that cuBLAS splits their sums."""
     config = narrow("qwen3_vl", depth=2, intermediate_size=8192, out_hidden_size=128)
-    torch.manual_seed(0)
-    tower = FastTower(config).to("cuda", dtype)
-    tower.load_state_dict(ReferenceTower(config).state_dict())
-    return Encoder(tower)
+    return fast_encoder_on_gpu(config, dtype)
 
 
 def pixels_of(side, enc):

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from qwenvit.config.published import PUBLISHED
 from qwenvit.config.vision_config import VisionConfig
+from qwenvit.encoder import Encoder
+from qwenvit.towers.fast import FastTower
 from qwenvit.towers.reference import ReferenceTower
 from qwenvit.weights.names import official_name
 
@@ -71,6 +73,14 @@ def ours_from(hf_tower: nn.Module, config: VisionConfig) -> ReferenceTower:
     tower.load_state_dict(weights, strict=True, assign=True)
     assert next(tower.parameters()).dtype == dtype
     return tower.eval()
+
+
+def fast_encoder_on_gpu(config: VisionConfig, dtype: torch.dtype = torch.bfloat16) -> Encoder:
+    """Return an encoder with the fast tower on the GPU, and seeded weights."""
+    torch.manual_seed(0)
+    tower = FastTower(config).to("cuda", dtype)
+    tower.load_state_dict(ReferenceTower(config).state_dict())
+    return Encoder(tower)
 
 
 def random_pixels(patches: int, config: VisionConfig, seed: int = 0) -> Tensor:
