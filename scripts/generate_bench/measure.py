@@ -77,25 +77,25 @@ class GenerateBench:
         row: Row = {"name": case.name, "images": len(case.grid), "patches": case.patches}
         row |= {"prompt": inputs["input_ids"].shape[1], "parity": self.parity(inputs)}
         pixels, grid = inputs["pixel_values"], case.grid_thw()
-        # Both kinds in one: what the tower saves is compared with what the whole model saves.
-        whole: dict[str, Callable[[], Any]] = {}
-        for name in self.models:
-            whole[f"first {name}"] = partial(self.generate, name, inputs, 1)
-            whole[f"tower {name}"] = partial(self.features, name, inputs)
-        close: dict[str, Callable[[], Any]] = {
-            f"close {INSIDE}": lambda: self.inside(inputs),
-            f"close {USE_TOWER}": lambda: self.features(USE_TOWER, inputs),
-            f"close {ENCODER}": lambda: self.encoder(pixels, grid),
+        calls: dict[str, dict[str, Callable[[], Any]]] = {
+            "first": {name: partial(self.generate, name, inputs, 1) for name in self.models},
+            "tower": {name: partial(self.features, name, inputs) for name in self.models},
+            "close": {
+                INSIDE: lambda: self.inside(inputs),
+                USE_TOWER: lambda: self.features(USE_TOWER, inputs),
+                ENCODER: lambda: self.encoder(pixels, grid),
+            },
         }
-        ours = [whole[f"{kind} {name}"] for kind in ("first", "tower") for name in OURS]
-        for call in [*ours, *close.values()] * WARM_CALLS:
+        ours = [calls[kind][name] for kind in ("first", "tower") for name in OURS]
+        for call in [*ours, *calls["close"].values()] * WARM_CALLS:
             call()
-        seconds = time_interleaved(whole, ROUNDS, MAX_SECONDS, MIN_ROUNDS)
-        seconds |= time_interleaved(close, CLOSE_ROUNDS, MAX_SECONDS, MIN_ROUNDS)
-        for kind in ("first", "tower", "close"):
-            prefix = f"{kind} "
-            found = {name.removeprefix(prefix): times for name, times in seconds.items() if name.startswith(prefix)}
-            row[kind] = {name: quantiles(times) for name, times in found.items()}
+        # What the tower saves is compared with what the whole model saves, so they are timed in the same rounds.
+        seconds: dict[str, list[float]] = {}
+        for kinds, rounds in ((("first", "tower"), ROUNDS), (("close",), CLOSE_ROUNDS)):
+            together = {f"{kind} {name}": call for kind in kinds for name, call in calls[kind].items()}
+            seconds |= time_interleaved(together, rounds, MAX_SECONDS, MIN_ROUNDS)
+        for kind, named in calls.items():
+            row[kind] = {name: quantiles(seconds[f"{kind} {name}"]) for name in named}
         return row
 
     def parity(self, inputs: dict[str, Tensor]) -> Row:

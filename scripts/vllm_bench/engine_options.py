@@ -22,7 +22,7 @@ engines that start together must not count each other's memory as their own."""
 LOG_PROBABILITIES = 100
 """Most likely first tokens whose log-probabilities are compared."""
 SEQUENCES = 256
-"""Of a step. vLLM's default would keep two gigabytes more for its sampler in each engine, and no request is sooner."""
+"""Of a step: more than a crowd has. Each engine's sampler keeps memory for as many rows of logits, by default 1024."""
 FEW_GRAPHS = [1, 2, 4, 8]
 """Sizes of the text's CUDA graphs in engines whose tower alone is measured."""
 DEFAULTS = {
