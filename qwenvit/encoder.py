@@ -259,12 +259,15 @@ class Encoder(DenseFeatures):
         """Yield what `run` computes of prepared images, tensors of these widths, batch by batch."""
         empty = [torch.empty(0, width, device=self.device, dtype=self.dtype) for width in widths]
         tower = (self.device, self.config.spatial_merge_size)
-        with closing(prefetched), progress_bar() if progress_bar else nullcontext() as bar:
-            images = handle_errors(prefetched, on_error)
-            for batch in run_batches(images, run, *tower, empty, max_patches, self.is_batch_invariant(), clock):
-                if bar is not None:
-                    bar.update(len(batch))
-                yield batch
+        with progress_bar() if progress_bar else nullcontext() as bar:
+            try:  # not `closing`: an image's error would refer to itself by the frame of its `__exit__`
+                images = handle_errors(prefetched, on_error)
+                for batch in run_batches(images, run, *tower, empty, max_patches, self.is_batch_invariant(), clock):
+                    if bar is not None:
+                        bar.update(len(batch))
+                    yield batch
+            finally:
+                prefetched.close()
 
     def encode_video(
         self,

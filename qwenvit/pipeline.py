@@ -64,7 +64,10 @@ def handle_errors(
     for image in images:
         if image.error is not None:
             if on_error == "raise" or not isinstance(image.error, OSError | TypeError | ValueError):
-                raise image.error
+                try:
+                    raise image.error
+                finally:  # as below
+                    del image
             if on_error == "skip":
                 # Without a registry, Python shows the same warning again in a later call.
                 warnings.warn_explicit(f"skipped {image.error}", UserWarning, __file__, 1, registry={})
@@ -151,7 +154,10 @@ def run_batches(
     while launched:
         yield _hand_over(*launched.popleft())
     if error is not None:
-        raise error
+        try:
+            raise error
+        finally:  # else it refers to itself by its traceback, and images stay until Python looks for cycles
+            error = None
 
 
 @cache

@@ -649,7 +649,7 @@ def test_nvjpeg_decodes_jpeg_files_and_pillow_the_rest(fast, num_workers):
 
 def test_images_of_a_slow_source_do_not_wait_for_a_batch(demo, monkeypatch):
     """Where bits do not depend on the batch; elsewhere the batches are the same whatever the time."""
-    monkeypatch.setattr(prefetch_module, "SLOW_SOURCE_SECONDS", -1.0)  # every source is slow
+    monkeypatch.setattr(prefetch_module, "SLOW_SOURCE_SECONDS", 0.0)  # every source is slow
     images = [noise(32, 64, index) for index in range(6)]
     drawn = []
 
@@ -739,13 +739,16 @@ def test_what_is_no_fault_of_an_image_is_not_skipped(demo, monkeypatch, error):
 @pytest.mark.parametrize("source_fails", [False, True])
 @pytest.mark.parametrize("num_workers", WORKERS)
 def test_an_error_keeps_no_image(demo, monkeypatch, source_fails, num_workers):
-    """No cycle of references may: a batch on a GPU would stay there until Python collects garbage."""
+    """No cycle of references may, nor keep the error: a batch on a GPU would stay there until garbage is collected."""
     references, compute = [], image_processor.compute_on_host
 
     def watched(frames, **options):
         prepared = compute(frames, **options)
         references.append(weakref.ref(prepared))
         return prepared
+
+    def errors():
+        return sum(type(one) in (LookupError, ValueError) for one in gc.get_objects())
 
     def watched_snapshot(image):
         copy = snapshot(image)
@@ -763,12 +766,14 @@ def test_an_error_keeps_no_image(demo, monkeypatch, source_fails, num_workers):
         yield b"broken"
 
     gc.collect()
+    before = errors()
     gc.disable()
     try:
         with pytest.raises((LookupError, ValueError)):
             demo.encode(source(), num_workers=num_workers, **SMALL_IMAGES)
-        assert_no_prefetch_threads()
+        assert_no_prefetch_threads(collect_garbage=False)
         assert [reference() for reference in references] == [None] * 12
+        assert errors() == before
     finally:
         gc.enable()
 

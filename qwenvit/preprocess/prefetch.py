@@ -6,10 +6,13 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from typing import Any, Generic, NamedTuple, TypeVar
+from contextlib import suppress
+from queue import Empty
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import numpy as np
+
+from qwenvit.preprocess.threads import Threads
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -92,7 +95,7 @@ def prefetch(
 
     if num_workers == 0:
         while True:
-            if seconds_to_draw > SLOW_SOURCE_SECONDS:
+            if seconds_to_draw >= SLOW_SOURCE_SECONDS:
                 yield WAITING
             try:
                 box = draw()
@@ -100,30 +103,50 @@ def prefetch(
                 return
             yield outcome(next(indices), box)
 
+    def work(task: tuple[int, list[Any]]) -> tuple[int, int]:
+        """Put an item's outcome in its place, and return its index and size."""
+        index, box = task
+        try:
+            box.append(outcome(index, box))
+            result = box[0].result
+            return index, 0 if result is None else num_bytes(result)
+        except BaseException as error:  # noqa: BLE001 as SystemExit: raised in its turn too
+            box[:] = [Prefetched(index, None, cast(Exception, error))]
+            return index, 0
+
     source_error: Exception | None = None
-    waiting: deque[Future[Prefetched[Result]]] = deque()  # in order
-    unfinished: set[Future[Prefetched[Result]]] = set()
+    waiting: deque[tuple[int, list[Any]]] = deque()  # in order
+    ready: dict[int, int] = {}  # sizes by index, of those of them that have an outcome
     ready_bytes = 0
     exhausted = False
+    threads = Threads(work, num_workers)
 
-    def size(future: Future[Prefetched[Result]]) -> int:
-        result = future.result().result
-        return 0 if result is None else num_bytes(result)
+    def collect(seconds: float | None) -> None:
+        """Note what has an outcome; wait so long for the first, or until it is there."""
+        nonlocal ready_bytes
+        with suppress(Empty):
+            while True:
+                index, size = threads.result(seconds)
+                ready[index] = size
+                ready_bytes += size
+                seconds = 0
 
-    executor = ThreadPoolExecutor(num_workers, thread_name_prefix="qwenvit-prefetch")
     try:
         while True:
             # Draw at least one item for each that is yielded, more only while the next one is not ready: a consumer of
             # a slow stream gets each result without waiting for items far ahead.
             while (
                 not exhausted
-                and len(unfinished) < 2 * num_workers
+                and len(waiting) - len(ready) < 2 * num_workers
                 and len(waiting) < MAX_AHEAD
                 and ready_bytes < MAX_READY_BYTES
             ):
-                if seconds_to_draw > SLOW_SOURCE_SECONDS:
-                    if len(waiting) == 1 and wait(waiting, timeout=SLOW_SOURCE_SECONDS).done:
-                        break  # yield it before the source is asked
+                if seconds_to_draw >= SLOW_SOURCE_SECONDS:
+                    if len(waiting) == 1:
+                        if not ready:
+                            collect(SLOW_SOURCE_SECONDS)
+                        if ready:
+                            break  # yield it before the source is asked
                     yield WAITING
                 try:
                     box = draw()
@@ -132,26 +155,25 @@ def prefetch(
                 except Exception as error:  # noqa: BLE001 raised below, in its turn
                     source_error, exhausted = error, True
                 else:
-                    waiting.append(executor.submit(outcome, next(indices), box))
-                    unfinished.add(waiting[-1])
-                    if waiting[0].done():
+                    waiting.append((next(indices), box))
+                    threads.add(waiting[-1])
+                    collect(0)
+                    if waiting[0][0] in ready:
                         break
             if not waiting:
                 break
-            if not waiting[0].done():
-                wait(unfinished, return_when=FIRST_COMPLETED)
-            finished = {future for future in unfinished if future.done()}
-            unfinished -= finished
-            ready_bytes += sum(map(size, finished))
-            if waiting[0].done() and waiting[0] not in unfinished:
-                head = waiting.popleft()
-                ready_bytes -= size(head)
-                yield head.result()
-                del head
+            collect(0 if waiting[0][0] in ready else None)
+            if waiting[0][0] in ready:
+                index, outcomes = waiting.popleft()
+                ready_bytes -= ready.pop(index)
+                yield outcomes.pop()
     finally:
-        executor.shutdown(wait=False, cancel_futures=True)
+        threads.end()
     if source_error is not None:
-        raise source_error
+        try:
+            raise source_error
+        finally:  # the frame in its traceback would refer to it, a cycle
+            source_error = None
 
 
 def _forget_locals(error: BaseException) -> None:

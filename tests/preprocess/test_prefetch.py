@@ -362,6 +362,38 @@ def test_the_interpreter_ends_while_workers_are_busy(ending):
         assert process.returncode == (3 if ending == "exit by an exception" else 0)
 
 
+INTERRUPTED = """
+import itertools, os, random, signal, threading, time
+from qwenvit.preprocess.prefetch import prefetch
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+signal.signal(signal.SIGALRM, interrupt)
+chance = random.Random(0)
+for _ in range(1000):
+    stream = prefetch(itertools.count(), lambda index, item: sum(range(2000)), 4, lambda _: 1)
+    next(stream)  # the threads have started
+    try:
+        signal.setitimer(signal.ITIMER_REAL, chance.uniform(1e-4, 3e-3))
+        for _ in stream:
+            pass
+    except KeyboardInterrupt:
+        stream.close()
+deadline = time.monotonic() + 10
+while threading.active_count() > 1 and time.monotonic() < deadline:
+    time.sleep(0.01)
+print(threading.active_count() - 1, flush=True)
+os._exit(0)
+"""
+
+
+def test_an_interrupt_at_any_moment_leaves_no_thread_waiting():
+    """It may come while the consumer has a lock that the threads need."""
+    command = [sys.executable, "-c", INTERRUPTED]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60).stdout == "0\n"
+
+
 def test_the_default_number_of_workers(monkeypatch):
     for cores, expected in ((1, 1), (3, 3), (4, DEFAULT_WORKERS), (64, DEFAULT_WORKERS)):
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: range(cores), raising=False)
@@ -380,7 +412,7 @@ def test_numbers_of_workers_that_are_refused(num_workers):
 
 @pytest.mark.parametrize("num_workers", [0, 1, 4])
 def test_waiting_for_a_slow_source_is_announced(monkeypatch, num_workers):
-    monkeypatch.setattr(prefetch_module, "SLOW_SOURCE_SECONDS", -1.0)  # every source is slow
+    monkeypatch.setattr(prefetch_module, "SLOW_SOURCE_SECONDS", 0.0)  # every source is slow
     drawn, events = itertools.count(), []
 
     def source():

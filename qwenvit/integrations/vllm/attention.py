@@ -124,8 +124,12 @@ class _RopeAttention(nn.Module):
             heads = (3, self.num_attention_heads_per_partition, self.hidden_size_per_attention_head)
             parts = qkv.unflatten(2, heads).unbind(2)
         q, k, v = (part.squeeze(1) for part in parts)  # [S, H, D]
-        cos, sin = rotary_pos_emb_cos, rotary_pos_emb_sin
-        out = _attend(q, k, v, cos, sin, cu_seqlens, self.qwenvit_max_seqlen, self.attn.scale, self.qwenvit_impl)
+        given = q, k, v, rotary_pos_emb_cos, rotary_pos_emb_sin, cu_seqlens
+        max_seqlen, scale, impl = self.qwenvit_max_seqlen, self.attn.scale, self.qwenvit_impl
+        if torch.compiler.is_compiling():
+            out = _attend(*given, max_seqlen, scale, impl)
+        else:  # a registered operation takes Python longer, and a tower that is not compiled waits for Python
+            out = ops.rope_attention(*given, int(max_seqlen), scale, impl=impl)
         projected, _ = self.proj(out.flatten(1).unsqueeze(1))
         return projected
 
