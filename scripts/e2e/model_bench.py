@@ -21,7 +21,7 @@ from compare.runs import run_qwenvit, run_transformers
 from e2e.cases import MODELS, parity_case, random_sizes
 from e2e.cold import cold_start
 from e2e.graphs import call_with_capacity, exact_capacity, graph_costs
-from e2e.timing import kernel_times, peak_memory, replay_time, time_interleaved
+from e2e.timing import kernel_times, peak_memory, replay_time, time_in_a_row, time_interleaved
 from e2e.verdicts import NO_DEEPSTACK, OMITTED_BY_OPTION, OURS, Row
 from peers.rivals import RIVAL_NAMES, SDPA, TIMM
 from peers.timm_tower import timm_tower
@@ -138,6 +138,11 @@ class ModelBench:
         row["times"] = {name: quantiles(times) for name, times in seconds.items()}
         row["flops"] = cost.flops(self.config, GridPlan.build(case.grid_thw(), self.config))
         return row
+
+    def in_a_row(self, case: Case) -> dict[str, float]:
+        """Time calls of qwenvit with no rival between them."""
+        call = self.prepare_qwenvit(case, pixel_values(case, self.config, CUDA, DTYPE))
+        return quantiles(time_in_a_row(call))
 
     def measure_random_sizes(self) -> list[Row]:
         """Time random sizes on one encoder, each against an encoder whose graph has exactly its shape."""

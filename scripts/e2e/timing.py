@@ -16,6 +16,8 @@ from common.tower_inputs import Outputs, TowerCall
 
 REPEATS = 20
 """Calls of a measurement that is not interleaved with rivals."""
+WARM_IN_A_ROW, IN_A_ROW = 40, 30
+"""Untimed and timed calls in a row, as vLLM's benchmark makes them."""
 
 
 def time_interleaved(
@@ -42,6 +44,14 @@ def time_interleaved(
             if number % interval[name] == 0:
                 seconds[name].append(wall_seconds(call))
     return seconds
+
+
+def time_in_a_row(call: Call) -> list[float]:
+    """Return the wall seconds of calls with nothing else between them.
+
+    At its power limit a GPU lowers its clock, which calls between those of slow rivals may not meet.
+    """
+    return [wall_seconds(call) for _ in range(WARM_IN_A_ROW + IN_A_ROW)][WARM_IN_A_ROW:]
 
 
 def allocated_bytes() -> int:

@@ -1,6 +1,7 @@
 """How `scripts/bench_e2e.py` measures: rounds, memory, replays, capacities, cold processes. Nothing here is timed."""
 
 import gc
+import itertools
 import json
 import operator
 import subprocess
@@ -55,6 +56,12 @@ def test_interleaved_rounds(monkeypatch):
     assert order[:4] == list(calls)  # the untimed round
     rounds = "".join({"ours": " o", "fast": "f", "slow": "s", "slowest": "S"}[name] for name in order[4:]).split()
     assert rounds == ["ofsS", "of", "ofs", "ofS", "ofs", "of"] * 2 + ["ofsS", "of", "ofs", "ofS"]
+
+
+def test_calls_in_a_row(monkeypatch):
+    calls = itertools.count()
+    monkeypatch.setattr(e2e_timing, "wall_seconds", lambda call: call())
+    assert e2e_timing.time_in_a_row(lambda: next(calls)) == list(range(40, 70))
 
 
 def test_peak_memory_counts_what_a_call_keeps_and_adds(monkeypatch):
