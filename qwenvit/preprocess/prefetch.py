@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from contextlib import suppress
 from queue import Empty
-from typing import Any, Generic, NamedTuple, TypeVar, cast
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -103,16 +103,16 @@ def prefetch(
                 return
             yield outcome(next(indices), box)
 
-    def work(task: tuple[int, list[Any]]) -> tuple[int, int]:
+    def work(task: tuple[int, list[Any]]) -> tuple[int, int | BaseException]:
         """Put an item's outcome in its place, and return its index and size."""
         index, box = task
         try:
             box.append(outcome(index, box))
             result = box[0].result
             return index, 0 if result is None else num_bytes(result)
-        except BaseException as error:  # noqa: BLE001 as SystemExit: raised in its turn too
-            box[:] = [Prefetched(index, None, cast(Exception, error))]
-            return index, 0
+        except BaseException as error:  # noqa: BLE001 no outcome of an item: SystemExit, as an example
+            _forget_locals(error)
+            return index, error
 
     source_error: Exception | None = None
     waiting: deque[tuple[int, list[Any]]] = deque()  # in order
@@ -127,6 +127,11 @@ def prefetch(
         with suppress(Empty):
             while True:
                 index, size = threads.result(seconds)
+                if isinstance(size, BaseException):
+                    try:
+                        raise size
+                    finally:  # as below
+                        del size
                 ready[index] = size
                 ready_bytes += size
                 seconds = 0

@@ -1,19 +1,19 @@
-"""Threads that work through tasks, whose owner may be interrupted at any moment."""
+"""Threads that work through tasks, whose owner may be interrupted while it waits for them."""
 
 import _thread
-import atexit
 import threading
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from queue import Empty, SimpleQueue
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 Task = TypeVar("Task")
 Done = TypeVar("Done")
 
 NAME = "qwenvit-prefetch"
 """How names of these threads begin."""
+SECONDS_BETWEEN_LOOKS = 0.1
+"""How often an idle thread looks whether the interpreter ends."""
 
 
 class Threads(Generic[Task, Done]):
@@ -25,30 +25,39 @@ class Threads(Generic[Task, Done]):
 
     Args:
         work: called with a task, in any thread. It must not raise.
-        count: of threads.
+        count: of threads, at most.
     """
 
     def __init__(self, work: Callable[[Task], Done], count: int) -> None:
         self._work, self._count = work, count
         self._tasks: SimpleQueue[Task | None] = SimpleQueue()
         self._results: SimpleQueue[Done] = SimpleQueue()
-        self._threads: list[_Thread] = []
-        self._unfinished = 0
+        self._started = self._unfinished = 0
+        self._owner = threading.current_thread()
+        self._interpreter_ends = False
 
     def add(self, task: Task) -> None:
-        """Let some thread call `work` with a task: a new one, if none is idle and there may be more."""
+        """Let some thread call `work` with a task: another one, if there are more tasks without a taken result.
+
+        Raises:
+            RuntimeError: the interpreter ends, or the system has no thread left.
+        """
+        self._look_after()
         self._unfinished += 1
         self._tasks.put(task)
-        if len(self._threads) < min(self._unfinished, self._count):
-            self._threads.append(_Thread(self._work, self._tasks, self._results, len(self._threads)))
-            _thread.start_new_thread(self._threads[-1].start, ())  # `start` has such a lock, and Ctrl-C comes only here
+        if self._started < min(self._unfinished, self._count):
+            thread = threading.Thread(target=self._run, name=f"{NAME}-{self._started}", daemon=False)
+            _thread.start_new_thread(self._start, (thread,))
+            self._started += 1
 
     def result(self, seconds: float | None = None) -> Done:
         """Return the next result, in the order in which they are ready; wait for it, or for so many seconds.
 
         Raises:
             queue.Empty: there is none in time.
+            RuntimeError: the interpreter ends.
         """
+        self._look_after()
         result = self._results.get(timeout=seconds)
         self._unfinished -= 1
         return result
@@ -58,37 +67,34 @@ class Threads(Generic[Task, Done]):
         with suppress(Empty):
             while True:
                 self._tasks.get_nowait()
-        for _ in self._threads:
-            self._tasks.put(None)
+        self._tasks.put(None)
 
+    def _look_after(self) -> None:
+        self._owner = threading.current_thread()  # a generator may go from thread to thread
+        if self._interpreter_ends:
+            raise RuntimeError("images cannot be prepared while the interpreter ends")
 
-class _Thread(threading.Thread):
-    """One of the threads. A daemon: for others, the interpreter would wait before it calls `_end_all`."""
+    def _start(self, thread: threading.Thread) -> None:
+        """Start a thread from another one, where no Ctrl-C comes: `start` has a lock as described."""
+        try:
+            thread.start()
+        except RuntimeError:  # the system has no thread left but this one
+            self._run()
 
-    def __init__(
-        self, work: Callable[[Any], Any], tasks: SimpleQueue[Any], results: SimpleQueue[Any], number: int
-    ) -> None:
-        super().__init__(name=f"{NAME}-{number}", daemon=True)
-        self.work, self.tasks, self.results = work, tasks, results
-
-    def run(self) -> None:
-        while (task := self.tasks.get()) is not None:
-            self.results.put(self.work(task))
+    def _run(self) -> None:
+        while (task := self._next_task()) is not None:
+            self._results.put(self._work(task))
             del task  # it would stay in memory until the next comes
+        self._tasks.put(None)  # for the next thread
 
+    def _next_task(self) -> Task | None:
+        """Return the next task, or None if there are no more."""
+        while not self._is_abandoned():
+            with suppress(Empty):
+                return self._tasks.get(timeout=SECONDS_BETWEEN_LOOKS)
+        self._interpreter_ends = True
+        return None
 
-@atexit.register
-def _end_all() -> None:
-    """Wait for the tasks that threads are at: the interpreter must not end under code that runs."""
-    for thread in _threads():
-        with suppress(Empty):
-            while True:
-                thread.tasks.get_nowait()
-    for thread in _threads():
-        thread.tasks.put(None)
-    while _threads():  # `join` is not for threads that are just being started
-        time.sleep(0.005)
-
-
-def _threads() -> list[_Thread]:
-    return [thread for thread in threading.enumerate() if isinstance(thread, _Thread)]
+    def _is_abandoned(self) -> bool:
+        """Return whether the interpreter waits for its threads, and the owner is none that it waits for."""
+        return not threading.main_thread().is_alive() and (self._owner.daemon or not self._owner.is_alive())

@@ -73,12 +73,12 @@ def run_steps(
             row = bench.measure(case)
             figures = vllm.get((result["model"], case.patches, bool(case.frames)), {}) if len(case.grid) == 1 else {}
             row["times"] |= {name: {"median": seconds} for name, seconds in figures.items()}
+            result["rows"].append(row)
             if figures:  # of calls in a row
                 measured = row["times"][OURS], bench.in_a_row(case)
                 row["times"][OURS] = max(measured, key=lambda times: times["median"])
             else:
                 row["missing"]["vLLM"] = why_no_vllm_figure(result["model"], bool(vllm))
-            result["rows"].append(row)
         if case.name in PROFILED and PROFILE in options.cases:
             with step(f"{PROFILE} of {case.name}"):
                 result["profiles"][case.name] = bench.profile(case)

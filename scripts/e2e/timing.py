@@ -17,7 +17,7 @@ from common.tower_inputs import Outputs, TowerCall
 REPEATS = 20
 """Calls of a measurement that is not interleaved with rivals."""
 WARM_IN_A_ROW, IN_A_ROW = 40, 30
-"""Untimed and timed calls in a row, as vLLM's benchmark makes them."""
+"""Untimed and timed calls in a row: as many as the figures of `--vllm` are medians of, and as many before them."""
 
 
 def time_interleaved(

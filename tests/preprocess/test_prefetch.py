@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from qwenvit.preprocess import prefetch as prefetch_module
 from qwenvit.preprocess.prefetch import DEFAULT_WORKERS, WAITING, Prefetched, check_num_workers, prefetch
+from qwenvit.preprocess.threads import Threads
 from support.prefetch_threads import assert_no_prefetch_threads, prefetch_threads
 
 ROOT = Path(__file__).parents[2]
@@ -313,8 +314,10 @@ def test_a_source_that_interrupts_leaves_no_thread():
 
 
 CHILD = """
-import itertools, threading, time
+import atexit, itertools, threading, time
 from qwenvit.preprocess.prefetch import prefetch
+
+atexit.register(print, "the end")
 
 busy = threading.Event()
 
@@ -325,6 +328,7 @@ def prepare(index, item):
         print("busy", flush=True)
     busy.set()
     time.sleep(2)
+    print("prepared", flush=True)
 
 stream = prefetch(itertools.count(), prepare, 2, lambda _: 1)
 next(stream)
@@ -350,16 +354,90 @@ def test_the_interpreter_ends_while_workers_are_busy(ending):
         assert process.stdout.readline() == "busy\n"
         if "interrupt" in ending:
             process.send_signal(signal.SIGINT)
-        stderr = process.communicate(timeout=10)[1]
+        stdout, stderr = process.communicate(timeout=10)
     finally:
         process.kill()
         process.wait()
+    assert 0 <= stdout.rfind("prepared") < stdout.find("the end")  # what `prepare` uses has not ended under it
     if "interrupt" in ending:
         assert "KeyboardInterrupt" in stderr
         assert process.returncode == -signal.SIGINT
     else:
         assert stderr == ""
         assert process.returncode == (3 if ending == "exit by an exception" else 0)
+
+
+CONSUMER = """
+import itertools, threading, time
+from qwenvit.preprocess.prefetch import prefetch
+
+def prepare(index, item):
+    time.sleep(0.02)
+    return item
+
+def consume():
+    for one in prefetch({source}, prepare, 4, lambda _: 1):
+        print(one.result, flush=True)
+
+threading.Thread(target=consume, daemon={daemon}).start()
+time.sleep(0.1)
+"""
+
+
+@pytest.mark.parametrize("daemon", [False, True])
+def test_a_consumer_in_a_thread_when_the_main_thread_has_ended(daemon):
+    """The interpreter waits for it, and so do its threads; for a daemon neither does."""
+    source = "itertools.count()" if daemon else "range(40)"
+    command = [sys.executable, "-c", CONSUMER.format(source=source, daemon=daemon)]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20)
+    assert found.returncode == 0
+    numbers = [int(line) for line in found.stdout.split()]
+    assert numbers == list(range(len(numbers) if daemon else 40))
+
+
+def test_threads_that_have_ended_with_the_interpreter_refuse_more(monkeypatch):
+    monkeypatch.setattr(Threads, "_is_abandoned", lambda _: True)
+    threads = Threads(abs, 1)
+    threads.add(1)
+    deadline = time.monotonic() + SECONDS
+    while not threads._interpreter_ends and time.monotonic() < deadline:
+        time.sleep(0.005)
+    for call in (lambda: threads.add(2), threads.result):
+        with pytest.raises(RuntimeError, match="while the interpreter ends"):
+            call()
+
+
+def test_a_system_without_threads_to_spare(monkeypatch):
+    def start(_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    assert [one.result for one in prefetch(range(5), double, 2, one_byte)] == [0, 2, 4, 6, 8]
+
+
+def test_what_is_no_exception_ends_the_stream_at_once():
+    """As `sys.exit` in a user's code, which is no outcome of an item."""
+
+    def prepare(index, item):
+        raise SystemExit(3)
+
+    with pytest.raises(SystemExit):
+        list(prefetch(range(5), prepare, 2, one_byte))
+
+
+def test_no_more_is_drawn_than_is_needed_from_a_source_that_takes_time():
+    drawn = []
+
+    def source():
+        for index in range(20):
+            time.sleep(0.02)
+            drawn.append(index)
+            yield index
+
+    stream = prefetch(source(), double, 4, one_byte)
+    next(stream)
+    assert len(drawn) <= 3
+    stream.close()
 
 
 INTERRUPTED = """
@@ -392,6 +470,16 @@ def test_an_interrupt_at_any_moment_leaves_no_thread_waiting():
     """It may come while the consumer has a lock that the threads need."""
     command = [sys.executable, "-c", INTERRUPTED]
     assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60).stdout == "0\n"
+
+
+def test_no_thread_is_started_while_one_is_idle():
+    threads = Threads(abs, 4)
+    for number in range(5):
+        threads.add(number)
+        assert threads.result(SECONDS) == number
+    assert len(prefetch_threads()) == 1
+    threads.end()
+    assert_no_prefetch_threads()
 
 
 def test_the_default_number_of_workers(monkeypatch):
