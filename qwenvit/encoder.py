@@ -18,7 +18,7 @@ from qwenvit.features.maps import check_layers
 from qwenvit.graphs.graphed_tower import graphs_of
 from qwenvit.input_stream import ImageStream, VideoStream
 from qwenvit.outputs import Embeddings, ItemEmbeddings, TowerOutput
-from qwenvit.pipeline import BatchOutput, OnError, RunTower, check_on_error, handle_errors, run_batches
+from qwenvit.pipeline import BatchOutput, OnError, RunTower, check_on_error, handle_errors, items_of, run_batches
 from qwenvit.plan.grid_plan import GridPlan
 from qwenvit.plan.inputs import CheckedGrid, WritePixels, check_grid, check_pixel_values
 from qwenvit.preprocess.batching import PATCHES_PER_BATCH, PATCHES_PER_VIDEO_BATCH
@@ -201,7 +201,7 @@ class Encoder(DenseFeatures):
             The embeddings of each image, None for a skipped one. The tensors are views of their batch: to keep few of
             many, copy them.
         """
-        return _items(self._encode_batches(images, num_workers, on_error, progress, decode, options))
+        return items_of(self._encode_batches(images, num_workers, on_error, progress, decode, options))
 
     def _encode_batches(
         self,
@@ -395,9 +395,3 @@ class Encoder(DenseFeatures):
 
     def __repr__(self) -> str:
         return f"Encoder({self.config.family}, {self.config.depth} blocks, {self.dtype}, {self.device})"
-
-
-def _items(batches: Generator[Embeddings]) -> Iterator[ItemEmbeddings]:
-    with closing(batches):
-        for batch in batches:
-            yield from batch

@@ -8,6 +8,7 @@ import math
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal, TypeVar
@@ -66,7 +67,7 @@ def handle_errors(
             if on_error == "raise" or not isinstance(image.error, OSError | TypeError | ValueError):
                 try:
                     raise image.error
-                finally:  # as below
+                finally:  # else the error refers to itself, and images stay until Python looks for cycles
                     del image
             if on_error == "skip":
                 # Without a registry, Python shows the same warning again in a later call.
@@ -124,10 +125,9 @@ def run_batches(
         if torch.cuda.is_current_stream_capturing():
             raise ValueError("encode has streams and graphs of its own: capture enc.tower(pixel_values, plan) in yours")
         streams = _streams(device)
-    error: Exception | None = None
+    failed: list[Exception] = []  # popped when it is raised: this frame, in its traceback, must not refer to it
 
     def uploaded() -> Iterator[Prefetched[Prepared]]:
-        nonlocal error
         try:
             for image in images:
                 if image is WAITING:
@@ -136,8 +136,8 @@ def run_batches(
                 else:
                     yield _upload(image, device, streams)
                 del image  # an error's traceback has this frame, and would keep the image before it
-        except Exception as raised:  # noqa: BLE001 raised below, after the images before it
-            error = raised
+        except Exception as error:  # noqa: BLE001 raised below, after the images before it
+            failed.append(error)
 
     launched: deque[tuple[BatchOutput, torch.cuda.Event | None]] = deque()
     unfinished: deque[torch.cuda.Event] = deque()
@@ -153,11 +153,15 @@ def run_batches(
             yield _hand_over(*launched.popleft())
     while launched:
         yield _hand_over(*launched.popleft())
-    if error is not None:
-        try:
-            raise error
-        finally:  # else it refers to itself by its traceback, and images stay until Python looks for cycles
-            error = None
+    if failed:
+        raise failed.pop()
+
+
+def items_of(batches: Generator[Iterable[Item]]) -> Iterator[Item]:
+    """Yield the items of all batches, one after another."""
+    with closing(batches):
+        for batch in batches:
+            yield from batch
 
 
 @cache

@@ -16,7 +16,7 @@ from qwenvit.config.vision_config import VisionConfig
 from qwenvit.features.maps import Cells, ItemFeatures, MapRequest
 from qwenvit.graphs.graphed_tower import graphs_of
 from qwenvit.input_stream import ImageStream, VideoStream
-from qwenvit.pipeline import BatchOutput, OnError, RunTower, check_on_error
+from qwenvit.pipeline import BatchOutput, OnError, RunTower, check_on_error, items_of
 from qwenvit.plan.grid_plan import GridPlan
 from qwenvit.plan.inputs import CheckedGrid, WritePixels, check_grid, check_pixel_values
 from qwenvit.plan.reading_order import reading_order
@@ -129,7 +129,7 @@ class DenseFeatures(ABC):
         raises is raised in its turn, after the maps of all images before.
         """
         request = MapRequest.check(layers, what, norm, self.config)
-        return _items(self._feature_batches(request, images, num_workers, on_error, progress, decode, options))
+        return items_of(self._feature_batches(request, images, num_workers, on_error, progress, decode, options))
 
     def features_of_video(
         self,
@@ -269,9 +269,3 @@ class DenseFeatures(ABC):
         pixel_values = pixel_values.to(self.device)
         states = ordered_hidden_states(self.tower, pixel_values, plan, request.computed, order)
         return request.cells(states, self.tower)
-
-
-def _items(batches: Generator[list[ItemFeatures]]) -> Iterator[ItemFeatures]:
-    with closing(batches):
-        for batch in batches:
-            yield from batch

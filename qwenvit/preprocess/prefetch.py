@@ -114,7 +114,7 @@ def prefetch(
             _forget_locals(error)
             return index, error
 
-    source_error: Exception | None = None
+    source_failed: list[Exception] = []  # popped when it is raised: this frame, in its traceback, must not refer to it
     waiting: deque[tuple[int, list[Any]]] = deque()  # in order
     ready: dict[int, int] = {}  # sizes by index, of those of them that have an outcome
     ready_bytes = 0
@@ -130,7 +130,7 @@ def prefetch(
                 if isinstance(size, BaseException):
                     try:
                         raise size
-                    finally:  # as below
+                    finally:  # this frame must not refer to it either
                         del size
                 ready[index] = size
                 ready_bytes += size
@@ -142,23 +142,23 @@ def prefetch(
             # a slow stream gets each result without waiting for items far ahead.
             while (
                 not exhausted
-                and len(waiting) - len(ready) < 2 * num_workers
+                and threads.unfinished < 2 * num_workers
                 and len(waiting) < MAX_AHEAD
                 and ready_bytes < MAX_READY_BYTES
             ):
                 if seconds_to_draw >= SLOW_SOURCE_SECONDS:
-                    if len(waiting) == 1:
-                        if not ready:
-                            collect(SLOW_SOURCE_SECONDS)
-                        if ready:
-                            break  # yield it before the source is asked
+                    if threads.unfinished == len(waiting) == 1:
+                        collect(SLOW_SOURCE_SECONDS)
+                    if len(waiting) == len(ready) == 1:
+                        break  # yield it before the source is asked
                     yield WAITING
                 try:
                     box = draw()
                 except StopIteration:
                     exhausted = True
                 except Exception as error:  # noqa: BLE001 raised below, in its turn
-                    source_error, exhausted = error, True
+                    source_failed.append(error)
+                    exhausted = True
                 else:
                     waiting.append((next(indices), box))
                     threads.add(waiting[-1])
@@ -174,11 +174,8 @@ def prefetch(
                 yield outcomes.pop()
     finally:
         threads.end()
-    if source_error is not None:
-        try:
-            raise source_error
-        finally:  # the frame in its traceback would refer to it, a cycle
-            source_error = None
+    if source_failed:
+        raise source_failed.pop()
 
 
 def _forget_locals(error: BaseException) -> None:

@@ -32,20 +32,22 @@ class Threads(Generic[Task, Done]):
         self._work, self._count = work, count
         self._tasks: SimpleQueue[Task | None] = SimpleQueue()
         self._results: SimpleQueue[Done] = SimpleQueue()
-        self._started = self._unfinished = 0
+        self._started = 0
+        self.unfinished = 0
+        """Tasks whose results have not been taken."""
         self._owner = threading.current_thread()
         self._interpreter_ends = False
 
     def add(self, task: Task) -> None:
-        """Let some thread call `work` with a task: another one, if there are more tasks without a taken result.
+        """Let some thread call `work` with a task: another one, if more are `unfinished` than there are threads.
 
         Raises:
             RuntimeError: the interpreter ends, or the system has no thread left.
         """
         self._look_after()
-        self._unfinished += 1
+        self.unfinished += 1
         self._tasks.put(task)
-        if self._started < min(self._unfinished, self._count):
+        if self._started < min(self.unfinished, self._count):
             thread = threading.Thread(target=self._run, name=f"{NAME}-{self._started}", daemon=False)
             _thread.start_new_thread(self._start, (thread,))
             self._started += 1
@@ -59,7 +61,7 @@ class Threads(Generic[Task, Done]):
         """
         self._look_after()
         result = self._results.get(timeout=seconds)
-        self._unfinished -= 1
+        self.unfinished -= 1
         return result
 
     def end(self) -> None:

@@ -199,15 +199,15 @@ MUTANTS = [
     *_mutants(
         "qwenvit/preprocess/prefetch.py", "tests/preprocess/test_prefetch.py",
         ("prefetch", "ready_bytes -= ready.pop(index)", "ready.pop(index)"),
-        ("prefetch", "if source_error is not None:", "if False:"),
+        ("prefetch", "if source_failed:", "if False:"),
         ("prefetch", "and ready_bytes < MAX_READY_BYTES", ""),
-        ("prefetch", "len(waiting) - len(ready) < 2 * num_workers", "True"),
+        ("prefetch", "threads.unfinished < 2 * num_workers", "True"),
         ("prefetch", "                    collect(0)\n", ""),
     ),
     *_mutants(
         "qwenvit/preprocess/threads.py", "tests/preprocess/test_prefetch.py",
         ("Threads.add", "_thread.start_new_thread(self._start, (thread,))", "thread.start()"),
-        ("Threads.add", "min(self._unfinished, self._count)", "self._count"),
+        ("Threads.add", "min(self.unfinished, self._count)", "self._count"),
         ("Threads.end", "self._tasks.put(None)", "pass"),
         ("Threads._run", "self._tasks.put(None)", "pass"),
         ("Threads._next_task", "while not self._is_abandoned():", "while True:"),
@@ -218,8 +218,12 @@ MUTANTS = [
         ("Threads._look_after", "if self._interpreter_ends:", "if False:"),
     ),
     *_mutants(
+        "qwenvit/preprocess/prefetch.py", "tests/test_encode_stream.py",
+        ("prefetch", "source_failed.pop()", "source_failed[0]"),
+    ),
+    *_mutants(
         "qwenvit/pipeline.py", "tests/test_encode_stream.py",
-        ("run_batches", "error = None", "pass"),
+        ("run_batches", "failed.pop()", "failed[0]"),
     ),
     *_mutants(
         "qwenvit/ops/attention.py", "tests/kernels/test_checks.py",

@@ -4,10 +4,12 @@ import gc
 import threading
 import time
 
+from qwenvit.preprocess.threads import NAME
+
 
 def prefetch_threads() -> list[threading.Thread]:
     """Return the threads of all prefetching iterators."""
-    return [thread for thread in threading.enumerate() if thread.name.startswith("qwenvit-prefetch")]
+    return [thread for thread in threading.enumerate() if thread.name.startswith(NAME)]
 
 
 def assert_no_prefetch_threads(seconds: float = 10, *, collect_garbage: bool = True) -> None:
