@@ -1,8 +1,9 @@
-"""Wall time of a call, and the time of its work on the GPU."""
+"""Wall time of a call, the time of its work on the GPU, and the order in which contenders take turns."""
 
+import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -11,6 +12,18 @@ Call = Callable[[], Any]
 
 BUSY_CYCLES = 20_000_000
 """GPU clock cycles of busy waiting, about 10 ms: longer than the host part of a call."""
+
+
+def random_orders(names: Iterable[str], rounds: int) -> Iterator[list[str]]:
+    """Yield all names in a random order for each round; the orders are the same in every run.
+
+    A GPU at its power limit sets its clock by the power of the last milliseconds. In a fixed order a contender would
+    always get the clock that the one before it left (TUNING.md, against FlashAttention 4).
+    """
+    generator, order = random.Random(0), list(names)
+    for _ in range(rounds):
+        generator.shuffle(order)
+        yield order.copy()
 
 
 def synchronize() -> None:

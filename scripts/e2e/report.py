@@ -26,15 +26,16 @@ TOWERS_MARKERS = ("<!-- bench_e2e.py: begin -->", "<!-- bench_e2e.py: end -->")
 SPEED_MARKERS = ("<!-- speed: begin -->", "<!-- speed: end -->")
 """Around the short table of speedups, in the README."""
 METHOD = (
-    "Times are medians of wall time in ms from `encoder(pixel_values, grid)`, with pixel values on the GPU in bf16 and "
-    "the grid on the CPU, until the result is ready; p10–p90 in brackets. The contenders of a row run interleaved in "
-    "one process. vLLM runs in its own, its calls in a row, which is slower where the GPU is at its power limit: "
-    "beside it, qwenvit's time is the slower of interleaved calls and calls in a row. Every call of a case has the "
-    "same grid, and qwenvit caches its table. Best rival: the fastest of those that do the whole tower's work; none is "
-    "named where one was left out of the run. TFLOP/s counts matrix products. MiB is the peak of a call above one copy "
-    "of the weights as the checkpoint has them. It includes results, static buffers, the pool of this case's CUDA "
-    "graph alone (none beyond 32768 patches), padding of weights and cuBLAS' workspaces. No speedup is given where the "
-    "outputs' error against fp32 is above 1.05 times transformers' own in bf16 (3 times, where that is above 5 %)."
+    "Times are medians of wall time in ms from `encoder(pixel_values, grid)`, with pixel values on the GPU in bf16 "
+    "and the grid on the CPU, until the result is ready; p10–p90 in brackets. The contenders of a row take turns in "
+    "one process, in another order each time. vLLM runs in its own, its calls in a row, which is slower where the GPU "
+    "is at its power limit: beside it, qwenvit's time is the slower of calls in turns and calls in a row. Every call "
+    "of a case has the same grid, and qwenvit caches its table. Best rival: the fastest of those that do the whole "
+    "tower's work; none is named where one was left out of the run. TFLOP/s counts matrix products. MiB is the peak "
+    "of a call above one copy of the weights as the checkpoint has them. It includes results, static buffers, the "
+    "pool of this case's CUDA graph alone (none beyond 32768 patches), padding of weights and cuBLAS' workspaces. No "
+    "speedup is given where the outputs' error against fp32 is above 1.05 times transformers' own in bf16 (3 times, "
+    "where that is above 5 %)."
 )
 BARS_METHOD = "Bars are what this project set out to reach, moonshots what it would like to."
 SPEED_ROWS = tuple((model, f"{side}²") for model in ("Qwen2.5-VL-7B", "Qwen3-VL-8B") for side in (448, 896, 1344))

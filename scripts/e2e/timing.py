@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 from torch.autograd import DeviceType
 
-from common.timing import BUSY_CYCLES, Call, wall_seconds
+from common.timing import BUSY_CYCLES, Call, random_orders, wall_seconds
 from common.tower_inputs import Outputs, TowerCall
 
 REPEATS = 20
@@ -25,7 +25,7 @@ def time_interleaved(
 ) -> dict[str, list[float]]:
     """Return the wall seconds of every timed call, by contender.
 
-    Contenders are called one after another in each round, after one untimed round.
+    Contenders are called one after another in each round, in another order each time, after one untimed round.
 
     Args:
         calls: the call of each contender.
@@ -39,10 +39,10 @@ def time_interleaved(
         affordable = min(max(int(max_seconds / wall_seconds(call)), min_rounds), rounds)
         interval[name] = 1 if name in every_round else rounds // affordable
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for number in range(rounds):
-        for name, call in calls.items():
+    for number, order in enumerate(random_orders(calls, rounds)):
+        for name in order:
             if number % interval[name] == 0:
-                seconds[name].append(wall_seconds(call))
+                seconds[name].append(wall_seconds(calls[name]))
     return seconds
 
 

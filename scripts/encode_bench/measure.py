@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from common.encoders import fresh_encoder
 from common.hf_towers import forward
 from common.steps import ParityError, raise_on
-from common.timing import Call, synchronize, wall_seconds
+from common.timing import Call, random_orders, synchronize, wall_seconds
 from encode_bench.folders import Folder
 from encode_bench.parity import layers_of, pixel_failures, same, token_failures, tower_layers
 from encode_bench.stages import decode, decode_seconds, sample_by_area, stage_seconds, tower_batches, video_batches
@@ -40,12 +40,12 @@ MANY_IMAGES, FIRST_IMAGES = 5000, 500
 def median_seconds(
     calls: Mapping[str, Call], rounds: int = ROUNDS, max_seconds: float = MAX_SECONDS
 ) -> dict[str, float]:
-    """Return the median wall seconds of each call. In each round they are called one after another."""
+    """Return the median wall seconds of each call. They take turns, in another order each time."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     start = time.perf_counter()
-    for _ in range(rounds):
-        for name, call in calls.items():
-            seconds[name].append(wall_seconds(call))
+    for order in random_orders(calls, rounds):
+        for name in order:
+            seconds[name].append(wall_seconds(calls[name]))
         if time.perf_counter() - start > max_seconds:
             break
     return {name: statistics.median(times) for name, times in seconds.items()}

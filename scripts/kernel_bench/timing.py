@@ -9,6 +9,7 @@ from torch.autograd import DeviceType
 
 from common.kernel_inputs import Inputs
 from common.machine import Ceilings, describe_machine
+from common.timing import random_orders
 
 Call = Callable[[Inputs], object]
 
@@ -19,7 +20,8 @@ INPUT_BYTES = 256 * 2**20
 METHOD = (
     "Times are µs a call: medians of {replays} replays of a CUDA graph. A graph makes one call for each of many input "
     "sets (about {mebibytes} MiB or more together, so that L2 never has the inputs) and writes each output to its own "
-    "memory. The implementations of a row alternate, replay by replay. No time includes a launch from Python."
+    "memory. The implementations of a row take turns, in another order each time. No time includes a launch from "
+    "Python."
 )
 
 
@@ -40,11 +42,11 @@ def median_seconds(calls: Mapping[str, Call], input_sets: list[Inputs]) -> dict[
     """Return the median seconds a call, by the name of the call."""
     graphs = {name: capture_graph(call, input_sets) for name, call in calls.items()}
     events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in graphs}
-    for _ in range(WARMUP_REPLAYS + TIMED_REPLAYS):
-        for name, graph in graphs.items():
+    for order in random_orders(graphs, WARMUP_REPLAYS + TIMED_REPLAYS):
+        for name in order:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
-            graph.replay()
+            graphs[name].replay()
             end.record()
             events[name].append((start, end))
     torch.cuda.synchronize()

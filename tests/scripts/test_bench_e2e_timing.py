@@ -12,6 +12,7 @@ from unittest import mock
 import pytest
 import torch
 
+from common import timing
 from common.hf_towers import build_tower, save_tower
 from e2e import cold as e2e_cold
 from e2e import graphs as e2e_graphs
@@ -54,8 +55,20 @@ def test_interleaved_rounds(monkeypatch):
     spent = e2e_timing.time_interleaved(calls, 16, 0.8, 5, every_round={"ours"})
     assert {name: len(times) for name, times in spent.items()} == {"ours": 16, "fast": 16, "slow": 8, "slowest": 6}
     assert order[:4] == list(calls)  # the untimed round
-    rounds = "".join({"ours": " o", "fast": "f", "slow": "s", "slowest": "S"}[name] for name in order[4:]).split()
-    assert rounds == ["ofsS", "of", "ofs", "ofS", "ofs", "of"] * 2 + ["ofsS", "of", "ofs", "ofS"]
+    expected = ["ofsS", "of", "ofs", "ofS", "ofs", "of"] * 2 + ["ofsS", "of", "ofs", "ofS"]
+    letters = iter({"ours": "o", "fast": "f", "slow": "s", "slowest": "S"}[name] for name in order[4:])
+    rounds = ["".join(itertools.islice(letters, len(names))) for names in expected]
+    assert [*map(sorted, rounds)] == [*map(sorted, expected)]
+    assert not list(letters)
+    assert {names[0] for names in rounds} == set("ofsS")  # nobody always follows the same contender
+
+
+def test_orders_are_random_and_the_same_in_every_run():
+    orders = list(timing.random_orders("abcd", 40))
+    assert all(sorted(order) == list("abcd") for order in orders)
+    assert orders == list(timing.random_orders("abcd", 40))
+    followers = {pair for order in orders for pair in itertools.pairwise(order)}
+    assert followers == set(itertools.permutations("abcd", 2))
 
 
 def test_calls_in_a_row(monkeypatch):

@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 from collections import Counter
+from types import SimpleNamespace
 
 import bench_kernels
 import pytest
@@ -13,6 +14,7 @@ from common.machine import Ceilings
 from kernel_bench import cases as kernel_cases
 from kernel_bench import compile_time
 from kernel_bench import report as kernel_report
+from kernel_bench import timing as kernel_timing
 from kernel_bench.attention_cases import attention_case
 from kernel_bench.cases import Case, Implementation, Measurement, Target
 from kernel_bench.length_cases import length_case
@@ -144,6 +146,38 @@ def test_torch_rope_is_transformers_own():
 
 def with_implementation(case: Case, call) -> Case:
     return dataclasses.replace(case, implementations={"qwenvit": Implementation(call)})
+
+
+def test_graphs_take_turns_in_changing_order(monkeypatch):
+    now, order = [0.0], []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = now[0]
+
+        def elapsed_time(self, other):
+            return other.at - self.at
+
+    class Graph:
+        def __init__(self, call, _):
+            self.milliseconds = call()
+
+        def replay(self):
+            order.append(self.milliseconds)
+            now[0] += self.milliseconds
+
+    monkeypatch.setattr(kernel_timing, "capture_graph", Graph)
+    monkeypatch.setattr(torch, "cuda", SimpleNamespace(Event=Event, synchronize=lambda: None))
+    calls = {"ours": lambda: 2.0, "rival": lambda: 4.0, "slow": lambda: 6.0}
+    seconds = kernel_timing.median_seconds(calls, [{}, {}])
+    assert seconds == pytest.approx({"ours": 0.001, "rival": 0.002, "slow": 0.003})
+    rounds = [order[i : i + 3] for i in range(0, len(order), 3)]
+    assert len(rounds) == 22
+    assert all(sorted(turns) == [2.0, 4.0, 6.0] for turns in rounds)
+    assert {turns[0] for turns in rounds} == {2.0, 4.0, 6.0}
 
 
 def test_a_wrong_kernel_is_not_timed():
