@@ -6,6 +6,9 @@ operation; the plain torch sequence, and torch.compile of it. Results are compar
 relative error is more than 1.05 times that of plain torch in bf16 is not timed. Prints markdown tables; progress goes
 to stderr.
 
+    python scripts/bench_kernels.py --fa3 fa3.so --fa4 FOLDER --json kernels.json
+    python scripts/bench_kernels.py --read kernels.json --page BENCHMARKS.md --chart scripts/readme/kernels.png
+
 qwenvit's kernels rotate channel pairs (2i, 2i + 1), as in towers whose QKV weights are permuted at load. Rivals with
 RoPE in torch rotate pairs (i, i + D/2), as in transformers; rivals with a Triton pass get the faster layout for it. In
 the rows "pairs as halves" all use the unpermuted layout.
@@ -25,11 +28,13 @@ import torch
 import torch._dynamo
 
 from common.machine import Ceilings, measure_ceilings
+from common.pages import rewrite
 from common.processes import run_in_processes
 from common.progress import progress
 from kernel_bench.attention_cases import attention_cases
 from kernel_bench.cases import DTYPE, Case, Measurement, relative_error
 from kernel_bench.compile_time import MODELS, measure_compile_times
+from kernel_bench.page import KERNELS_MARKERS, Results, block, merge
 from kernel_bench.pass_cases import pass_cases
 from kernel_bench.patch_cases import patch_cases
 from kernel_bench.projection_cases import projection_cases
@@ -169,18 +174,8 @@ def measure_all(cases: list[Case], ceilings: Ceilings) -> tuple[list[Row], list[
     return rows, failed
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS), metavar="SECTION",
-                        help=f"sections to run, of {', '.join(SECTIONS)}; default: all")  # fmt: skip
-    parser.add_argument("--fa3", type=Path, help="library of FlashAttention 3 (_vllm_fa3_C), for its columns")
-    parser.add_argument("--fa4", type=Path, help="folder to import flash-attn-4 from, for the columns of FA4")
-    parser.add_argument("--chart", type=Path, help="write a chart to this file (PNG; needs matplotlib)")
-    parser.add_argument("--json", type=Path, help="write all results to this file")
-    parser.add_argument("--commit", help="commit to print where the checkout has no .git")
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("bench_kernels.py: needs a GPU, and torch sees none")
+def measure_sections(options: argparse.Namespace) -> Results:
+    """Measure the sections of `--only`, print their tables, and return what `--json` gets."""
     set_up_compile()
     start = time.monotonic()
     libraries = load_libraries(options.fa3, options.fa4)
@@ -189,7 +184,8 @@ def main() -> None:
     run_in_processes(compile_case, options.only, len(cases))  # `measure_all` reports the cases that fail here
     compiled = time.monotonic()
     ceilings = measure_ceilings()
-    print(f"{header(ceilings, options.commit)}\n\n{HOW_RIVALS_RUN}")
+    machine = header(ceilings, options.commit)
+    print(f"{machine}\n\n{HOW_RIVALS_RUN}")
     if {"windows", "full", "lengths", "segments"} & set(options.only):
         for library in (name for name in ("FA3", "FA4") if name not in libraries):
             print(f"\n{library} is left out: it was not given (--{library.lower()}).")
@@ -205,12 +201,34 @@ def main() -> None:
     print("".join(f"\n{bar_text(mean)}\n" for mean in means))
     print(f"{sum(met)} of {len(met)} targets met; {measured} in {took}.")
     print("\n".join(failed))
+    return {"header": machine, "compile": compile_times, "rows": rows, "means": means, "failed": failed}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS), metavar="SECTION",
+                        help=f"sections to run, of {', '.join(SECTIONS)}; default: all")  # fmt: skip
+    parser.add_argument("--fa3", type=Path, help="library of FlashAttention 3 (_vllm_fa3_C), for its columns")
+    parser.add_argument("--fa4", type=Path, help="folder to import flash-attn-4 from, for the columns of FA4")
+    parser.add_argument("--read", type=Path, nargs="+", metavar="JSON", help="measure nothing: report earlier figures")
+    parser.add_argument("--json", type=Path, help="write all figures there")
+    parser.add_argument("--chart", type=Path, help="write a chart there (PNG; needs matplotlib)")
+    parser.add_argument("--page", type=Path, help="rewrite the block of BENCHMARKS.md between its two markers")
+    parser.add_argument("--commit", help="what to print as the commit where the checkout has no .git")
+    options = parser.parse_args()
+    if options.read:
+        results = merge(json.loads(file.read_text()) for file in options.read)
+    elif torch.cuda.is_available():
+        results = measure_sections(options)
+    else:
+        raise SystemExit("bench_kernels.py: needs a GPU, and torch sees none (--read reports earlier figures)")
     if options.json:
-        results = {"header": header(ceilings, options.commit), "compile": compile_times}
-        options.json.write_text(json.dumps(results | {"rows": rows, "means": means, "failed": failed}, indent=1))
+        options.json.write_text(json.dumps(results, indent=1))
     if options.chart:
-        draw_chart(rows, torch.cuda.get_device_name(), options.chart)
-    if failed:
+        draw_chart(results["rows"], results["header"].partition(",")[0], options.chart)
+    if options.page:
+        rewrite(options.page, KERNELS_MARKERS, block(results))
+    if results["failed"]:
         raise SystemExit(1)
 
 

@@ -159,8 +159,7 @@ def attention_cases(libraries: dict[str, Attention]) -> list[Case]:
     cases += [length_case((tokens,), libraries) for tokens in SEQUENCE_LENGTHS]
     for head_dim in MODEL_BY_HEAD_DIM:
         for lengths in SEGMENT_LENGTHS:
-            title = (
-                "one segment" if len(lengths) == 1 else f"{len(lengths)} segments of {min(lengths)} to {max(lengths)}"
-            )
+            longest = f" to {max(lengths)}" if max(lengths) > min(lengths) else ""
+            title = "one segment" if len(lengths) == 1 else f"{len(lengths)} segments of {min(lengths)}{longest}"
             cases.append(length_case(lengths, libraries, head_dim, section="segments", title=title))
     return cases

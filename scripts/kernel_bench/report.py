@@ -29,6 +29,13 @@ FA4_MEAN_LIMIT = 1.08
 """Speed over FlashAttention 4 to reach in the geometric mean of all cases that have a target over it."""
 Row = dict[str, Any]
 """One line of a table; its keys are those of `--json`."""
+FOR_USERS = ("qwenvit", "dispatch")
+"""Names of the implementation of a case that `qwenvit.ops` runs."""
+
+
+def rows_for_users(rows: Iterable[Row]) -> list[Row]:
+    """Return the rows of the implementations that `qwenvit.ops` runs; the others are for comparison."""
+    return [row for row in rows if row["ours"] in FOR_USERS]
 
 
 def table_header(compared: list[str]) -> str:
@@ -97,19 +104,23 @@ def compile_table(times: list[Row]) -> str:
 
 
 def draw_chart(rows: list[Row], device: str, path: Path) -> None:
-    """Draw one panel a section: speed over the best rival by number of patches. At 1.0 both are equally fast."""
+    """Draw a panel for each section: speed over the best rival by number of patches. At 1.0 both are equally fast."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
+    rows = rows_for_users(rows)
     sections = [name for name in SECTIONS if any(row["section"] == name for row in rows)]
     if not sections:
         raise SystemExit("--chart: nothing was measured")
-    figure, axes = plt.subplots(len(sections), 1, figsize=(11, 2.9 * len(sections)), squeeze=False)
-    for axis, section in zip(axes[:, 0], sections, strict=True):
+    height = -(-len(sections) // 2)
+    figure, axes = plt.subplots(height, 2, figsize=(15, 0.7 + 2.3 * height), squeeze=False)
+    for axis in axes.flat[len(sections) :]:
+        axis.set_axis_off()
+    for axis, section in zip(axes.flat, sections, strict=False):
         section_rows = [row for row in rows if row["section"] == section]
-        series = list(dict.fromkeys(_label(row) for row in section_rows))
+        series = list(dict.fromkeys(row["series"] for row in section_rows))
         sizes = sorted({row["tokens"] for row in section_rows})
         colours = itertools.cycle(plt.get_cmap("tab20").colors)
         series_at = {
@@ -127,20 +138,16 @@ def draw_chart(rows: list[Row], device: str, path: Path) -> None:
                 axis.bar(x, row["over_best"], width * 0.94, color=colour, label=legend)
                 in_legend.add(label)
         axis.axhline(1.0, color="0.25", linewidth=1)
-        axis.set_xticks(range(len(sizes)), [str(size) for size in sizes])
+        axis.set_xticks(range(len(sizes)), [str(size) for size in sizes], fontsize=8)
         axis.set_xlabel("patches")
         axis.set_ylabel("speed over best rival")
         axis.set_title(SECTIONS[section], loc="left", fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.suptitle(f"qwenvit's kernels over the best rival of each row, bf16, {device} (1.0: as fast as the rival)")
-    figure.tight_layout(rect=(0, 0, 1, 0.985))
-    figure.savefig(path, dpi=130)
+    figure.tight_layout(rect=(0, 0, 1, 0.98))
+    figure.savefig(path, dpi=100)
 
 
-def _label(row: Row) -> str:
-    return row["series"] if row["ours"] == "qwenvit" else f"{row['series']}, {row['ours']}"
-
-
-def _is_at(row: Row, label: str, size: int) -> bool:
-    return _label(row) == label and row["tokens"] == size
+def _is_at(row: Row, series: str, size: int) -> bool:
+    return row["series"] == series and row["tokens"] == size

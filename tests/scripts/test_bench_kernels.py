@@ -1,6 +1,7 @@
 """Tests of `scripts/bench_kernels.py`: its cases, their counts of bytes and FLOPs, and its report. Nothing is timed."""
 
 import dataclasses
+import json
 import sys
 from collections import Counter
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from common.machine import Ceilings
 from kernel_bench import cases as kernel_cases
 from kernel_bench import compile_time
+from kernel_bench import page as kernel_page
 from kernel_bench import report as kernel_report
 from kernel_bench import timing as kernel_timing
 from kernel_bench.attention_cases import attention_case
@@ -248,6 +250,89 @@ def test_chart(tmp_path):
     rows = [row_of(case, name) for case in TINY_CASES for name in case.implementations]
     kernel_report.draw_chart(rows, "a GPU", tmp_path / "chart.png")
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
+
+
+def run_of(cases, **over):
+    rows = [row_of(case, name) for case in cases for name in case.implementations]
+    run = {"header": "a GPU, driver 1\n\nCeilings: 4\n\nTimes are µs.", "compile": [], "rows": rows}
+    return run | {"means": [], "failed": []} | over
+
+
+def cells(line):
+    return [cell.strip(" *") for cell in line.strip("|").split("|")]
+
+
+class TestPage:
+    def test_every_case_has_a_line_whose_columns_fit_the_header(self):
+        for section in {case.section for case in TINY_CASES}:
+            cases = [case for case in TINY_CASES if case.section == section]
+            header, _, *lines = kernel_page.section_table(run_of(cases)["rows"]).splitlines()
+            assert [cells(line)[0] for line in lines] == [case.title for case in cases]
+            for case, line in zip(cases, lines, strict=True):
+                values = dict(zip(cells(header), cells(line), strict=True))
+                assert (values["patches"], values["qwenvit"]) == (str(case.tokens), "12.3")
+                assert values["over the best rival"] == "1.62×"
+                shown = {name.removeprefix("Triton RoPE + ") for name in case.rivals if "torch RoPE + " not in name}
+                assert all(values[name] == "20.0" for name in shown)
+                assert all(values[name] == "9.0" for name in case.lower_bounds)
+                assert not any("torch RoPE + " in name for name in values)
+
+    def test_flash_attention_4_is_the_fastest_of_its_forms(self):
+        row = row_of(TINY_CASES[4], "qwenvit")
+        row["rivals"] = {"FA4": 4.0, "FA4 contiguous": 3.0, "FA4 dense": 5.0, "FA3": 7.0}
+        assert kernel_page.contenders(row) == {"FA4": 3.0, "FA3": 7.0}
+
+    def test_summary_is_of_what_users_get(self):
+        case = TINY_CASES[5]
+        rows = [row_of(case, "dispatch") | {"over_best": 2.0}, row_of(case, "fused") | {"over_best": 9.0}]
+        rows += [row_of(case, "dispatch") | {"over_best": 0.5}]
+        *_, line = kernel_page.summary_table(run_of([], rows=rows)).splitlines()
+        assert cells(line)[1:] == ["2", "1.00×", "0.50 to 2.00×"]
+
+    def test_notes(self):
+        case = TINY_CASES[1]
+        row = row_of(case, "qwenvit")
+        row["rivals"] = {"torch RoPE + FA2": 70.0, "Triton RoPE + FA2": 20.0, "torch RoPE + FA3": 35.0,
+                         "Triton RoPE + FA3": 30.0}  # fmt: skip
+        row["bars"] = [{"text": "over FA4", "value": value} for value in (2.0, 0.5)]
+        compiled = [{"model": "Qwen3-VL", "kernels": 10, "seconds": 11.5}]
+        over_fa4, torch_rope, compile_time, failed = kernel_page.notes(
+            run_of([], rows=[row], compile=compiled, failed=["qkv: not timed"])
+        )
+        assert "is 1.00 times as fast" in over_fa4
+        assert "0.50 to 2.00 times, and as fast or faster in 1 of 2 cases" in over_fa4
+        assert "they take 5 to 50 µs longer" in torch_rope
+        assert compile_time.endswith("10 of Qwen3-VL in 12 s")
+        assert failed == "Failed: qkv: not timed"
+
+    def test_runs_are_merged_in_the_order_of_sections(self):
+        later, earlier = run_of([TINY_CASES[5]]), run_of([TINY_CASES[0]])
+        later["header"] = later["header"].replace("Ceilings: 4", "Ceilings: 5")
+        merged = kernel_page.merge([later, earlier])
+        assert [row["section"] for row in merged["rows"]] == ["windows", "qkv", "qkv"]
+        assert merged["header"] == "a GPU, driver 1\n\nCeilings: 5\n\nCeilings: 4\n\nTimes are µs."
+
+    def test_the_command_rewrites_the_page(self, tmp_path, monkeypatch):
+        begin, end = kernel_page.KERNELS_MARKERS
+        page, files = tmp_path / "PAGE.md", [tmp_path / "a.json", tmp_path / "b.json"]
+        page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
+        for file, cases in zip(files, (TINY_CASES[:5], TINY_CASES[5:]), strict=True):
+            file.write_text(json.dumps(run_of(cases)))
+        monkeypatch.setattr(sys, "argv", ["bench_kernels.py", "--read", *map(str, files), "--page", str(page)])
+        bench_kernels.main()
+        text = page.read_text()
+        assert text.startswith(f"before\n{begin}\n\na GPU, driver 1")
+        assert text.endswith(f"{end}\nafter\n")
+        sections = {case.section for case in TINY_CASES}
+        assert text.count("<details>") == text.count("</details>") == len(sections)
+        assert all(f"<summary>{kernel_report.SECTIONS[section]}, µs</summary>" in text for section in sections)
+
+    def test_failed_cases_are_an_error(self, tmp_path, monkeypatch):
+        file = tmp_path / "a.json"
+        file.write_text(json.dumps(run_of(TINY_CASES[:1], failed=["windows: not timed"])))
+        monkeypatch.setattr(sys, "argv", ["bench_kernels.py", "--read", str(file)])
+        with pytest.raises(SystemExit):
+            bench_kernels.main()
 
 
 def test_arguments(monkeypatch, capsys):

@@ -132,7 +132,7 @@ def test_cases_with_a_target_over_fa4():
     expected = [
         (head_dim, *shape)
         for head_dim in (64, 72, 80)
-        for shape in (*((tokens, "one segment") for tokens in lengths), (16384, "16 segments of 1024 to 1024"))
+        for shape in (*((tokens, "one segment") for tokens in lengths), (16384, "16 segments of 1024"))
     ]
     assert sorted(found) == sorted(expected)
     assert not any(case.targets["portable"] for case in fa4_cases())
