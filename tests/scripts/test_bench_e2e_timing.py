@@ -21,6 +21,7 @@ from peers import cuda_graph
 from qwenvit.graphs import graphed_tower
 from qwenvit.graphs.capacity import Capacity
 from qwenvit.towers.fast import FastTower
+from support.cuda_events import events_at
 from support.towers import narrow
 
 
@@ -105,16 +106,6 @@ def test_peak_memory_counts_what_a_call_keeps_and_adds(monkeypatch):
 def test_replays_are_timed_alone(monkeypatch):
     now = [0.0]
 
-    class Event:
-        def __init__(self, enable_timing):
-            assert enable_timing
-
-        def record(self):
-            self.at = now[0]
-
-        def elapsed_time(self, other):
-            return other.at - self.at
-
     class Graph:
         def replay(self):
             now[0] += 3.0
@@ -125,7 +116,7 @@ def test_replays_are_timed_alone(monkeypatch):
         now[0] += 100
 
     graph, original = Graph(), Graph.replay
-    cuda = SimpleNamespace(CUDAGraph=Graph, Event=Event, synchronize=lambda: None, _sleep=lambda _: None)
+    cuda = SimpleNamespace(CUDAGraph=Graph, Event=events_at(now), synchronize=lambda: None, _sleep=lambda _: None)
     monkeypatch.setattr(torch, "cuda", cuda)
     assert e2e_timing.replay_time(call) == pytest.approx(3000)
     assert Graph.replay is original

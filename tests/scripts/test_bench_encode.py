@@ -40,6 +40,7 @@ from encode_bench.verdicts import (
 from qwenvit import Encoder, item_stream
 from qwenvit import encoder as encoder_module
 from qwenvit.preprocess.image_processor import ImageProcessor
+from support.cuda_events import events_at
 from support.towers import narrow, ours_from
 
 SMALL = Folder("small", ((64, 48), (90, 70), (64, 48), (70, 100)), 2)
@@ -499,24 +500,13 @@ def test_arguments(monkeypatch, capsys):
 def test_work_on_the_gpu_is_timed_behind_other_work(monkeypatch):
     now, order = [0.0], []
 
-    class Event:
-        def __init__(self, enable_timing):
-            assert enable_timing
-
-        def record(self):
-            self.at = now[0]
-            order.append("event")
-
-        def elapsed_time(self, other):
-            return other.at - self.at
-
     def call():
         order.append("call")
         now[0] += len(order)
 
     cuda = SimpleNamespace(
         is_available=lambda: True,
-        Event=Event,
+        Event=events_at(now, recorded=lambda: order.append("event")),
         synchronize=lambda: order.append("wait"),
         _sleep=lambda _: order.append("busy"),
     )

@@ -26,6 +26,7 @@ from kernel_bench.projection_cases import mlp_case, qkv_case
 from kernel_bench.timing import kernel_label
 from peers import attention as peer_attention
 from qwenvit import ops
+from support.cuda_events import events_at
 
 CPU = torch.device("cpu")
 
@@ -153,16 +154,6 @@ def with_implementation(case: Case, call) -> Case:
 def test_graphs_take_turns_in_changing_order(monkeypatch):
     now, order = [0.0], []
 
-    class Event:
-        def __init__(self, enable_timing):
-            assert enable_timing
-
-        def record(self):
-            self.at = now[0]
-
-        def elapsed_time(self, other):
-            return other.at - self.at
-
     class Graph:
         def __init__(self, call, _):
             self.milliseconds = call()
@@ -172,7 +163,7 @@ def test_graphs_take_turns_in_changing_order(monkeypatch):
             now[0] += self.milliseconds
 
     monkeypatch.setattr(kernel_timing, "capture_graph", Graph)
-    monkeypatch.setattr(torch, "cuda", SimpleNamespace(Event=Event, synchronize=lambda: None))
+    monkeypatch.setattr(torch, "cuda", SimpleNamespace(Event=events_at(now), synchronize=lambda: None))
     calls = {"ours": lambda: 2.0, "rival": lambda: 4.0, "slow": lambda: 6.0}
     seconds = kernel_timing.median_seconds(calls, [{}, {}])
     assert seconds == pytest.approx({"ours": 0.001, "rival": 0.002, "slow": 0.003})
