@@ -218,6 +218,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.read:
         results = merge(json.loads(file.read_text()) for file in options.read)
+        print(block(results))
     elif torch.cuda.is_available():
         results = measure_sections(options)
     else:

@@ -1,6 +1,5 @@
 """Wall time of a call, the time of its work on the GPU, and the order in which contenders take turns."""
 
-import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -14,16 +13,22 @@ BUSY_CYCLES = 20_000_000
 """GPU clock cycles of busy waiting, about 10 ms: longer than the host part of a call."""
 
 
-def random_orders(names: Iterable[str], rounds: int) -> Iterator[list[str]]:
-    """Yield all names in a random order for each round; the orders are the same in every run.
+def balanced_orders(names: Iterable[str], rounds: int) -> Iterator[list[str]]:
+    """Yield an order of all names for each round, so that within rounds each follows every other equally often.
 
-    A GPU at its power limit sets its clock by the power of the last milliseconds. In a fixed order a contender would
-    always get the clock that the one before it left (TUNING.md, against FlashAttention 4).
+    That holds over as many rounds as there are names, or twice as many if their number is odd. At its power limit a
+    GPU's clock may depend on what ran just before (TUNING.md, against FlashAttention 4), and in a fixed order each
+    contender would always follow the same one. The orders are E. J. Williams' (1949): a zigzag through the names,
+    shifted by one each round; for an odd number of names each is followed by its reverse.
     """
-    generator, order = random.Random(0), list(names)
-    for _ in range(rounds):
-        generator.shuffle(order)
-        yield order.copy()
+    names = list(names)
+    count = len(names)
+    zigzag = [(i + 1) // 2 if i % 2 else count - i // 2 for i in range(count)]
+    for number in range(rounds):
+        backwards = count % 2 == 1 and number % 2 == 1
+        shift = number // 2 if count % 2 else number
+        order = [names[(i + shift) % count] for i in zigzag]
+        yield order[::-1] if backwards else order
 
 
 def synchronize() -> None:

@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 from torch.autograd import DeviceType
 
-from common.timing import BUSY_CYCLES, Call, random_orders, wall_seconds
+from common.timing import BUSY_CYCLES, Call, balanced_orders, wall_seconds
 from common.tower_inputs import Outputs, TowerCall
 
 REPEATS = 20
@@ -39,7 +39,7 @@ def time_interleaved(
         affordable = min(max(int(max_seconds / wall_seconds(call)), min_rounds), rounds)
         interval[name] = 1 if name in every_round else rounds // affordable
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for number, order in enumerate(random_orders(calls, rounds)):
+    for number, order in enumerate(balanced_orders(calls, rounds)):
         for name in order:
             if number % interval[name] == 0:
                 seconds[name].append(wall_seconds(calls[name]))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from common.encoders import fresh_encoder
 from common.hf_towers import forward
 from common.steps import ParityError, raise_on
-from common.timing import Call, random_orders, synchronize, wall_seconds
+from common.timing import Call, balanced_orders, synchronize, wall_seconds
 from encode_bench.folders import Folder
 from encode_bench.parity import layers_of, pixel_failures, same, token_failures, tower_layers
 from encode_bench.stages import decode, decode_seconds, sample_by_area, stage_seconds, tower_batches, video_batches
@@ -43,7 +43,7 @@ def median_seconds(
     """Return the median wall seconds of each call. They take turns, in another order each time."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     start = time.perf_counter()
-    for order in random_orders(calls, rounds):
+    for order in balanced_orders(calls, rounds):
         for name in order:
             seconds[name].append(wall_seconds(calls[name]))
         if time.perf_counter() - start > max_seconds:

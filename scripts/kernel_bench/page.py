@@ -19,8 +19,15 @@ BY_BYTES = ("windows", "passes")
 
 
 def merge(runs: Iterable[Results]) -> Results:
-    """Return several runs of different sections as one, in the order of SECTIONS."""
+    """Return several runs of different sections as one, in the order of SECTIONS.
+
+    Raises:
+        ValueError: two runs measured the same section.
+    """
     runs = list(runs)
+    sections = [section for run in runs for section in {row["section"] for row in run["rows"]}]
+    if repeated := sorted({section for section in sections if sections.count(section) > 1}):
+        raise ValueError(f"--read: expected different sections in each file, got {', '.join(repeated)} twice")
     headers = zip(*(run["header"].split("\n\n") for run in runs), strict=True)
     merged: Results = {"header": "\n\n".join(part for same in headers for part in dict.fromkeys(same))}
     merged |= {key: [entry for run in runs for entry in run[key]] for key in ("compile", "rows", "means", "failed")}
@@ -31,8 +38,8 @@ def merge(runs: Iterable[Results]) -> Results:
 def contenders(row: Row) -> dict[str, float]:
     """Return the µs of a row's rivals and lower bounds, by the name of a column.
 
-    FlashAttention 4 is the fastest of its forms. After a rotation in torch rivals are slower than after our pass, and
-    are left out.
+    FlashAttention 4 is the fastest of the calls that were timed: packed with `cu_seqlens`, also contiguous, also as a
+    batch of equal lengths; with RoPE packed alone. Rivals after a rotation in torch are left out.
     """
     found: dict[str, float] = {}
     for name, microseconds in (row["rivals"] | row["floors"]).items():
@@ -44,7 +51,7 @@ def contenders(row: Row) -> dict[str, float]:
 
 
 def section_table(rows: list[Row]) -> str:
-    """Return the table of one section: a line for each case, a column for each implementation, rival and bound."""
+    """Return the table of one section: a line for each case; columns of ours, then those of `contenders`."""
     own_names = sorted(dict.fromkeys(row["ours"] for row in rows), key=lambda name: name not in FOR_USERS)
     columns = list(dict.fromkeys(name for row in rows for name in contenders(row)))
     by_bytes = rows[0]["section"] in BY_BYTES
@@ -84,9 +91,9 @@ def notes(results: Results) -> list[str]:
     if over_fa4:
         ahead = sum(value >= 1 for value in over_fa4)
         found.append(
-            f"Attention alone is {statistics.geometric_mean(over_fa4):.2f} times as fast as the fastest form of "
-            f"FlashAttention 4 in geometric mean, {min(over_fa4):.2f} to {max(over_fa4):.2f} times, and as fast or "
-            f"faster in {ahead} of {len(over_fa4)} cases"
+            f"Attention alone over long segments is {statistics.geometric_mean(over_fa4):.2f} times as fast as the "
+            f"fastest call of FlashAttention 4 in geometric mean, {min(over_fa4):.2f} to {max(over_fa4):.2f} times, "
+            f"and as fast or faster in {ahead} of the {len(over_fa4)} cases that have a bar over it"
         )
     longer = [
         microseconds - row["rivals"][name.replace(TORCH_ROPE, TRITON_ROPE)]
@@ -96,12 +103,12 @@ def notes(results: Results) -> list[str]:
     ]
     if longer:
         found.append(
-            "Rivals of attention with RoPE run after our RoPE pass, the fastest there is; after transformers' rotation "
-            f"in torch they take {min(longer):.0f} to {max(longer):.0f} µs longer"
+            "Rivals of attention with RoPE run after our RoPE pass; after transformers' rotation in torch they take "
+            f"{min(longer):.0f} to {max(longer):.0f} µs longer"
         )
     if results["compile"]:
         models = (f"{row['kernels']} of {row['model']} in {row['seconds']:.0f} s" for row in results["compile"])
-        found.append(f"Kernels compile cold, one after another: {', '.join(models)}")
+        found.append(f"Kernels of a model compile cold, one after another: {', '.join(models)}")
     return found + [f"Failed: {line}" for line in results["failed"]]
 
 

@@ -40,7 +40,8 @@ def qkv_case(model: str, tokens: int, channels: int, heads: int, head_dim: int) 
 
     `fused` is the fused kernel; `dispatch` is the operation, which chooses between it and cuBLAS with a RoPE pass. At
     head_dim 72 it also writes the ones that attention on Hopper needs beside V, since the towers' weight leaves room
-    for them (`pack_qkv`); ours and Triton's other ways then call the kernel that copies V's last channels for them.
+    for them (`pack_qkv`). `fused` then runs the kernel that copies V's last channels beside ones, as does `V copied`,
+    which is cuBLAS with a RoPE pass otherwise. Rivals need no ones.
     """
     width = 3 * heads * head_dim
 
@@ -71,7 +72,7 @@ def qkv_case(model: str, tokens: int, channels: int, heads: int, head_dim: int) 
 
     def run_cublas_and_triton(x: Inputs) -> Tensor:
         qkv = F.linear(x["x"], x["permuted_weight"], x["permuted_bias"])
-        return add_ones(ops.rotate_qk_(qkv, x["cos"], x["sin"], heads, impl="triton"))
+        return ops.rotate_qk_(qkv, x["cos"], x["sin"], heads, impl="triton")
 
     def run_cublas_and_torch(x: Inputs) -> tuple[Tensor, ...]:
         return torch_rope(F.linear(x["x"], x["weight"], x["bias"]), x["cos"], x["sin"], heads)
@@ -97,6 +98,9 @@ def qkv_case(model: str, tokens: int, channels: int, heads: int, head_dim: int) 
     elements = tokens * channels + width * channels + width + tokens * width
     angles = 4 * tokens * head_dim  # fp32; the second half of each row repeats the first and need not be read
     baseline = Implementation(run_cublas_and_torch, to_packed_channels)
+    implementations = {"fused": Implementation(run_fused), "dispatch": Implementation(run_dispatch, without_ones)}
+    if value_width(head_dim) > head_dim:
+        implementations["V copied"] = Implementation(lambda x: add_ones(run_cublas_and_triton(x)))
     return Case(
         section="qkv",
         series=model,
@@ -104,7 +108,7 @@ def qkv_case(model: str, tokens: int, channels: int, heads: int, head_dim: int) 
         tokens=tokens,
         head_dim=head_dim,
         make_inputs=make_inputs,
-        implementations={"fused": Implementation(run_fused), "dispatch": Implementation(run_dispatch, without_ones)},
+        implementations=implementations,
         rivals={triton_pass: Implementation(run_cublas_and_triton), torch_rival: baseline},
         truth=truth,
         baseline=baseline,

@@ -9,14 +9,14 @@ from torch.autograd import DeviceType
 
 from common.kernel_inputs import Inputs
 from common.machine import Ceilings, describe_machine
-from common.timing import random_orders
+from common.timing import balanced_orders
 
 Call = Callable[[Inputs], object]
 
 WARMUP_REPLAYS = 2
 TIMED_REPLAYS = 20
 INPUT_BYTES = 256 * 2**20
-"""Bytes of all input sets of a graph: four times an H200's L2, and still twice if a call reads half of its inputs."""
+"""Bytes of all input sets of a graph: four times an H200's L2, and still more than it if a call reads a third."""
 METHOD = (
     "Times are µs a call: medians of {replays} replays of a CUDA graph. A graph makes one call for each of many input "
     "sets (about {mebibytes} MiB or more together, so that L2 never has the inputs) and writes each output to its own "
@@ -42,7 +42,7 @@ def median_seconds(calls: Mapping[str, Call], input_sets: list[Inputs]) -> dict[
     """Return the median seconds a call, by the name of the call."""
     graphs = {name: capture_graph(call, input_sets) for name, call in calls.items()}
     events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in graphs}
-    for order in random_orders(graphs, WARMUP_REPLAYS + TIMED_REPLAYS):
+    for order in balanced_orders(graphs, WARMUP_REPLAYS + TIMED_REPLAYS):
         for name in order:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()

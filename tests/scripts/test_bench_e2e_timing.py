@@ -6,6 +6,7 @@ import json
 import operator
 import subprocess
 import weakref
+from collections import Counter
 from types import SimpleNamespace
 from unittest import mock
 
@@ -64,12 +65,17 @@ def test_interleaved_rounds(monkeypatch):
     assert {names[0] for names in rounds} == set("ofsS")  # nobody always follows the same contender
 
 
-def test_orders_are_random_and_the_same_in_every_run():
-    orders = list(timing.random_orders("abcd", 40))
-    assert all(sorted(order) == list("abcd") for order in orders)
-    assert orders == list(timing.random_orders("abcd", 40))
-    followers = {pair for order in orders for pair in itertools.pairwise(order)}
-    assert followers == set(itertools.permutations("abcd", 2))
+@pytest.mark.parametrize("count", range(2, 10))
+def test_each_contender_follows_every_other_equally_often(count):
+    names = list("abcdefghi"[:count])
+    cycle = 2 * count if count % 2 else count
+    orders = list(timing.balanced_orders(names, cycle))
+    assert all(sorted(order) == names for order in orders)
+    followers = Counter(pair for order in orders for pair in itertools.pairwise(order))
+    assert followers == dict.fromkeys(itertools.permutations(names, 2), cycle // count)
+    assert Counter(order[0] for order in orders) == dict.fromkeys(names, cycle // count)
+    assert list(timing.balanced_orders(names, 2 * cycle)) == 2 * orders
+    assert list(timing.balanced_orders("a", 3)) == 3 * [["a"]]
 
 
 def test_calls_in_a_row(monkeypatch):

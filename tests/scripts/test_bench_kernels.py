@@ -26,6 +26,7 @@ from kernel_bench.projection_cases import mlp_case, qkv_case
 from kernel_bench.timing import kernel_label
 from peers import attention as peer_attention
 from qwenvit import ops
+from qwenvit.kernels.attention import pad_values
 from support.cuda_events import events_at
 
 CPU = torch.device("cpu")
@@ -73,6 +74,20 @@ def test_every_implementation_does_the_same_work(case, monkeypatch):
             assert 0 <= case.minimum_bytes - 2 * out.nbytes < 32
         else:
             assert out.shape[0] == case.tokens
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter, for kernels on CPU tensors")
+def test_no_rival_copies_values_for_our_attention(monkeypatch):
+    copies = []
+    monkeypatch.setattr(pad_values, "pad_with_ones", copies.append)
+    case = qkv_case("Qwen3-VL", 20, 72, 1, 72)
+    inputs = case.make_inputs(CPU, torch.float32)
+    for implementation in (*case.rivals.values(), *case.lower_bounds.values(), case.implementations["dispatch"]):
+        implementation.call(inputs)
+    assert not copies
+    for name in ("fused", "V copied"):
+        case.implementations[name].call(inputs)
+    assert [tuple(values.shape) for values in copies] == [(20, 1, 8)] * 2
 
 
 class RecordingInputs(dict):
@@ -291,7 +306,7 @@ class TestPage:
             run_of([], rows=[row], compile=compiled, failed=["qkv: not timed"])
         )
         assert "is 1.00 times as fast" in over_fa4
-        assert "0.50 to 2.00 times, and as fast or faster in 1 of 2 cases" in over_fa4
+        assert "0.50 to 2.00 times, and as fast or faster in 1 of the 2 cases" in over_fa4
         assert "they take 5 to 50 µs longer" in torch_rope
         assert compile_time.endswith("10 of Qwen3-VL in 12 s")
         assert failed == "Failed: qkv: not timed"
@@ -300,8 +315,10 @@ class TestPage:
         later, earlier = run_of([TINY_CASES[5]]), run_of([TINY_CASES[0]])
         later["header"] = later["header"].replace("Ceilings: 4", "Ceilings: 5")
         merged = kernel_page.merge([later, earlier])
-        assert [row["section"] for row in merged["rows"]] == ["windows", "qkv", "qkv"]
+        assert [row["section"] for row in merged["rows"]] == ["windows", *["qkv"] * len(TINY_CASES[5].implementations)]
         assert merged["header"] == "a GPU, driver 1\n\nCeilings: 5\n\nCeilings: 4\n\nTimes are µs."
+        with pytest.raises(ValueError, match="--read: expected different sections in each file, got qkv twice"):
+            kernel_page.merge([earlier, later, later])
 
     def test_the_command_rewrites_the_page(self, tmp_path, monkeypatch):
         begin, end = kernel_page.KERNELS_MARKERS
