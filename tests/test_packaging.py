@@ -1,5 +1,6 @@
 """The package as published: its layout, the sdist, and the wheel built from the sdist and used from elsewhere."""
 
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -13,6 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 FOLDERS = {"qwenvit": "qwenvit", "kernels": "qwenvit/kernels", "weights": "qwenvit/weights"}
 """Folders of the checkout, and where they are in the wheel."""
+SHIPPED = ("kernels", "qwenvit", "scripts", "tests", "weights")
+"""Folders of the checkout that the sdist has whole."""
 
 
 def run(*command, cwd):
@@ -32,10 +35,14 @@ def modules():
 
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory):
-    """The sdist, unpacked."""
-    folder = tmp_path_factory.mktemp("sdist")
+    """The sdist, unpacked. It is built in a copy: setuptools writes into the checkout, which test processes share."""
+    folder, checkout = tmp_path_factory.mktemp("sdist"), tmp_path_factory.mktemp("checkout")
+    for name in (".ci", *SHIPPED):
+        shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in filter(Path.is_file, ROOT.iterdir()):
+        shutil.copy(file, checkout)
     build = f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})"
-    run(sys.executable, "-c", build, cwd=ROOT)
+    run(sys.executable, "-c", build, cwd=checkout)
     with tarfile.open(next(folder.glob("qwenvit-*.tar.gz"))) as archive:
         archive.extractall(folder, filter="data")
     return next(path for path in folder.glob("qwenvit-*") if path.is_dir())
@@ -74,8 +81,7 @@ def test_the_wheel_holds_every_module(wheel):
 
 def test_the_sdist_holds_what_the_tests_need(sdist):
     """`make demo` and `make test` must run from the sdist, so it has every file that a checkout has."""
-    folders = ("kernels", "qwenvit", "scripts", "tests", "weights")
-    wanted = {path.relative_to(ROOT).as_posix() for folder in folders for path in (ROOT / folder).rglob("*.*")}
+    wanted = {path.relative_to(ROOT).as_posix() for folder in SHIPPED for path in (ROOT / folder).rglob("*.*")}
     wanted |= {"Makefile", "README.md", "constraints.txt", "pyproject.toml", "tests/conftest.py", ".ci/run"}
     there = {path.relative_to(sdist).as_posix() for path in sdist.rglob("*")}
     assert {path for path in wanted if "__pycache__" not in path} <= there
