@@ -15,6 +15,7 @@ from common.steps import Step, steps_of
 from e2e.cases import MODELS, all_cases
 from e2e.model_bench import ModelBench
 from e2e.verdicts import OMITTED_BY_OPTION, OURS, Result
+from peers.rivals import HOW_RIVALS_RUN
 from peers.vllm_figures import VLLM_MODELS, read_vllm
 from qwenvit.config.published import published_config
 
@@ -27,9 +28,25 @@ NOT_FORWARDED_OPTIONS = ("models", "json", "read", "chart", "page", "readme")
 """Options of the command that a model's own process does not receive, or receives with other values."""
 
 
+METHOD = (
+    "Times are medians of wall time in ms from `encoder(pixel_values, grid)`, with pixel values on the GPU in bf16 "
+    "and the grid on the CPU, until the result is ready; p10–p90 in brackets. The contenders of a row take turns in "
+    "one process, in another order each time. vLLM runs in its own, its calls in a row, which is slower where the GPU "
+    "is at its power limit: beside it, qwenvit's time is the slower of calls in turns and calls in a row. Every call "
+    "of a case has the same grid, and qwenvit caches its table. Best rival: the fastest of those that do the whole "
+    "tower's work; none is named where one was left out of the run. TFLOP/s counts matrix products. MiB is the peak "
+    "of a call above one copy of the weights as the checkpoint has them. It includes results, static buffers, the "
+    "pool of this case's CUDA graph alone (none beyond 32768 patches), padding of weights and cuBLAS' workspaces. No "
+    "speedup is given where the outputs' error against fp32 is above 1.05 times transformers' own in bf16 (3 times, "
+    "where that is above 5 %)."
+)
+"""How the figures are measured, which each result keeps: later runs may measure otherwise."""
+
+
 def empty_result(model: str) -> Result:
-    return {"model": model, "machine": "", "ceilings": "", "gemm": 0.0, "gate": "", "rows": [], "sizes": [],
-            "profiles": {}, "graphs": None, "cold": None, "failed": [], "seconds": {}, "complete": False}  # fmt: skip
+    return {"model": model, "method": f"{METHOD}\n\n{HOW_RIVALS_RUN}", "machine": "", "ceilings": "", "gemm": 0.0,
+            "gate": "", "rows": [], "sizes": [], "profiles": {}, "graphs": None, "cold": None, "failed": [],
+            "seconds": {}, "complete": False}  # fmt: skip
 
 
 def run_model(model: str, options: argparse.Namespace, limits: Ceilings, save: Callable[[Result], None]) -> Result:

@@ -19,24 +19,12 @@ from e2e.verdicts import (
     sizes_text,
     value_of,
 )
-from peers.rivals import HOW_RIVALS_RUN, SDPA, TIMM
+from peers.rivals import SDPA, TIMM
 
 TOWERS_MARKERS = ("<!-- bench_e2e.py: begin -->", "<!-- bench_e2e.py: end -->")
 """Around all figures of whole towers, in BENCHMARKS.md."""
 SPEED_MARKERS = ("<!-- speed: begin -->", "<!-- speed: end -->")
 """Around the short table of speedups, in the README."""
-METHOD = (
-    "Times are medians of wall time in ms from `encoder(pixel_values, grid)`, with pixel values on the GPU in bf16 "
-    "and the grid on the CPU, until the result is ready; p10–p90 in brackets. The contenders of a row take turns in "
-    "one process, in another order each time. vLLM runs in its own, its calls in a row, which is slower where the GPU "
-    "is at its power limit: beside it, qwenvit's time is the slower of calls in turns and calls in a row. Every call "
-    "of a case has the same grid, and qwenvit caches its table. Best rival: the fastest of those that do the whole "
-    "tower's work; none is named where one was left out of the run. TFLOP/s counts matrix products. MiB is the peak "
-    "of a call above one copy of the weights as the checkpoint has them. It includes results, static buffers, the "
-    "pool of this case's CUDA graph alone (none beyond 32768 patches), padding of weights and cuBLAS' workspaces. No "
-    "speedup is given where the outputs' error against fp32 is above 1.05 times transformers' own in bf16 (3 times, "
-    "where that is above 5 %)."
-)
 BARS_METHOD = "Bars are what this project set out to reach, moonshots what it would like to."
 SPEED_ROWS = tuple((model, f"{side}²") for model in ("Qwen2.5-VL-7B", "Qwen3-VL-8B") for side in (448, 896, 1344))
 """Model and case of each row of the README's table."""
@@ -191,17 +179,18 @@ def profile_tables(result: Result, max_kernels: int = 12) -> str:
 
 
 def block(results: Iterable[Result], for_readers: bool) -> str:
-    """Return the sections of all models, under the machines they ran on.
+    """Return the sections of all models, under the machines they ran on, and over how they were measured.
 
     Args:
         results: figures by model.
         for_readers: leave out the project's own bars and moonshots, and the rivals that did not run.
     """
     parts = []
-    for machine, group in itertools.groupby(results, key=lambda result: result["machine"]):
-        parts += [machine, *(section(result, for_readers) for result in group)]
-    method = METHOD if for_readers else f"{METHOD} {BARS_METHOD}"
-    return "\n\n".join([*parts, method, HOW_RIVALS_RUN])
+    for method, measured_alike in itertools.groupby(results, key=lambda result: result["method"]):
+        for machine, group in itertools.groupby(measured_alike, key=lambda result: result["machine"]):
+            parts += [machine, *(section(result, for_readers) for result in group)]
+        parts.append(method)
+    return "\n\n".join(parts if for_readers else [*parts, BARS_METHOD])
 
 
 def speed_table(results: Iterable[Result]) -> str:

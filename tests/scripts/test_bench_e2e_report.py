@@ -17,6 +17,7 @@ from e2e import model_run
 from e2e import report as e2e_report
 from e2e import verdicts as e2e_verdicts
 from e2e.report import SPEED_MARKERS, TOWERS_MARKERS
+from peers.rivals import HOW_RIVALS_RUN
 from qwenvit import parity
 from qwenvit.config.published import published_config
 
@@ -270,10 +271,17 @@ def test_readers_are_shown_no_bars():
         "11.0 s from load to first embedding: loading 2.0 s",
         "61 graphs in 4.0 s",
         "| 448² | 2.00 | 350 | 50% | 32 (32) | 12.00 |",
-        e2e_report.METHOD,
-        e2e_report.HOW_RIVALS_RUN,
+        model_run.METHOD,
+        HOW_RIVALS_RUN,
     ):
         assert text in page
+
+
+def test_each_result_keeps_how_it_was_measured():
+    older = [result_of(row_of()) | {"model": model, "method": "In a fixed order."} for model in ("older", "old")]
+    page = e2e_report.block([*older, result_of(row_of())], for_readers=True)
+    parts = [line for line in page.splitlines() if line.startswith(("### ", "In a fixed order.", "Times are"))]
+    assert parts == ["### older", "### old", "In a fixed order.", "### Qwen3-VL-8B", model_run.METHOD]
 
 
 def test_speed_table():
