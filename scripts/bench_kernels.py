@@ -21,7 +21,7 @@ import json
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -31,6 +31,7 @@ from common.machine import Ceilings, measure_ceilings
 from common.pages import rewrite
 from common.processes import run_in_processes
 from common.progress import progress
+from common.results import save
 from kernel_bench.attention_cases import attention_cases
 from kernel_bench.cases import DTYPE, Case, Measurement, relative_error
 from kernel_bench.compile_time import MODELS, measure_compile_times
@@ -144,8 +145,13 @@ def measure(case: Case, ceilings: Ceilings) -> list[Row]:
     return rows
 
 
-def measure_all(cases: list[Case], ceilings: Ceilings) -> tuple[list[Row], list[str]]:
-    """Measure the cases and print each row at once. Return the rows, and one line for each case that failed."""
+def measure_all(
+    cases: list[Case], ceilings: Ceilings, keep: Callable[[list[Row], list[str]], None]
+) -> tuple[list[Row], list[str]]:
+    """Measure the cases and print each row at once. Return the rows, and one line for each case that failed.
+
+    `keep` is called with both after each case.
+    """
     rows: list[Row] = []
     failed: list[str] = []
     section = ""
@@ -171,11 +177,12 @@ def measure_all(cases: list[Case], ceilings: Ceilings) -> tuple[list[Row], list[
         for row in case_rows:
             print(table_row(row, compared), flush=True)
         rows += case_rows
+        keep(rows, failed)
     return rows, failed
 
 
 def measure_sections(options: argparse.Namespace) -> Results:
-    """Measure the sections of `--only`, print their tables, and return what `--json` gets."""
+    """Measure the sections of `--only`, print their tables, and return what `--json` gets, also after each case."""
     set_up_compile()
     start = time.monotonic()
     libraries = load_libraries(options.fa3, options.fa4)
@@ -191,7 +198,12 @@ def measure_sections(options: argparse.Namespace) -> Results:
             print(f"\n{library} is left out: it was not given (--{library.lower()}).")
     if compile_times:
         print(compile_table(compile_times))
-    rows, failed = measure_all(cases, ceilings)
+    results: Results = {"header": machine, "compile": compile_times, "means": []}
+
+    def keep(rows: list[Row], failed: list[str]) -> None:
+        save(options.json, results | {"rows": rows, "failed": failed})
+
+    rows, failed = measure_all(cases, ceilings, keep)
     if "compile" in options.only:
         failed += [f"compile: {name}: not timed" for name in set(MODELS) - {row["model"] for row in compile_times}]
     means = mean_over_fa4(rows, cases)
@@ -201,7 +213,7 @@ def measure_sections(options: argparse.Namespace) -> Results:
     print("".join(f"\n{bar_text(mean)}\n" for mean in means))
     print(f"{sum(met)} of {len(met)} targets met; {measured} in {took}.")
     print("\n".join(failed))
-    return {"header": machine, "compile": compile_times, "rows": rows, "means": means, "failed": failed}
+    return results | {"rows": rows, "means": means, "failed": failed}
 
 
 def main() -> None:
@@ -223,8 +235,7 @@ def main() -> None:
         results = measure_sections(options)
     else:
         raise SystemExit("bench_kernels.py: needs a GPU, and torch sees none (--read reports earlier figures)")
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1))
+    save(options.json, results)
     if options.chart:
         draw_chart(results["rows"], results["header"].partition(",")[0], options.chart)
     if options.page:

@@ -42,7 +42,7 @@ def read_or_measure(
     return measure(options)
 
 
-def save(path: Path | None, results: Results) -> None:
+def save(path: Path | None, results: Results | dict[str, Any]) -> None:
     """Write figures as JSON, if there is a path: the file is complete at any time, whatever becomes of this process."""
     if path:
         partial = path.with_suffix(".partial")

@@ -163,7 +163,9 @@ def test_the_mean_over_fa4():
 
 
 def test_the_mean_is_printed_and_written(folder, monkeypatch, tmp_path, capsys):
-    def measure_all(cases, _):
+    def measure_all(cases, _, keep):
+        keep(rows_of(cases[:1], 1.05), ["segments: not timed"])
+        assert json.loads(file.read_text())["failed"] == ["segments: not timed"]  # kept, should it be killed now
         return rows_of(cases, 1.05), []
 
     for name in ("set_up_compile", "run_in_processes", "measure_ceilings"):
