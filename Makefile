@@ -1,6 +1,7 @@
 # make demo   a virtual environment, the package, and the bundled pictures encoded
 # make test   the environment, then the tests
 # make test-all   also the long ones
+# make test-gpu   on a GPU, with the torch that PYTHON has: the tests, six families against transformers, memcheck
 # make test-triton   the kernels' tests with another version of Triton: TRITON=3.9.0
 # make test-vllm   the plugin and exported embeddings in a real vLLM engine, in an environment of its own: VLLM=0.24.0
 # make check-vllm-versions   what the plugin uses of vLLM, in the sources of every release that it is meant for
@@ -21,7 +22,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --c
 # A strict editable install lists every file, so that type checkers find qwenvit.kernels and qwenvit.weights.
 EDITABLE := --config-settings editable_mode=strict --editable
 
-.PHONY: demo test test-all test-triton test-vllm check-vllm-versions mutants fuzz lint clean
+.PHONY: demo test test-all test-gpu test-triton test-vllm check-vllm-versions mutants fuzz lint clean
 
 demo: $(VENV)/qwenvit
 	$(VENV)/bin/qwenvit encode scripts/pictures --model demo --output demo-output/embeddings.safetensors
@@ -33,6 +34,17 @@ test: $(VENV)/test
 
 test-all: $(VENV)/test
 	$(VENV)/bin/python -m pytest -n auto
+
+# Nothing is installed: PYTHON needs torch for its GPU, transformers, pytest, pytest-xdist and hypothesis. Comparisons are
+# of official shapes with outlier weights, three at a time.
+GPU_MODELS := qwen2_vl-7b qwen2_5_vl-7b qwen3_vl-8b qwen3_5-9b qwen2_5_omni-7b qwen3_omni-30b-a3b
+test-gpu: export PYTHONPATH := $(CURDIR):$(CURDIR)/tests
+test-gpu:
+	$(PYTHON) -m pytest -n auto -m "not long" tests
+	$(PYTHON) -m pytest -n 2 -m long tests/kernels tests/graphs tests/towers tests/test_program.py
+	printf '%s\n' $(GPU_MODELS) | xargs -P 3 -I MODEL $(PYTHON) scripts/compare_hf.py --random MODEL --impl triton \
+		--dtype bfloat16 --input image batch video --max-pixels 200000 --rounds 0 --device cuda
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) tests/kernels/sanitize.py
 
 # In front of the installed one: torch requires a version of its own.
 test-triton: $(VENV)/test $(VENV)/triton-$(TRITON)
