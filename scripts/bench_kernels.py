@@ -31,7 +31,7 @@ from common.machine import Ceilings, measure_ceilings
 from common.pages import rewrite
 from common.processes import run_in_processes
 from common.progress import progress
-from common.results import save
+from common.results import add_report_arguments, require_gpu, save
 from kernel_bench.attention_cases import attention_cases
 from kernel_bench.cases import DTYPE, Case, Measurement, relative_error
 from kernel_bench.compile_time import MODELS, measure_compile_times
@@ -222,19 +222,14 @@ def main() -> None:
                         help=f"sections to run, of {', '.join(SECTIONS)}; default: all")  # fmt: skip
     parser.add_argument("--fa3", type=Path, help="library of FlashAttention 3 (_vllm_fa3_C), for its columns")
     parser.add_argument("--fa4", type=Path, help="folder to import flash-attn-4 from, for the columns of FA4")
-    parser.add_argument("--read", type=Path, nargs="+", metavar="JSON", help="measure nothing: report earlier figures")
-    parser.add_argument("--json", type=Path, help="write all figures there")
-    parser.add_argument("--chart", type=Path, help="write a chart there (PNG; needs matplotlib)")
-    parser.add_argument("--page", type=Path, help="rewrite the block of BENCHMARKS.md between its two markers")
-    parser.add_argument("--commit", help="what to print as the commit where the checkout has no .git")
+    add_report_arguments(parser)
     options = parser.parse_args()
     if options.read:
         results = merge(json.loads(file.read_text()) for file in options.read)
         print(block(results))
-    elif torch.cuda.is_available():
-        results = measure_sections(options)
     else:
-        raise SystemExit("bench_kernels.py: needs a GPU, and torch sees none (--read reports earlier figures)")
+        require_gpu("bench_kernels.py")
+        results = measure_sections(options)
     save(options.json, results)
     if options.chart:
         draw_chart(results["rows"], results["header"].partition(",")[0], options.chart)

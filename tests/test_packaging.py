@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 FOLDERS = {"qwenvit": "qwenvit", "kernels": "qwenvit/kernels", "weights": "qwenvit/weights"}
 """Folders of the checkout, and where they are in the wheel."""
-SHIPPED = ("kernels", "qwenvit", "scripts", "tests", "weights")
+SHIPPED = (*FOLDERS, "scripts", "tests")
 """Folders of the checkout that the sdist has whole."""
 
 

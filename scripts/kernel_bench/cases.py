@@ -24,6 +24,9 @@ IMAGE_SIDES = (448, 672, 896, 1344)
 PATCH_COUNTS = (1024, 4096, 9216)
 """Rows of the passes over memory: the patches of 448², 896² and 1344² images with patches of 14 pixels."""
 
+FOR_USERS = ("qwenvit", "dispatch")
+"""Names of the implementation of a case that `qwenvit.ops` runs; a case has one of them."""
+
 MakeInputs = Callable[[torch.device, torch.dtype], Inputs]
 
 

@@ -20,7 +20,7 @@ import torch
 
 from common.progress import progress
 from kernel_bench.attention_cases import attention_case
-from kernel_bench.cases import IMAGE_SIDES, Case
+from kernel_bench.cases import FOR_USERS, IMAGE_SIDES, Case
 from kernel_bench.pass_cases import merger_case, norm_case
 from kernel_bench.patch_cases import patch_embed_case
 from kernel_bench.projection_cases import MLP_SHAPES, QKV_SHAPES, mlp_case, qkv_case
@@ -52,7 +52,7 @@ def time_first_calls(model: str) -> float:
     seconds = 0.0
     for case in model_cases(model):
         inputs = case.make_inputs(torch.device("cuda"), torch.bfloat16)
-        operation = case.implementations.get("dispatch") or case.implementations["qwenvit"]
+        operation = next(case.implementations[name] for name in FOR_USERS if name in case.implementations)
         torch.cuda.synchronize()
         start = time.perf_counter()
         operation.call(inputs)

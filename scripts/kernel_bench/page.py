@@ -7,8 +7,9 @@ from typing import Any
 
 from common.pages import table
 from kernel_bench.attention_cases import TORCH_ROPE, TRITON_ROPE
+from kernel_bench.cases import FOR_USERS
 from kernel_bench.length_cases import OVER_FA4
-from kernel_bench.report import FOR_USERS, SECTIONS, Row, rows_for_users
+from kernel_bench.report import SECTIONS, Row, rows_for_users
 
 Results = dict[str, Any]
 """What one run writes to `--json`: header, compile, rows, means, failed."""

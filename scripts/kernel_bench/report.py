@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from kernel_bench.cases import Case
+from kernel_bench.cases import FOR_USERS, Case
 from kernel_bench.length_cases import OVER_FA4
 from kernel_bench.timing import LIBRARIES
 
@@ -29,8 +29,6 @@ FA4_MEAN_LIMIT = 1.08
 """Speed over FlashAttention 4 to reach in the geometric mean of all cases that have a target over it."""
 Row = dict[str, Any]
 """One line of a table; its keys are those of `--json`."""
-FOR_USERS = ("qwenvit", "dispatch")
-"""Names of the implementation of a case that `qwenvit.ops` runs."""
 
 
 def rows_for_users(rows: Iterable[Row]) -> list[Row]:
