@@ -13,7 +13,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import cast
 
 import torch
@@ -64,7 +64,7 @@ class GraphedTower:
     def __init__(self, tower: FastTower) -> None:
         self._tower = weakref.ref(tower)
         self._lock = threading.Lock()
-        self._prepared = OrderedDict[bytes, PreparedGrids]()
+        self._prepared = OrderedDict[tuple[int, ...], PreparedGrids]()
         self._reading_orders = OrderedDict[tuple[bytes, bool], Tensor]()
         self._sharing = OrderedDict[Layers, GraphSharing]()
         self._capture_streams: dict[torch.device, torch.cuda.Stream] = {}
@@ -78,6 +78,10 @@ class GraphedTower:
     def tower(self) -> FastTower:
         """The tower that owns this; None after the tower is gone."""
         return cast(FastTower, self._tower())
+
+    def serves(self, tower: FastTower) -> bool:
+        """Whether these are graphs of this tower, of weights on a GPU: a shallow copy has those of the original."""
+        return self._tower() is tower and self._weights.on_gpu()
 
     def _reset(self) -> None:
         """Drop all graphs, and start again with the weights as they are now."""
@@ -137,18 +141,23 @@ class GraphedTower:
     ) -> TowerOutput | list[Tensor]:
         if torch.cuda.is_current_stream_capturing():
             raise ValueError("the encoder captures graphs of its own: capture enc.tower(pixel_values, plan) in yours")
-        if isinstance(pixel_values, Tensor):
+        if isinstance(pixel_values, Tensor) and pixel_values.requires_grad:
             refuse_gradients([pixel_values])
         with self._lock:
-            prepared = self._prepare(grid)
-            captured = prepared.capacity is not None and self._graph_key(prepared.capacity, layers) in self._graphs
-            if not captured:
+            grids = self._prepare(grid)
+            capacity = grids.capacity
+            graph = None if capacity is None else self._graphs.get(self._graph_key(capacity, layers))
+            if capacity is None or graph is None:
                 self._reset_if_weights_moved()
-            output = self._run(pixel_values, prepared, layers, by_token)
-            # Replay first and check for moved weights while the GPU works. Old memory stays allocated, so a stale
-            # replay is safe; then run again.
-            if captured and self._reset_if_weights_moved():
-                output = self._run(pixel_values, prepared, layers, by_token)
+                output = self._run(pixel_values, grids, layers, by_token)
+            else:
+                # Replay first, and count this use and check for moved weights while the GPU works. Old memory stays
+                # allocated, so a stale replay is safe; then run again.
+                with self._serialized():
+                    output = self._replay(graph, pixel_values, grids, by_token)
+                    self._graph_to_run(capacity, layers)
+                if self._reset_if_weights_moved():
+                    output = self._run(pixel_values, grids, layers, by_token)
             refuse_gradients(self._weights.parameters)
         return output
 
@@ -180,17 +189,18 @@ class GraphedTower:
     def _run(
         self, pixel_values: Tensor | WritePixels, grids: PreparedGrids, layers: Layers, by_token: bool
     ) -> TowerOutput | list[Tensor]:
-        def order() -> Tensor:
-            return self._reading_order(grids, by_token)
-
         with self._serialized():
             if grids.capacity is None:
-                return self._run_unpadded(pixel_values, grids, layers, order)
-            graph = self._graph_to_run(grids.capacity, layers)
-            table, patches = self._table(grids, graph.capacity.items), grids.needed.patches
-            if layers:
-                return graph.replay_states(table, pixel_values, patches, order)
+                return self._run_unpadded(pixel_values, grids, layers, by_token)
+            return self._replay(self._graph_to_run(grids.capacity, layers), pixel_values, grids, by_token)
+
+    def _replay(
+        self, graph: Graph, pixel_values: Tensor | WritePixels, grids: PreparedGrids, by_token: bool
+    ) -> TowerOutput | list[Tensor]:
+        table, patches = self._table(grids, graph.capacity.items), grids.needed.patches
+        if not graph.layers:
             return graph.replay(table, pixel_values, patches)
+        return graph.replay_states(table, pixel_values, patches, partial(self._reading_order, grids, by_token))
 
     def _table(self, grids: PreparedGrids, items: int) -> Tensor:
         if items not in grids.tables:
@@ -207,7 +217,7 @@ class GraphedTower:
         return self._reading_orders[key]
 
     def _run_unpadded(
-        self, pixel_values: Tensor | WritePixels, grids: PreparedGrids, layers: Layers, order: Callable[[], Tensor]
+        self, pixel_values: Tensor | WritePixels, grids: PreparedGrids, layers: Layers, by_token: bool
     ) -> TowerOutput | list[Tensor]:
         """Run a batch that is too large for a graph."""
         weight = self.tower.patch_embed.weight
@@ -221,26 +231,28 @@ class GraphedTower:
             plan = device_plan.compute_plan(table, angles, self.tower.config, grids.needed, self.tower.impl)
             pixel_values = pixel_values.to(self.device)
             if layers:
-                index = order().to(self.device, non_blocking=True)
+                index = self._reading_order(grids, by_token).to(self.device, non_blocking=True)
                 return ordered_hidden_states(self.tower, pixel_values, plan, layers, index)
             return cast(TowerOutput, self.tower(pixel_values, plan))
 
     def _prepare(self, grid: CheckedGrid) -> PreparedGrids:
-        key = grid.key or grid.tensor.numpy().tobytes()  # no key if torch.compile traced `check_grid`
-        if key not in self._prepared:
+        # No sizes if torch.compile traced `check_grid`.
+        sizes = grid.sizes or check_grid(grid.tensor, self.tower.config.spatial_merge_size).sizes
+        prepared = self._prepared.get(sizes)
+        if prepared is None:
             config = self.tower.config
             needed = device_plan.measure_grids(grid.tensor, config)
             capacity = capacity_for(needed, config.merge_unit) if needed.patches <= MAX_GRAPH_PATCHES else None
             own = grid.tensor.clone()  # the caller may write to the tensor, and tables are made later
-            self._prepared[key] = PreparedGrids(own, needed, capacity, {})
+            self._prepared[sizes] = prepared = PreparedGrids(own, needed, capacity, {})
             if len(self._prepared) > MAX_PREPARED_GRIDS:
                 self._prepared.popitem(last=False)
-        return self._prepared[key]
+        return prepared
 
     @contextmanager
     def _serialized(self) -> Iterator[None]:
         """Make the GPU start this call's work after that of earlier calls, on whichever streams these ran."""
-        stream = torch.cuda.current_stream(self.device)
+        stream = torch.cuda.current_stream(self.device.index)  # of a device, torch asks for the index
         stream.wait_event(self._last_call_done)
         try:
             yield
@@ -376,15 +388,14 @@ def _default_modes(device: torch.device) -> Iterator[None]:
 
 def graphs_of(tower: nn.Module) -> GraphedTower | None:
     """Return the tower's graphs, made at the first call; None for a tower that does not run in graphs."""
-    if not isinstance(tower, FastTower) or tower.impl == "reference" or not tower.patch_embed.weight.is_cuda:
+    if not isinstance(tower, FastTower) or tower.impl == "reference":
         return None
-    if not _has_own_graphs(tower):
-        with CAPTURE_LOCK:
-            if not _has_own_graphs(tower):
-                tower.graphs = GraphedTower(tower)
-    return cast(GraphedTower, tower.graphs)
-
-
-def _has_own_graphs(tower: FastTower) -> bool:
-    """Whether the tower has graphs of its own weights: a shallow copy of a tower has those of the original."""
-    return tower.graphs is not None and tower.graphs.tower is tower
+    graphs: GraphedTower | None = tower.graphs
+    if graphs is not None and graphs.serves(tower):
+        return graphs
+    if not tower.patch_embed.weight.is_cuda:
+        return None
+    with CAPTURE_LOCK:
+        if tower.graphs is None or not tower.graphs.serves(tower):
+            tower.graphs = GraphedTower(tower)
+        return cast(GraphedTower, tower.graphs)

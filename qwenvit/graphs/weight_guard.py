@@ -28,6 +28,11 @@ class WeightGuard:
         self._first_snapshot = self._snapshot()
         self.retain_memory()
 
+    def on_gpu(self) -> bool:
+        """Whether the first parameter is on a GPU: the one that the module has now in place of the first it had."""
+        first = self._parameters.current(0)
+        return first is not None and bool(first.is_cuda)
+
     def retain_memory(self) -> None:
         """Keep the memory of the parameters allocated, even if they move elsewhere."""
         self._memory = [parameter.detach() for parameter in self.parameters]
@@ -60,6 +65,9 @@ class _DictEntries:
     def __init__(self, entries: Iterable[tuple[dict[str, Any], str]]) -> None:
         self._dicts, self._names = (list(column) for column in zip(*entries, strict=True))
         self.values: list[Any] = list(map(dict.get, self._dicts, self._names))
+
+    def current(self, index: int) -> Any:
+        return self._dicts[index].get(self._names[index])
 
     def are_same_objects(self) -> bool:
         return all(map(is_, map(dict.get, self._dicts, self._names), self.values))

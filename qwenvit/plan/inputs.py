@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -24,8 +25,8 @@ class CheckedGrid(NamedTuple):
     """`[items, 3]` int64 on the CPU: frame groups, rows and columns of patches of each item."""
     patches: int
     """Patches of all items together."""
-    key: bytes
-    """The bytes of `tensor`, under which to cache what depends on it; empty while torch.compile traces."""
+    sizes: tuple[int, ...]
+    """The numbers of `tensor`, under which to cache what depends on it; empty while torch.compile traces."""
 
 
 def check_grid(grid_thw: Tensor | Sequence[Sequence[int]], spatial_merge_size: int) -> CheckedGrid:
@@ -52,17 +53,16 @@ def check_grid(grid_thw: Tensor | Sequence[Sequence[int]], spatial_merge_size: i
         grid = grid.to("cpu", torch.int64)
     if not shape[0]:
         raise ValueError("grid_thw: expected at least one item, got none")
-    rows = grid.numpy()  # small operations cost numpy a fraction of torch's time
-    if torch.compiler.is_compiling():  # Dynamo traces into the cache and does not know bytes
-        return CheckedGrid(grid, _count_patches(rows, spatial_merge_size), b"")
-    key = rows.tobytes()
-    return CheckedGrid(grid, _count_patches_cached(key, spatial_merge_size), key)
+    if torch.compiler.is_compiling():  # Dynamo traces into the cache, and knows no numbers of a list
+        return CheckedGrid(grid, _count_patches(grid.numpy(), spatial_merge_size), ())
+    sizes = tuple(chain.from_iterable(grid.tolist()))  # on a cold host sooner there than numpy's bytes (TUNING.md)
+    return CheckedGrid(grid, _count_patches_cached(sizes, spatial_merge_size), sizes)
 
 
 @lru_cache(maxsize=1024)
-def _count_patches_cached(grid: bytes, spatial_merge_size: int) -> int:
+def _count_patches_cached(sizes: tuple[int, ...], spatial_merge_size: int) -> int:
     """Count the patches of grids that often come again: checking them anew delays the GPU (TUNING.md)."""
-    return _count_patches(np.frombuffer(grid, dtype=np.int64).reshape(-1, 3), spatial_merge_size)
+    return _count_patches(np.array(sizes, dtype=np.int64).reshape(-1, 3), spatial_merge_size)
 
 
 def _count_patches(rows: np.ndarray, spatial_merge_size: int) -> int:
@@ -94,6 +94,8 @@ def check_pixel_values(pixel_values: Tensor, grid: CheckedGrid, config: VisionCo
     if not isinstance(pixel_values, Tensor) or not pixel_values.is_floating_point():
         got = pixel_values.dtype if isinstance(pixel_values, Tensor) else type(pixel_values).__name__
         raise TypeError(f"pixel_values: expected a floating tensor [patches, {config.patch_dim}], got {got}")
+    if pixel_values.shape == (grid.patches, config.patch_dim):
+        return
     shape = list(pixel_values.shape)
     if len(shape) != 2 or shape[1] != config.patch_dim:
         hint = "; for whole images use encode(), which cuts them into patches" if len(shape) in (3, 4, 5) else ""
@@ -101,8 +103,7 @@ def check_pixel_values(pixel_values: Tensor, grid: CheckedGrid, config: VisionCo
             f"pixel_values: expected [patches, {config.patch_dim}] (channels x frames x height x width of a patch), "
             f"got {shape}{hint}"
         )
-    if shape[0] != grid.patches:
-        more = f" and {len(grid.tensor) - 8} more" if len(grid.tensor) > 8 else ""
-        raise ValueError(
-            f"pixel_values: grid_thw {grid.tensor[:8].tolist()}{more} describes {grid.patches} patches, got {shape[0]}"
-        )
+    more = f" and {len(grid.tensor) - 8} more" if len(grid.tensor) > 8 else ""
+    raise ValueError(
+        f"pixel_values: grid_thw {grid.tensor[:8].tolist()}{more} describes {grid.patches} patches, got {shape[0]}"
+    )

@@ -113,13 +113,16 @@ def cold_text(cold: Row, with_bar: bool) -> str:
 def graphs_text(costs: Row) -> str:
     mebibytes = {name: count / 2**20 for name, count in costs["memory"].items()}
     host = costs["host"]
+    launch = ""
+    if "launch" in host:
+        launch = f"launches its graph after {host['launch']:.0f} µs ({host['cold_launch']:.0f} on a cold host) and "
     waits = f"having waited for the GPU {host['waited']} times" if host["waited"] else "without waiting for the GPU"
     return (
         f"CUDA graphs: a capture takes {costs['capture'][LARGE]:.0f} ms at {LARGE}, then {costs['capture'][SMALL]:.0f} "
         f"ms at {SMALL}; the first takes {mebibytes[LARGE]:.0f} MiB, the second adds {mebibytes[SMALL]:.0f} MiB. "
         f"`warmup` for one image of any size up to {LARGE}: {costs['graphs']} graphs in {costs['seconds']:.1f} s, "
         f"{costs['held'] / 2**20:.0f} MiB, and {costs['driver'] / 2**20:.0f} MiB of the driver's own. A call at "
-        f"{SMALL} returns after {host['us']:.0f} µs, {waits}"
+        f"{SMALL} {launch}returns after {host['us']:.0f} µs, {waits}"
     )
 
 

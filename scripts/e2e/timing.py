@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from torch.autograd import DeviceType
 
@@ -16,6 +17,8 @@ from common.tower_inputs import Outputs, TowerCall
 
 REPEATS = 20
 """Calls of a measurement that is not interleaved with rivals."""
+CACHE_BYTES = 2**27
+"""Written to overwrite a CPU's caches: more than the third level has that a core of today's servers can fill."""
 WARM_IN_A_ROW, IN_A_ROW = 40, 30
 """Untimed and timed calls in a row: as many as the figures of `--vllm` are medians of, and as many before them."""
 
@@ -99,25 +102,39 @@ def peak_memory(prepare: Callable[[], TowerCall]) -> tuple[int, Outputs]:
 
 
 def host_time(call: Call) -> dict[str, float]:
-    """Time the host part of a call while the GPU is busy with earlier work.
+    """Time the host part of a call, which replays a CUDA graph, while the GPU is busy with earlier work.
 
     Returns:
-        `us`: median microseconds until the call returns; `waited`: number of calls that returned after the earlier work
-        was done, so that the host may have waited for it.
+        `us`: median microseconds until the call returns; `launch`, `cold_launch`: until it launches its graph, one call
+        after another and after the CPU's caches were overwritten, as other work between calls does; `waited`: number of
+        calls of the former that returned after the earlier work was done, so that the host may have waited for it.
     """
-    spent, waited = [], 0
-    for _ in range(REPEATS):
+    replay, launched = torch.cuda.CUDAGraph.replay, list[float]()
+
+    def noted(graph: torch.cuda.CUDAGraph) -> None:
+        launched.append(time.perf_counter())
+        replay(graph)
+
+    def run(overwritten: np.ndarray) -> tuple[float, float, bool]:
         torch.cuda.synchronize()
+        overwritten.fill(len(launched) % 256)
         torch.cuda._sleep(BUSY_CYCLES)
         busy = torch.cuda.Event()
         busy.record()
         start = time.perf_counter()
         out = call()
-        spent.append((time.perf_counter() - start) * 1e6)
-        waited += busy.query()
+        returned = time.perf_counter()
+        waited = busy.query()
         del out
+        return (launched[-1] - start) * 1e6, (returned - start) * 1e6, waited
+
+    caches = np.empty(CACHE_BYTES, dtype=np.uint8)
+    with mock.patch.object(torch.cuda.CUDAGraph, "replay", noted):
+        launches, returns, waits = zip(*(run(caches[:0]) for _ in range(REPEATS)), strict=True)
+        cold_launches = [run(caches)[0] for _ in range(REPEATS)]
     torch.cuda.synchronize()
-    return {"us": statistics.median(spent), "waited": waited}
+    medians = {"us": returns, "launch": launches, "cold_launch": cold_launches}
+    return {name: statistics.median(times) for name, times in medians.items()} | {"waited": sum(waits)}
 
 
 def replay_time(call: Call) -> float:

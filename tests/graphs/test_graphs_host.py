@@ -69,7 +69,12 @@ def test_one_frame_stays_one(tokens, windows, side):
 def no_cuda(monkeypatch):
     """Replace torch.cuda by stubs of what `GraphedTower` calls while no graph is captured or replayed."""
     stub = SimpleNamespace(
-        device=contextlib.nullcontext, Stream=Mock(), Event=Mock(), synchronize=Mock(), is_current_stream_capturing=bool
+        device=contextlib.nullcontext,
+        Stream=Mock(),
+        Event=Mock(),
+        current_stream=Mock(),
+        synchronize=Mock(),
+        is_current_stream_capturing=bool,
     )
     monkeypatch.setattr(torch, "cuda", stub)
     return stub
@@ -108,8 +113,7 @@ def calls(no_cuda, monkeypatch):
             assert patches <= self.capacity.patches
             made.append(("replayed", self.capacity.patches, pixel_values, self.layers))
 
-    for name in ("current_stream", "graph_pool_handle"):
-        setattr(no_cuda, name, Mock())
+    no_cuda.graph_pool_handle = Mock()
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda table: table)
     monkeypatch.setattr(graphed_tower, "Graph", StubGraph)
     return made
@@ -418,7 +422,8 @@ def test_moved_weights_are_found_before_a_capture_and_after_a_replay(no_cuda, mo
     tower = cpu_tower()
     graphs, grid, runs = GraphedTower(tower), check_grid([[1, 4, 4]], 2), []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda table: table)
-    monkeypatch.setattr(graphs, "_run", lambda *_: runs.append(graphs._weights.weights_unmoved()))
+    for name in ("_run", "_replay"):
+        monkeypatch.setattr(graphs, name, lambda *_: runs.append(graphs._weights.weights_unmoved()))
     if captured:
         pretend_captured(graphs, grid)
     graphs._encode(torch.zeros(16, 1), grid)
@@ -429,15 +434,15 @@ def test_moved_weights_are_found_before_a_capture_and_after_a_replay(no_cuda, mo
     no_cuda.synchronize.assert_called_once_with(graphs.device)
 
 
-def test_grids_without_a_key_are_told_apart(no_cuda, monkeypatch):
-    """torch.compile may trace `check_grid`, which then gives no key, and run the graphs outside the trace."""
+def test_grids_without_sizes_are_told_apart(no_cuda, monkeypatch):
+    """torch.compile may trace `check_grid`, which then gives no sizes, and run the graphs outside the trace."""
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda table: table)
     tower = cpu_tower()
     graphs = GraphedTower(tower)
     for size in ([1, 4, 8], [1, 8, 4]):
         grid = check_grid([size], 2)
         table = graphs._table(graphs._prepare(grid), 1)
-        assert torch.equal(graphs._table(graphs._prepare(grid._replace(key=b"")), 1), table)
+        assert torch.equal(graphs._table(graphs._prepare(grid._replace(sizes=())), 1), table)
         assert table[0, 3:].tolist() == size[1:]
 
 
@@ -446,7 +451,8 @@ def test_hooks_are_refused_and_not_captured(no_cuda, monkeypatch, captured):
     tower = cpu_tower()
     graphs, grid, runs = GraphedTower(tower), check_grid([[1, 4, 4]], 2), []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda table: table)
-    monkeypatch.setattr(graphs, "_run", lambda *_: runs.append(1))
+    for name in ("_run", "_replay"):
+        monkeypatch.setattr(graphs, name, lambda *_: runs.append(1))
     if captured:
         pretend_captured(graphs, grid)
     handle = tower.blocks[0].register_forward_hook(lambda *_: None)
@@ -503,6 +509,24 @@ def test_a_shallow_copy_has_graphs_of_its_own(no_cuda, monkeypatch):
     assert graphs_of(tower) is first
     assert twin.graphs is first
     assert graphs_of(twin).tower is twin
+
+
+@pytest.mark.parametrize("replaced", [True, False])
+def test_a_tower_whose_weights_left_the_gpu_has_no_graphs(no_cuda, monkeypatch, replaced):
+    """Whether they were replaced, as by `load_state_dict(..., assign=True)`, or moved where they are."""
+    tower = cpu_tower()
+    on_gpu = {id(parameter) for parameter in tower.parameters()}
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: id(tensor) in on_gpu))
+    graphs, weight = graphs_of(tower), tower.patch_embed.weight
+    assert graphs_of(tower) is graphs is not None
+    if replaced:
+        tower.patch_embed.weight = torch.nn.Parameter(weight.clone())
+    else:
+        on_gpu.remove(id(weight))
+    assert graphs_of(tower) is None
+    tower.patch_embed.weight = weight
+    on_gpu.add(id(weight))
+    assert graphs_of(tower) is graphs
 
 
 def test_both_torch_settings_of_tf32_are_read():

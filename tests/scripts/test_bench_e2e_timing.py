@@ -126,22 +126,46 @@ def test_replays_are_timed_alone(monkeypatch):
     assert Graph.replay is original
 
 
-def test_host_time_counts_calls_that_waited(monkeypatch):
-    for waits in (False, True):
-        done = [False]
+@pytest.mark.parametrize("waits", [False, True])
+def test_host_time_is_until_the_launch_and_the_return(monkeypatch, waits):
+    now, done, replayed, caches_are_warm = [0.0], [False], [], [True]
 
-        class Event:
-            def record(self):
-                pass
+    class Event:
+        def record(self):
+            pass
 
-            def query(self):
-                return done[0]  # noqa: B023 (called within this iteration)
+        def query(self):
+            return done[0]
 
-        cuda = SimpleNamespace(Event=Event, synchronize=lambda: None, _sleep=lambda _: None)
-        monkeypatch.setattr(torch, "cuda", cuda)
-        found = e2e_timing.host_time(lambda: done.__setitem__(0, waits))  # noqa: B023
-        assert found["waited"] == (e2e_timing.REPEATS if waits else 0)
-        assert found["us"] > 0
+    class Graph:
+        def replay(self):
+            replayed.append(now[0])
+            now[0] += 0.5
+
+    class Caches:
+        def __getitem__(self, part):
+            assert part == slice(0)
+            return SimpleNamespace(fill=lambda _: None)
+
+        def fill(self, _):
+            caches_are_warm[0] = False
+
+    def call():
+        now[0] += 0.25 if caches_are_warm[0] else 1.0
+        caches_are_warm[0] = True
+        Graph().replay()
+        done[0] = waits
+
+    original = Graph.replay
+    cuda = SimpleNamespace(CUDAGraph=Graph, Event=Event, synchronize=lambda: None, _sleep=lambda _: None)
+    monkeypatch.setattr(torch, "cuda", cuda)
+    monkeypatch.setattr(e2e_timing.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(e2e_timing.np, "empty", lambda *_, **__: Caches())
+    found = e2e_timing.host_time(call)
+    assert found.pop("waited") == (e2e_timing.REPEATS if waits else 0)
+    assert found == {"us": 0.75e6, "launch": 0.25e6, "cold_launch": 1e6}
+    assert len(replayed) == 2 * e2e_timing.REPEATS
+    assert Graph.replay is original
 
 
 def test_call_with_capacity_replaces_the_capacity_alone(monkeypatch):
