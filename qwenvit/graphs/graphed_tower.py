@@ -34,7 +34,7 @@ from qwenvit.graphs.graph import Graph, GraphKey, Layers, memory_extent
 from qwenvit.graphs.sharing import GraphSharing
 from qwenvit.graphs.weight_guard import WeightGuard
 from qwenvit.outputs import TowerOutput
-from qwenvit.plan.inputs import CheckedGrid, WritePixels, check_grid
+from qwenvit.plan.inputs import CheckedGrid, WritePixels, check_grid, sizes_of
 from qwenvit.plan.reading_order import reading_order
 from qwenvit.towers.fast import FastTower, refuse_gradients
 from qwenvit.towers.hidden_states import ordered_hidden_states
@@ -152,10 +152,11 @@ class GraphedTower:
                 output = self._run(pixel_values, grids, layers, by_token)
             else:
                 # Replay first, and count this use and check for moved weights while the GPU works. Old memory stays
-                # allocated, so a stale replay is safe; then run again.
+                # allocated, so a stale replay is safe; then run again, without the stale graph's memory.
                 with self._serialized():
                     output = self._replay(graph, pixel_values, grids, by_token)
                     self._graph_to_run(capacity, layers)
+                del graph
                 if self._reset_if_weights_moved():
                     output = self._run(pixel_values, grids, layers, by_token)
             refuse_gradients(self._weights.parameters)
@@ -236,8 +237,7 @@ class GraphedTower:
             return cast(TowerOutput, self.tower(pixel_values, plan))
 
     def _prepare(self, grid: CheckedGrid) -> PreparedGrids:
-        # No sizes if torch.compile traced `check_grid`.
-        sizes = grid.sizes or check_grid(grid.tensor, self.tower.config.spatial_merge_size).sizes
+        sizes = grid.sizes or sizes_of(grid.tensor)
         prepared = self._prepared.get(sizes)
         if prepared is None:
             config = self.tower.config
@@ -373,7 +373,7 @@ def _encode_untraced() -> Callable[..., TowerOutput | list[Tensor]]:
     def encode(
         graphs: GraphedTower, pixel_values: Tensor, grid_thw: Tensor, layers: Layers = (), by_token: bool = False
     ) -> TowerOutput | list[Tensor]:
-        grid = check_grid(grid_thw, graphs.tower.config.spatial_merge_size)  # for its key, unknown while tracing
+        grid = check_grid(grid_thw, graphs.tower.config.spatial_merge_size)  # for its sizes, unknown while tracing
         return graphs._encode(pixel_values, grid, layers, by_token)
 
     return torch.compiler.disable(encode)

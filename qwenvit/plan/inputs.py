@@ -26,7 +26,8 @@ class CheckedGrid(NamedTuple):
     patches: int
     """Patches of all items together."""
     sizes: tuple[int, ...]
-    """The numbers of `tensor`, under which to cache what depends on it; empty while torch.compile traces."""
+    """The numbers of `tensor`, under which to cache what depends on it; empty while torch.compile compiles, which in
+    torch's flag may be in another thread: then `sizes_of` gives them."""
 
 
 def check_grid(grid_thw: Tensor | Sequence[Sequence[int]], spatial_merge_size: int) -> CheckedGrid:
@@ -55,8 +56,13 @@ def check_grid(grid_thw: Tensor | Sequence[Sequence[int]], spatial_merge_size: i
         raise ValueError("grid_thw: expected at least one item, got none")
     if torch.compiler.is_compiling():  # Dynamo traces into the cache, and knows no numbers of a list
         return CheckedGrid(grid, _count_patches(grid.numpy(), spatial_merge_size), ())
-    sizes = tuple(chain.from_iterable(grid.tolist()))  # on a cold host sooner there than numpy's bytes (TUNING.md)
+    sizes = sizes_of(grid)
     return CheckedGrid(grid, _count_patches_cached(sizes, spatial_merge_size), sizes)
+
+
+def sizes_of(grid: Tensor) -> tuple[int, ...]:
+    """Return the numbers of a checked `[items, 3]` grid: of a few items sooner there than numpy's bytes (TUNING.md)."""
+    return tuple(chain.from_iterable(grid.tolist()))
 
 
 @lru_cache(maxsize=1024)

@@ -17,8 +17,8 @@ from common.tower_inputs import Outputs, TowerCall
 
 REPEATS = 20
 """Calls of a measurement that is not interleaved with rivals."""
-CACHE_BYTES = 2**27
-"""Written to overwrite a CPU's caches: more than the third level has that a core of today's servers can fill."""
+CACHE_BYTES = 2**28
+"""Read and written to empty a CPU's caches: the largest have about as much."""
 WARM_IN_A_ROW, IN_A_ROW = 40, 30
 """Untimed and timed calls in a row: as many as the figures of `--vllm` are medians of, and as many before them."""
 
@@ -102,12 +102,15 @@ def peak_memory(prepare: Callable[[], TowerCall]) -> tuple[int, Outputs]:
 
 
 def host_time(call: Call) -> dict[str, float]:
-    """Time the host part of a call, which replays a CUDA graph, while the GPU is busy with earlier work.
+    """Time the host part of a call that replays a CUDA graph, while the GPU is busy with earlier work.
 
     Returns:
-        `us`: median microseconds until the call returns; `launch`, `cold_launch`: until it launches its graph, one call
-        after another and after the CPU's caches were overwritten, as other work between calls does; `waited`: number of
-        calls of the former that returned after the earlier work was done, so that the host may have waited for it.
+        `us`, `launch`: median microseconds until the call returns, and until it launches its graph; `cold_launch`: the
+        latter while the GPU is idle and the CPU's caches hold other data; `waited`: number of calls that returned after
+        the earlier work was done, so that the host may have waited for it.
+
+    Raises:
+        RuntimeError: a call replays no graph.
     """
     replay, launched = torch.cuda.CUDAGraph.replay, list[float]()
 
@@ -115,23 +118,32 @@ def host_time(call: Call) -> dict[str, float]:
         launched.append(time.perf_counter())
         replay(graph)
 
-    def run(overwritten: np.ndarray) -> tuple[float, float, bool]:
-        torch.cuda.synchronize()
-        overwritten.fill(len(launched) % 256)
-        torch.cuda._sleep(BUSY_CYCLES)
-        busy = torch.cuda.Event()
-        busy.record()
+    def timed() -> tuple[float, float]:
+        launched.clear()
         start = time.perf_counter()
         out = call()
         returned = time.perf_counter()
-        waited = busy.query()
+        if not launched:
+            raise RuntimeError("the call replays no CUDA graph")
         del out
-        return (launched[-1] - start) * 1e6, (returned - start) * 1e6, waited
+        return (launched[0] - start) * 1e6, (returned - start) * 1e6
 
-    caches = np.empty(CACHE_BYTES, dtype=np.uint8)
+    def busy() -> tuple[float, float, bool]:
+        torch.cuda.synchronize()
+        torch.cuda._sleep(BUSY_CYCLES)
+        earlier = torch.cuda.Event()
+        earlier.record()
+        return *timed(), earlier.query()
+
+    def cold() -> float:
+        torch.cuda.synchronize()
+        np.add(other_data, 1, out=other_data)
+        return timed()[0]
+
+    other_data = np.zeros(CACHE_BYTES, dtype=np.uint8)
     with mock.patch.object(torch.cuda.CUDAGraph, "replay", noted):
-        launches, returns, waits = zip(*(run(caches[:0]) for _ in range(REPEATS)), strict=True)
-        cold_launches = [run(caches)[0] for _ in range(REPEATS)]
+        launches, returns, waits = zip(*(busy() for _ in range(REPEATS)), strict=True)
+        cold_launches = [cold() for _ in range(REPEATS)]
     torch.cuda.synchronize()
     medians = {"us": returns, "launch": launches, "cold_launch": cold_launches}
     return {name: statistics.median(times) for name, times in medians.items()} | {"waited": sum(waits)}

@@ -435,15 +435,39 @@ def test_moved_weights_are_found_before_a_capture_and_after_a_replay(no_cuda, mo
 
 
 def test_grids_without_sizes_are_told_apart(no_cuda, monkeypatch):
-    """torch.compile may trace `check_grid`, which then gives no sizes, and run the graphs outside the trace."""
+    """`check_grid` gives none while torch.compile compiles, in any thread; the graphs may run then or later."""
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda table: table)
-    tower = cpu_tower()
+    tower, compiling = cpu_tower(), [False]
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling[0])
     graphs = GraphedTower(tower)
     for size in ([1, 4, 8], [1, 8, 4]):
-        grid = check_grid([size], 2)
-        table = graphs._table(graphs._prepare(grid), 1)
-        assert torch.equal(graphs._table(graphs._prepare(grid._replace(sizes=())), 1), table)
-        assert table[0, 3:].tolist() == size[1:]
+        for checked, run in ((False, False), (True, False), (True, True), (False, True)):
+            compiling[0] = checked
+            grid = check_grid([size], 2)
+            assert bool(grid.sizes) == (not checked)
+            compiling[0] = run
+            prepared = graphs._prepare(grid)
+            assert graphs._table(prepared, 1)[0, 3:].tolist() == size[1:]
+    assert len(graphs._prepared) == 2
+
+
+def test_no_stale_graph_is_left_when_the_next_is_captured(calls, monkeypatch):
+    """It would keep the pool allocated that it shared, beside the new one."""
+    alive = []
+
+    class WatchedGraph(graphed_tower.Graph):
+        def __init__(self, *arguments):
+            assert not [graph for graph in alive if graph() is not None]
+            alive.append(weakref.ref(self))
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(graphed_tower, "Graph", WatchedGraph)
+    tower = cpu_tower()
+    graphs = GraphedTower(tower)
+    images(graphs, 64, 64)
+    tower.merger.fc1.weight.data = tower.merger.fc1.weight.data.clone()
+    images(graphs, 64)
+    assert len(alive) == len(captured(calls)) == 2
 
 
 @pytest.mark.parametrize("captured", [True, False])

@@ -53,6 +53,8 @@ MUTANTS = [
         ("GraphedTower._encode", "self._graph_to_run(capacity, layers)", "pass"),
         ("GraphedTower._encode", "if self._reset_if_weights_moved():", "if False:"),
         ("GraphedTower.serves", " and self._weights.on_gpu()", ""),
+        ("GraphedTower._encode", "del graph", "pass"),
+        ("GraphedTower._prepare", "grid.sizes or sizes_of(grid.tensor)", "grid.sizes"),
         ("GraphedTower.serves", "self._tower() is tower and ", ""),
         ("GraphedTower._graph_for", "with CAPTURE_LOCK, ", "with "),
         ("GraphedTower._graph_for", "self._graphs.move_to_end(key)", "pass"),

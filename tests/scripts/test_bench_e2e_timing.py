@@ -128,7 +128,7 @@ def test_replays_are_timed_alone(monkeypatch):
 
 @pytest.mark.parametrize("waits", [False, True])
 def test_host_time_is_until_the_launch_and_the_return(monkeypatch, waits):
-    now, done, replayed, caches_are_warm = [0.0], [False], [], [True]
+    now, done, caches_are_warm, replays = [0.0], [False], [True], [True]
 
     class Event:
         def record(self):
@@ -139,32 +139,30 @@ def test_host_time_is_until_the_launch_and_the_return(monkeypatch, waits):
 
     class Graph:
         def replay(self):
-            replayed.append(now[0])
             now[0] += 0.5
-
-    class Caches:
-        def __getitem__(self, part):
-            assert part == slice(0)
-            return SimpleNamespace(fill=lambda _: None)
-
-        def fill(self, _):
-            caches_are_warm[0] = False
 
     def call():
         now[0] += 0.25 if caches_are_warm[0] else 1.0
         caches_are_warm[0] = True
-        Graph().replay()
+        if replays[0]:
+            Graph().replay()
         done[0] = waits
+
+    def add(data, one, out):
+        assert (len(data), one) == (e2e_timing.CACHE_BYTES, 1)
+        assert out is data
+        caches_are_warm[0] = False
 
     original = Graph.replay
     cuda = SimpleNamespace(CUDAGraph=Graph, Event=Event, synchronize=lambda: None, _sleep=lambda _: None)
     monkeypatch.setattr(torch, "cuda", cuda)
     monkeypatch.setattr(e2e_timing.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(e2e_timing.np, "empty", lambda *_, **__: Caches())
+    monkeypatch.setattr(e2e_timing.np, "add", add)
     found = e2e_timing.host_time(call)
-    assert found.pop("waited") == (e2e_timing.REPEATS if waits else 0)
-    assert found == {"us": 0.75e6, "launch": 0.25e6, "cold_launch": 1e6}
-    assert len(replayed) == 2 * e2e_timing.REPEATS
+    assert found == {"us": 0.75e6, "launch": 0.25e6, "cold_launch": 1e6, "waited": e2e_timing.REPEATS if waits else 0}
+    replays[0] = False
+    with pytest.raises(RuntimeError, match="replays no CUDA graph"):
+        e2e_timing.host_time(call)
     assert Graph.replay is original
 
 
