@@ -13,7 +13,7 @@ from common.machine import Ceilings, describe_machine
 from common.progress import progress
 from common.steps import Step, steps_of
 from e2e.cases import MODELS, all_cases
-from e2e.model_bench import ModelBench
+from e2e.model_bench import MIN_ROUNDS, ROUNDS, ModelBench
 from e2e.verdicts import OMITTED_BY_OPTION, OURS, Result
 from peers.rivals import HOW_RIVALS_RUN
 from peers.vllm_figures import VLLM_MODELS, read_vllm
@@ -31,14 +31,15 @@ NOT_FORWARDED_OPTIONS = ("models", "json", "read", "chart", "page", "readme")
 METHOD = (
     "Times are medians of wall time in ms from `encoder(pixel_values, grid)`, with pixel values on the GPU in bf16 "
     "and the grid on the CPU, until the result is ready; p10–p90 in brackets. The contenders of a row take turns in "
-    "one process, in another order each time. vLLM runs in its own, its calls in a row, which is slower where the GPU "
-    "is at its power limit: beside it, qwenvit's time is the slower of calls in turns and calls in a row. Every call "
-    "of a case has the same grid, and qwenvit caches its table. Best rival: the fastest of those that do the whole "
-    "tower's work; none is named where one was left out of the run. TFLOP/s counts matrix products. MiB is the peak "
-    "of a call above one copy of the weights as the checkpoint has them. It includes results, static buffers, the "
-    "pool of this case's CUDA graph alone (none beyond 32768 patches), padding of weights and cuBLAS' workspaces. No "
-    "speedup is given where the outputs' error against fp32 is above 1.05 times transformers' own in bf16 (3 times, "
-    "where that is above 5 %)."
+    f"one process, in another order each time: {ROUNDS} rounds, of which slow rivals skip some (at least {MIN_ROUNDS} "
+    "remain). vLLM runs in its own, its calls in a row, which is slower where the GPU is at its power limit: beside "
+    "it, qwenvit's time is the slower of calls in turns and calls in a row, and says so. Every call of a case has the "
+    "same grid, and qwenvit caches its table. Best rival: the fastest of those that do the whole tower's work and have "
+    "the case; none is named where an option left one out. TFLOP/s counts matrix products. MiB is the peak of a call "
+    "above one copy of the weights as the checkpoint has them. It includes results, static buffers, the pool of this "
+    "case's CUDA graph alone (none beyond 32768 patches), padding of weights and cuBLAS' workspaces. No speedup is "
+    "given where the outputs' error against fp32 is above 1.05 times transformers' own in bf16 (3 times, where that is "
+    "above 5 %)."
 )
 """How the figures are measured, which each result keeps: later runs may measure otherwise."""
 

@@ -36,7 +36,8 @@ def _ms(row: Row, name: str) -> str:
 
 def _spread(row: Row, name: str) -> str:
     times = row["times"].get(name, {})
-    return f" ({times['p10'] * 1e3:.2f}–{times['p90'] * 1e3:.2f})" if "p10" in times else ""
+    in_a_row = ", in a row" if times.get("in_a_row") else ""
+    return f" ({times['p10'] * 1e3:.2f}–{times['p90'] * 1e3:.2f}{in_a_row})" if "p10" in times else ""
 
 
 def _ours(row: Row) -> str:

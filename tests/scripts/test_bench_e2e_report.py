@@ -62,6 +62,8 @@ def test_no_best_rival_where_an_option_left_one_out(why):
         ("ms", True), ("over sdpa", True), ("over best rival", False),
     ]  # fmt: skip
     assert "| **2.00** (1.80–2.20) | – | – | 12.00 (10.80–13.20) | 6.00× |" in e2e_report.short_table(result_of(row))
+    row["times"]["qwenvit"]["in_a_row"] = True
+    assert "| **2.00** (1.80–2.20, in a row) | – |" in e2e_report.short_table(result_of(row))
     assert e2e_verdicts.best_rival(row_of(missing={"timm": why})) is not None  # timm is no rival for the whole tower
 
 
