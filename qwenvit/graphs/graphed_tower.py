@@ -252,7 +252,7 @@ class GraphedTower:
     @contextmanager
     def _serialized(self) -> Iterator[None]:
         """Make the GPU start this call's work after that of earlier calls, on whichever streams these ran."""
-        stream = torch.cuda.current_stream(self.device.index)  # of a device, torch asks for the index
+        stream = torch.cuda.current_stream(self.device.index)  # a device takes torch more calls
         stream.wait_event(self._last_call_done)
         try:
             yield
