@@ -137,7 +137,7 @@ class Graph:
         self.pixel_values, *outputs = (part.tensor(weight.device) for part in unowned)
         rows = capacity.patches if layers else capacity.patches // self.merge_unit  # else a row a token
         self.outputs = [output.view(rows, -1) for output in outputs]
-        self._input_rows, self._input_patches = self.pixel_values, capacity.patches  # what the last batch wrote
+        self._input_rows = self.pixel_values  # the rows of `pixel_values` that the last batch had
 
     def replay(self, table: Tensor, pixel_values: Tensor | WritePixels, patches: int) -> TowerOutput:
         """Run the graph of a whole pass on the current stream.
@@ -180,7 +180,7 @@ class Graph:
             self._host_table = None  # in case the copy fails
             self.table.copy_(table, non_blocking=True)
             self._host_table = table
-        if self._input_patches != patches:
-            self._input_rows, self._input_patches = self.pixel_values[:patches], patches
+        if self._input_rows.shape[0] != patches:  # `len` of a tensor is a function in Python
+            self._input_rows = self.pixel_values[:patches]
         write_pixels(self._input_rows, pixel_values)
         self.graph.replay()

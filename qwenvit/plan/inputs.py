@@ -26,8 +26,8 @@ class CheckedGrid(NamedTuple):
     patches: int
     """Patches of all items together."""
     sizes: tuple[int, ...]
-    """The numbers of `tensor`, under which to cache what depends on it; empty while torch.compile compiles, which in
-    torch's flag may be in another thread: then `sizes_of` gives them."""
+    """The numbers of `tensor`, under which to cache what depends on it; empty while torch.compile compiles, in any
+    thread: `sizes_of` gives them then."""
 
 
 def check_grid(grid_thw: Tensor | Sequence[Sequence[int]], spatial_merge_size: int) -> CheckedGrid:
@@ -100,8 +100,6 @@ def check_pixel_values(pixel_values: Tensor, grid: CheckedGrid, config: VisionCo
     if not isinstance(pixel_values, Tensor) or not pixel_values.is_floating_point():
         got = pixel_values.dtype if isinstance(pixel_values, Tensor) else type(pixel_values).__name__
         raise TypeError(f"pixel_values: expected a floating tensor [patches, {config.patch_dim}], got {got}")
-    if pixel_values.shape == (grid.patches, config.patch_dim):
-        return
     shape = list(pixel_values.shape)
     if len(shape) != 2 or shape[1] != config.patch_dim:
         hint = "; for whole images use encode(), which cuts them into patches" if len(shape) in (3, 4, 5) else ""
@@ -109,7 +107,8 @@ def check_pixel_values(pixel_values: Tensor, grid: CheckedGrid, config: VisionCo
             f"pixel_values: expected [patches, {config.patch_dim}] (channels x frames x height x width of a patch), "
             f"got {shape}{hint}"
         )
-    more = f" and {len(grid.tensor) - 8} more" if len(grid.tensor) > 8 else ""
-    raise ValueError(
-        f"pixel_values: grid_thw {grid.tensor[:8].tolist()}{more} describes {grid.patches} patches, got {shape[0]}"
-    )
+    if shape[0] != grid.patches:
+        more = f" and {len(grid.tensor) - 8} more" if len(grid.tensor) > 8 else ""
+        raise ValueError(
+            f"pixel_values: grid_thw {grid.tensor[:8].tolist()}{more} describes {grid.patches} patches, got {shape[0]}"
+        )

@@ -89,7 +89,8 @@ def cpu_tower(impl="triton", dtype=torch.bfloat16):
 
 def pretend_captured(graphs, grid):
     """Put a stub in place of the graph that runs a batch."""
-    graphs._graphs[graphs._graph_key(graphs._prepare(grid).capacity)] = Mock()
+    capacity = graphs._prepare(grid).capacity
+    graphs._graphs[graphs._graph_key(capacity)] = Mock(capacity=capacity)
 
 
 @pytest.fixture
