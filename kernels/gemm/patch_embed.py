@@ -85,21 +85,21 @@ def _convert_rows(
     store_row(y_ptr + _output_row(i_in, restore_ptr, MERGE_UNIT) * stride_y, b_main, b_tail, K, MAIN, TAIL)
 
 
-def _convert_and_reorder(pixel_values: Tensor, restore_index: Tensor | None, merge_unit: int, weight: Tensor) -> Tensor:
-    """Return `[S, K]` pixel values in the dtype of `weight` `[N, K]` and in another order.
+def _convert_and_reorder(
+    pixel_values: Tensor, restore_index: Tensor | None, merge_unit: int, dtype: torch.dtype
+) -> Tensor:
+    """Return `[S, K]` pixel values in another dtype and order.
 
-    Rows start at multiples of 128 bytes, a cache line. Nothing reads the padding between them. They are at least as far
-    apart as those of the product: in a CUDA graph the blocks of a tower can then reuse the memory (TUNING.md).
+    Rows start at multiples of 128 bytes, a cache line. Nothing reads the padding between them.
     """
     S, K = pixel_values.shape
-    elements_per_line = 128 // weight.dtype.itemsize
-    stride = triton.cdiv(max(K, len(weight)), elements_per_line) * elements_per_line
-    rows = pixel_values.new_empty((S, stride), dtype=weight.dtype)
+    elements_per_line = 128 // dtype.itemsize
+    rows = pixel_values.new_empty((S, triton.cdiv(K, elements_per_line) * elements_per_line), dtype=dtype)
     config = row_config(K, has_residual=False)
     if S:
         with torch.cuda.device_of(rows):
             _convert_rows[(S,)](
-                pixel_values, restore_index, rows, stride, MERGE_UNIT=merge_unit, K=K, MAIN=config.main,
+                pixel_values, restore_index, rows, rows.stride(0), MERGE_UNIT=merge_unit, K=K, MAIN=config.main,
                 TAIL=config.tail, num_warps=PASS_WARPS, **COMPILE_OPTIONS,
             )  # fmt: skip
     return rows[:, :K]
@@ -163,7 +163,7 @@ def patch_embed(
     """
     rows = pixel_values
     if rows.dtype != weight.dtype or restore_index is not None:
-        rows = _convert_and_reorder(rows, restore_index, merge_unit, weight)
+        rows = _convert_and_reorder(rows, restore_index, merge_unit, weight.dtype)
     if table is None or taps is None or tap_weights is None:
         return linear(rows, weight, bias)
     y = weight.new_empty((len(rows), len(weight)))
