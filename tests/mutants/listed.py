@@ -23,13 +23,13 @@ def _mutants(file: str, tests: str, *changes: tuple[str, str, str]) -> list[Muta
 
 MUTANTS = [
     *_mutants(
-        "kernels/attention/hopper.py", "tests/kernels/test_hopper_on_cpu.py",
-        ("_consume", "> MAX_GROWTH, b_row_max, b_max)", "> 1e9, b_row_max, b_max)"),
-        ("_consume", "b_sums *= ", "_ = "),
-        ("_consume", "b_rest *= ", "_ = "),
-        ("_consume", "if I_CONSUMER == 0:", "if I_CONSUMER == 9:"),
-        ("_consume", " & (i_next_pair < pair_end - 1)", ""),
-        ("_consume", "if i_last_pair < pair_end - 1:", "if i_last_pair < pair_end - 5:"),
+        "kernels/attention/hopper_consumer.py", "tests/kernels/test_hopper_on_cpu.py",
+        ("consume", "> MAX_GROWTH, b_row_max, b_max)", "> 1e9, b_row_max, b_max)"),
+        ("consume", "b_sums *= ", "_ = "),
+        ("consume", "b_rest *= ", "_ = "),
+        ("consume", "if I_CONSUMER == 0:", "if I_CONSUMER == 9:"),
+        ("consume", " & (i_next_pair < pair_end - 1)", ""),
+        ("consume", "if i_last_pair < pair_end - 1:", "if i_last_pair < pair_end - 5:"),
         ("_skip_pair", "_wait_for_pair(kv_full, i_pair)", "i_pair % STAGES"),
         ("_pass_turn", "(I_CONSUMER + 1)", "(I_CONSUMER + 2)"),
     ),

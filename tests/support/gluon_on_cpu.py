@@ -14,7 +14,7 @@ from unittest import mock
 
 import torch
 
-from qwenvit.kernels.attention import hopper, hopper_producer, hopper_scheduler
+from qwenvit.kernels.attention import hopper, hopper_consumer, hopper_producer, hopper_scheduler
 
 DEADLOCK_SECONDS = 60.0
 """A wait longer than this is a deadlock."""
@@ -281,7 +281,7 @@ def attend(q, k, v, cu_seqlens, scale, out, programs, across_heads, seed=0):
         "warpgroup_mma_wait": lambda _, deps: deps[0] if len(deps) == 1 else deps,
     }
     with ExitStack() as stack:
-        for module in (hopper_scheduler, hopper_producer, hopper):
+        for module in (hopper_scheduler, hopper_producer, hopper_consumer, hopper):
             for name, value in list(vars(module).items()):
                 if name in functions:
                     stack.enter_context(mock.patch.object(module, name, functions[name]))
