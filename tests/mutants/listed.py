@@ -46,31 +46,49 @@ MUTANTS = [
         ("produce", "(512 * n_segments <= S)", "(512 * n_segments > S)"),
     ),
     *_mutants(
-        "qwenvit/graphs/graphed_tower.py", "tests/graphs/test_graphs_host.py",
+        "qwenvit/graphs/graphed_tower.py", "tests/graphs/test_graphs_calls.py",
         ("GraphedTower._serialized", "stream.wait_event(self._last_call_done)", "pass"),
         ("GraphedTower._serialized", "self._last_call_done.record(stream)", "pass"),
         ("GraphedTower._encode", "with self._lock:", "if True:"),
+    ),
+    *_mutants(
+        "qwenvit/graphs/graphed_tower.py", "tests/graphs/test_graphs_sharing.py",
         ("GraphedTower._encode", "self._graph_to_run(graph.capacity, layers)", "pass"),
+        ("GraphedTower._graph_for", "self._graphs.move_to_end(key)", "pass"),
+        ("GraphedTower._capture", "self._graphs.popitem(last=False)", "self._graphs.popitem()"),
+    ),
+    *_mutants(
+        "qwenvit/graphs/graphed_tower.py", "tests/graphs/test_graphs_lifetimes.py",
         ("GraphedTower._encode", "if self._reset_if_weights_moved():", "if False:"),
         ("GraphedTower.serves", " and self._weights.on_gpu()", ""),
         ("GraphedTower._encode", "del graph", "pass"),
-        ("GraphedTower._prepare", "grid.sizes or sizes_of(grid.tensor)", "grid.sizes"),
         ("GraphedTower.serves", "self._tower() is tower and ", ""),
-        ("GraphedTower._graph_for", "with CAPTURE_LOCK, ", "with "),
-        ("GraphedTower._graph_for", "self._graphs.move_to_end(key)", "pass"),
-        ("GraphedTower._graph_for", "self._pool_patches = 0", "pass"),
-        ("GraphedTower._capture", "self._graphs.popitem(last=False)", "self._graphs.popitem()"),
+        ("GraphedTower.__reduce__", "return type(None), ()", "return object.__reduce_ex__(self, 2)"),
+    ),
+    *_mutants(
+        "qwenvit/graphs/graphed_tower.py", "tests/graphs/test_prepared_grids.py",
+        ("GraphedTower._prepare", "grid.sizes or sizes_of(grid.tensor)", "grid.sizes"),
         ("GraphedTower._prepare", "self._prepared.popitem(last=False)", "self._prepared.popitem()"),
-        ("GraphedTower.warm_up", "next_size < patches + unit", "next_size < patches"),
         ("GraphedTower._prepare", "grid.tensor.clone()", "grid.tensor"),
+    ),
+    *_mutants(
+        "qwenvit/graphs/graphed_tower.py", "tests/graphs/test_capture.py",
+        ("GraphedTower._graph_for", "with CAPTURE_LOCK, ", "with "),
+        ("GraphedTower._graph_for", "self._pool_patches = 0", "pass"),
+    ),
+    *_mutants(
+        "qwenvit/graphs/graphed_tower.py", "tests/graphs/test_warm_up.py",
+        ("GraphedTower.warm_up", "next_size < patches + unit", "next_size < patches"),
+    ),
+    *_mutants(
+        "qwenvit/graphs/graphed_tower.py", "tests/graphs/test_graphs_layers_host.py",
         ("GraphedTower._graph_key", "None, layers)", "None, ())"),
         ("GraphedTower._graph_to_run", "if key.layers == layers)", ")"),
         ("GraphedTower._graph_for", "if not self._pool_has_room_for(layers):", "if not self._graphs:"),
         ("GraphedTower._capture", "last_layer > self._deepest_run", "self._deepest_run < 0"),
-        ("GraphedTower.__reduce__", "return type(None), ()", "return object.__reduce_ex__(self, 2)"),
     ),
     *_mutants(
-        "qwenvit/graphs/graph.py", "tests/graphs/test_graphs_host.py",
+        "qwenvit/graphs/graph.py", "tests/graphs/test_replay.py",
         ("Graph._launch", "if table is not self._host_table:", "if self._host_table is None:"),
         ("Graph._launch", "self._host_table = None", "pass"),
         ("Graph._launch", "self._input_rows.shape[0] != patches", "self._input_rows.shape[0] < patches"),
@@ -78,7 +96,7 @@ MUTANTS = [
         ("Graph.replay_states", ".index_select(0, index)", "[: len(index)]"),
     ),
     *_mutants(
-        "qwenvit/graphs/capture.py", "tests/graphs/test_graphs_host.py",
+        "qwenvit/graphs/capture.py", "tests/graphs/test_capture.py",
         ("garbage_collection_paused", "if enabled:", "if not enabled:"),
     ),
     *_mutants(
@@ -100,10 +118,16 @@ MUTANTS = [
         ("quantisation_of", 'any(dtype.startswith("F8_") for dtype in weights)', "False"),
     ),
     *_mutants(
-        "qwenvit/towers/checkpoint.py", "tests/test_from_pretrained.py",
+        "qwenvit/towers/checkpoint.py", "tests/from_pretrained/test_merged_adapters.py",
         ("load_tower", "merged.merge(tensors, vision.family)", "pass"),
-        ("load_tower", "check_entries(entries, expected, vision.family)", "pass"),
         ("_with_adapter", "if adapter is False:", "if False:"),
+    ),
+    *_mutants(
+        "qwenvit/towers/checkpoint.py", "tests/from_pretrained/test_checkpoint_configs.py",
+        ("load_tower", "check_entries(entries, expected, vision.family)", "pass"),
+    ),
+    *_mutants(
+        "qwenvit/towers/checkpoint.py", "tests/from_pretrained/test_save_pretrained.py",
         ("refuse_whole_checkpoint", ', ADAPTER_CONFIG', ""),
     ),
     *_mutants(
@@ -204,32 +228,38 @@ MUTANTS = [
         ("batches", "len(batch) == IMAGES_PER_BATCH", "False"),
     ),
     *_mutants(
-        "qwenvit/preprocess/prefetch.py", "tests/preprocess/test_prefetch.py",
+        "qwenvit/preprocess/prefetch.py", "tests/preprocess/prefetch/test_prefetch_ahead.py",
         ("prefetch", "ready_bytes -= ready.pop(index)", "ready.pop(index)"),
-        ("prefetch", "if source_failed:", "if False:"),
         ("prefetch", "and ready_bytes < MAX_READY_BYTES", ""),
         ("prefetch", "threads.unfinished < 2 * num_workers", "True"),
         ("prefetch", "                    collect(0)\n", ""),
     ),
     *_mutants(
-        "qwenvit/preprocess/threads.py", "tests/preprocess/test_prefetch.py",
+        "qwenvit/preprocess/prefetch.py", "tests/preprocess/prefetch/test_prefetch_outcomes.py",
+        ("prefetch", "if source_failed:", "if False:"),
+    ),
+    *_mutants(
+        "qwenvit/preprocess/threads.py", "tests/preprocess/prefetch/test_prefetch_outcomes.py",
         ("Threads.add", "_thread.start_new_thread(self._start, (thread,))", "thread.start()"),
         ("Threads.add", "min(self.unfinished, self._count)", "self._count"),
+        ("Threads._start", "self._run()", "pass"),
+    ),
+    *_mutants(
+        "qwenvit/preprocess/threads.py", "tests/preprocess/prefetch/test_prefetch_endings.py",
         ("Threads.end", "self._tasks.put(None)", "pass"),
         ("Threads._run", "self._tasks.put(None)", "pass"),
         ("Threads._next_task", "while not self._is_abandoned():", "while True:"),
         ("Threads._next_task", "self._interpreter_ends = True", "pass"),
-        ("Threads._start", "self._run()", "pass"),
         ("Threads._is_abandoned", "self._owner.daemon or ", ""),
         ("Threads._is_abandoned", " and (self._owner.daemon or not self._owner.is_alive())", ""),
         ("Threads._look_after", "if self._interpreter_ends:", "if False:"),
     ),
     *_mutants(
-        "qwenvit/preprocess/prefetch.py", "tests/test_encode_stream.py",
+        "qwenvit/preprocess/prefetch.py", "tests/encode/test_encode_memory.py",
         ("prefetch", "source_failed.pop()", "source_failed[0]"),
     ),
     *_mutants(
-        "qwenvit/pipeline.py", "tests/test_encode_stream.py",
+        "qwenvit/pipeline.py", "tests/encode/test_encode_memory.py",
         ("run_batches", "failed.pop()", "failed[0]"),
     ),
     *_mutants(
@@ -317,7 +347,7 @@ MUTANTS = [
         ("_content", 'if cell.get("bytes") is None else', 'if not cell.get("bytes") else'),
     ),
     *_mutants(
-        "qwenvit/cli/single_file.py", "tests/cli/test_encode_job.py",
+        "qwenvit/cli/single_file.py", "tests/cli/test_encode_file.py",
         ("_publish", "if encoded < existing:", "if False:"),
     ),
     *_mutants(
@@ -362,7 +392,7 @@ MUTANTS = [
         ("StopSignals._handle", "elif signum == signal.SIGINT:", "elif False:"),
     ),
     *_mutants(
-        "qwenvit/datasets/ledger.py", "tests/datasets/test_job.py",
+        "qwenvit/datasets/ledger.py", "tests/datasets/test_job_again.py",
         ("Ledger.begin", "manifest.check_settings(resolved.settings)", "pass"),
         ("Ledger.undone", "elif self._done.has_id(record.id):", "elif False:"),
         ("Ledger.end", "self._failures.end_of_inputs()", "pass"),
@@ -378,12 +408,12 @@ MUTANTS = [
         ("copy_batch", "first + size, row", "first, row"),
     ),
     *_mutants(
-        "qwenvit/datasets/image_batches.py", "tests/datasets/test_job.py tests/cli/test_encode_job.py",
+        "qwenvit/datasets/image_batches.py", "tests/datasets/test_job_errors.py",
         ("embed_in_batches", "pending.append(record)", "pass"),
         ("embed_in_batches", "for _ in batch.items:", "for _ in ():"),
     ),
     *_mutants(
-        "qwenvit/datasets/lock.py", "tests/datasets/test_job.py",
+        "qwenvit/datasets/lock.py", "tests/datasets/test_job_lock.py",
         ("_try_lock", "return False", "return True"),
     ),
     *_mutants(
