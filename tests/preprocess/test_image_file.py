@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import socket
 import stat
 import threading
@@ -67,7 +68,8 @@ def test_a_path_of_something_else_is_refused_at_once(kind: str, tmp_path: Path) 
     else:
         path.mkdir()
     assert finishes(lambda: open_image(path)) is ValueError
-    with pytest.raises(ValueError, match=rf"^images\[7\]: .*{path}: expected a regular file, got a {name}"):
+    message = rf"^images\[7\]: .*{re.escape(str(path))}: expected a regular file, got a {name}"
+    with pytest.raises(ValueError, match=message):
         open_image(str(path), name="images[7]")
 
 
@@ -160,7 +162,7 @@ def test_a_large_file_may_not_claim_what_no_picture_has(tmp_path: Path) -> None:
 def ghostscript(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Put a program `gs` in the path that leaves a file, and return that file."""
     mark, program = tmp_path / "started", tmp_path / "gs"
-    program.write_text(f"#!/bin/sh\ntouch {mark}\nexit 1\n")
+    program.write_text(f"#!/bin/sh\ntouch '{mark}'\nexit 1\n")
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)

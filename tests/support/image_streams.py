@@ -1,6 +1,7 @@
 """Images for streams: of noise, broken, in buffers that are refilled; and whether embeddings are as expected."""
 
 import io
+import re
 
 import numpy as np
 import torch
@@ -37,14 +38,15 @@ def assert_same(items, expected):
 
 def broken_list(folder):
     """Return 200 images, some of which cannot be used, and of each of these a part of its message."""
+    path = re.escape(str(folder))
     good = [noise(40 + index, 50, index) for index in range(4)]
     images = [good[index % 4] for index in range(200)]
     (folder / "truncated.jpg").write_bytes(encoded(Image.fromarray(noise(200, 200)), "JPEG")[:-3000])
     (folder / "text.png").write_text("no image")
     broken = {
-        3: (folder / "truncated.jpg", rf"images\[3\] \({folder}/truncated.jpg\): broken image file"),
-        50: (folder / "text.png", rf"images\[50\] \({folder}/text.png\): expected an image file"),
-        51: (folder / "missing.png", rf"images\[51\]: No such file or directory: '{folder}/missing.png'"),
+        3: (folder / "truncated.jpg", rf"images\[3\] \({path}/truncated.jpg\): broken image file"),
+        50: (folder / "text.png", rf"images\[50\] \({path}/text.png\): expected an image file"),
+        51: (folder / "missing.png", rf"images\[51\]: No such file or directory: '{path}/missing.png'"),
         120: (good[0].astype(np.float64), r"images\[120\]: expected uint8, got float64"),
         199: (noise(5, 1015), r"images\[199\]: .*200"),
     }
