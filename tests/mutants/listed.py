@@ -361,7 +361,7 @@ MUTANTS = [
         ("Embeddings.concatenate", "errors |= {start + position: error", "errors |= {position: error"),
     ),
     *_mutants(
-        "qwenvit/busy_clock.py", "tests/test_item_stream.py",
+        "qwenvit/busy_clock.py", "tests/encode/test_item_stream.py",
         ("BusyClock.on_host", "self._seconds += ", "self._seconds = "),
     ),
     *_mutants(

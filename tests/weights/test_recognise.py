@@ -85,6 +85,9 @@ def test_a_tower_is_found_under_any_prefix_among_other_models(data, family, pref
 def test_of_an_incomplete_tower_the_missing_modules_are_named(data, family, prefix):
     modules = sorted({name.rpartition(".")[0] for name in STATES[family]})
     lost = data.draw(st.sets(st.sampled_from(modules), min_size=1, max_size=4))
+    # Names alone do not tell that a merger is lost as a whole, nor a few modules from those of another family.
+    deepstack = {module for module in modules if "merger_list." in module}
+    assume(not deepstack or 2 * len(lost & deepstack) < len(deepstack))
     names = [prefix + name for name in STATES[family] if name.rpartition(".")[0] not in lost]
     found = find_tower([*names, *OTHER_TENSORS])
     assert found.prefix == prefix

@@ -9,23 +9,9 @@ import torch
 from PIL import Image
 
 from qwenvit.busy_clock import BusyClock
-from qwenvit.encoder import Encoder
 from qwenvit.item_stream import encode_stream
-from support.prefetch_threads import assert_no_prefetch_threads
 
 OPTIONS = {"min_pixels": 1024}
-
-
-@pytest.fixture(scope="module")
-def demo():
-    with warnings.catch_warnings(action="ignore"):
-        return Encoder.from_pretrained("demo", device="cpu")
-
-
-@pytest.fixture(autouse=True)
-def _no_thread_is_left():
-    yield
-    assert_no_prefetch_threads()
 
 
 def noise(index):

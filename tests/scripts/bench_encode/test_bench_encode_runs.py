@@ -12,18 +12,8 @@ from common.hf_towers import forward
 from common.steps import steps_of
 from encode_bench import measure, model_run
 from encode_bench.folders import FULL_HD, PHOTOS
-from support.small_encode_bench import LIMITS, SMALL, small_bench, small_files
+from support.small_encode_bench import LIMITS, SMALL
 from support.towers import narrow
-
-
-@pytest.fixture(scope="module")
-def paths(tmp_path_factory):
-    return small_files(tmp_path_factory.mktemp("files"))
-
-
-@pytest.fixture(scope="module")
-def bench():
-    return small_bench()
 
 
 def test_steps_that_are_asked_for_run(bench, paths, monkeypatch):

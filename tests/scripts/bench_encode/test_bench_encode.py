@@ -24,17 +24,7 @@ from encode_bench.verdicts import (
 )
 from qwenvit import Encoder, item_stream
 from qwenvit import encoder as encoder_module
-from support.small_encode_bench import SMALL, small_bench, small_files
-
-
-@pytest.fixture(scope="module")
-def paths(tmp_path_factory):
-    return small_files(tmp_path_factory.mktemp("files"))
-
-
-@pytest.fixture(scope="module")
-def bench():
-    return small_bench()
+from support.small_encode_bench import SMALL
 
 
 def test_batches_of_the_tower_alone(bench, paths, monkeypatch):

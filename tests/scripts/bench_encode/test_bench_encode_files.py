@@ -5,18 +5,12 @@ import sys
 from dataclasses import replace
 
 import numpy as np
-import pytest
 from PIL import Image
 
 from encode_bench import folders as encode_folders
 from encode_bench import model_run, stages
 from encode_bench.folders import FOLDERS, FULL_HD, MIX, PHOTOS, Folder, make_folder, photographs
-from support.small_encode_bench import SMALL, small_files
-
-
-@pytest.fixture(scope="module")
-def paths(tmp_path_factory):
-    return small_files(tmp_path_factory.mktemp("files"))
+from support.small_encode_bench import SMALL
 
 
 def test_folders_of_the_benchmark():

@@ -9,17 +9,7 @@ from common.steps import steps_of
 from encode_bench import measure, model_run, parity, report, stages
 from encode_bench.folders import FULL_HD
 from qwenvit import Encoder
-from support.small_encode_bench import LIMITS, SMALL, small_bench, small_files
-
-
-@pytest.fixture(scope="module")
-def paths(tmp_path_factory):
-    return small_files(tmp_path_factory.mktemp("files"))
-
-
-@pytest.fixture(scope="module")
-def bench():
-    return small_bench()
+from support.small_encode_bench import LIMITS, SMALL
 
 
 def bench_with(bench, **changes):
