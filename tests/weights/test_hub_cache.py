@@ -1,6 +1,7 @@
 """Models that huggingface_hub itself put into its cache are used before anything is downloaded."""
 
 import os
+import re
 import warnings
 from pathlib import Path
 
@@ -94,7 +95,7 @@ def test_a_truncated_blob_does_not_count(sharded, cached, fetch):
 
 def test_a_commit_that_no_branch_names_is_told(hub, sharded, cached, fetch):
     snapshot = cached(sharded, revision=A)
-    with pytest.raises(FileNotFoundError, match=rf"{snapshot}: complete: pass revision='{A}'"):
+    with pytest.raises(FileNotFoundError, match=rf"{re.escape(str(snapshot))}: complete: pass revision='{A}'"):
         fetch(local_files_only=True)
     assert fetch(revision=A, local_files_only=True) == snapshot
     # The Hub says that main is at this commit, and the tower need not be downloaded.
