@@ -1,7 +1,5 @@
 """`Embeddings.pooled`: means against fp64, and every bit of a vector from its own item alone."""
 
-import warnings
-
 import numpy as np
 import pytest
 import torch
@@ -11,6 +9,7 @@ from qwenvit.encoder import Encoder
 from qwenvit.outputs import Embeddings
 from qwenvit.pooling import CHUNK_ROWS, mean_of_items, normalized
 from qwenvit.towers.reference import ReferenceTower
+from support.demo import demo_encoder
 from support.towers import SMALL, narrow
 
 SIZES = [1, 2, CHUNK_ROWS - 1, CHUNK_ROWS, CHUNK_ROWS + 1, 300, 1, 2 * CHUNK_ROWS]
@@ -18,8 +17,7 @@ SIZES = [1, 2, CHUNK_ROWS - 1, CHUNK_ROWS, CHUNK_ROWS + 1, 300, 1, 2 * CHUNK_ROW
 
 @pytest.fixture(scope="module")
 def demo():
-    with warnings.catch_warnings(action="ignore"):
-        return Encoder.from_pretrained("demo", device="cpu")
+    return demo_encoder()
 
 
 def rows_of(sizes, width=24, dtype=torch.float32, seed=0):

@@ -1,7 +1,6 @@
 """The reading examples of `qwenvit/datasets/formats/README.md`, on what a job wrote."""
 
 import re
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-import qwenvit
 from qwenvit.datasets.job import encode_dataset
+from support.demo import demo_encoder
 
 PAGE = (Path(__file__).parents[2] / "qwenvit/datasets/formats/README.md").read_text()
 SNIPPETS = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
@@ -22,8 +21,7 @@ def picture(index):
 
 @pytest.fixture
 def demo():
-    with warnings.catch_warnings(action="ignore"):
-        return qwenvit.Encoder.from_pretrained("demo", device="cpu", dtype="bfloat16")
+    return demo_encoder(dtype="bfloat16")
 
 
 def test_the_snippets_find_what_the_encoder_returns(demo, tmp_path, monkeypatch, capsys):

@@ -1,17 +1,14 @@
 """Setup shared by the tests of encoding: the demo's encoder, and a look for threads that a test left."""
 
-import warnings
-
 import pytest
 
-from qwenvit.encoder import Encoder
+from support.demo import demo_encoder
 from support.prefetch_threads import assert_no_prefetch_threads
 
 
 @pytest.fixture(scope="module")
 def demo():
-    with warnings.catch_warnings(action="ignore"):
-        return Encoder.from_pretrained("demo", device="cpu")
+    return demo_encoder()
 
 
 @pytest.fixture(autouse=True)

@@ -50,8 +50,11 @@ def test_graphs_hold_no_reference_to_themselves(no_cuda):
         gc.enable()
 
 
-@pytest.mark.parametrize("captured", [True, False])
-def test_moved_weights_are_found_before_a_capture_and_after_a_replay(no_cuda, monkeypatch, captured):
+def noted_runs(monkeypatch, captured):
+    """Return a tower, its graphs, a grid, and a list of whether the weights were unmoved in each pass, which are stubs.
+
+    The grid has a graph, which is a stub too, if `captured`.
+    """
     tower = cpu_tower()
     graphs, grid, runs = GraphedTower(tower), check_grid([[1, 4, 4]], 2), []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda table: table)
@@ -59,6 +62,12 @@ def test_moved_weights_are_found_before_a_capture_and_after_a_replay(no_cuda, mo
         monkeypatch.setattr(graphs, name, lambda *_: runs.append(graphs._weights.weights_unmoved()))
     if captured:
         pretend_captured(graphs, grid)
+    return tower, graphs, grid, runs
+
+
+@pytest.mark.parametrize("captured", [True, False])
+def test_moved_weights_are_found_before_a_capture_and_after_a_replay(no_cuda, monkeypatch, captured):
+    tower, graphs, grid, runs = noted_runs(monkeypatch, captured)
     graphs._encode(torch.zeros(16, 1), grid)
     tower.merger.fc1.weight.data = tower.merger.fc1.weight.data.clone()
     graphs._encode(torch.zeros(16, 1), grid)
@@ -88,13 +97,7 @@ def test_no_stale_graph_is_left_when_the_next_is_captured(calls, monkeypatch):
 
 @pytest.mark.parametrize("captured", [True, False])
 def test_hooks_are_refused_and_not_captured(no_cuda, monkeypatch, captured):
-    tower = cpu_tower()
-    graphs, grid, runs = GraphedTower(tower), check_grid([[1, 4, 4]], 2), []
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda table: table)
-    for name in ("_run", "_replay"):
-        monkeypatch.setattr(graphs, name, lambda *_: runs.append(1))
-    if captured:
-        pretend_captured(graphs, grid)
+    tower, graphs, grid, runs = noted_runs(monkeypatch, captured)
     handle = tower.blocks[0].register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match="no forward hooks"):
         graphs._encode(torch.zeros(16, 1), grid)

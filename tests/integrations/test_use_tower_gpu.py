@@ -10,12 +10,12 @@ import torch
 from qwenvit.integrations.transformers import use_qwenvit, use_tower
 from qwenvit.parity import Difference
 from qwenvit.towers.fast import FastTower
-from support.tiny_models import CLASSES, base, build_wide, inputs_for, is_omni, visual
+from support.tiny_models import CLASSES, LOG_PROBABILITY_BOUND, base, build_wide, inputs_for, is_omni, visual
 from support.towers import FULL
+from support.use_tower import gradients
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
-LOG_PROBABILITY_BOUND = 1e-4
 NOISE_FACTOR = 1.25
 """Bound of our error over transformers' own, of what the whole model computes: later layers make more or less of an
 error at random. Blocks have a sharper bound in tests/towers, and mistakes show in fp32."""
@@ -128,18 +128,12 @@ def test_the_language_models_gradients(model):
     inputs = inputs_on_gpu(model, "right")
     visual(model).requires_grad_(False)
 
-    def gradients():
-        model.zero_grad(set_to_none=True)
-        base(model).rope_deltas = None
-        model(**inputs, labels=inputs["input_ids"]).loss.backward()
-        return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-
-    expected = gradients()
+    expected = gradients(model, inputs)
     with use_tower(model, "triton"):
-        got = gradients()
+        got = gradients(model, inputs)
         visual(model).requires_grad_(True)
         with pytest.raises(ValueError, match=r"^parameters of the vision tower: expected none that requires gradients"):
-            gradients()
+            gradients(model, inputs)
     assert got.keys() == expected.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(got[name], gradient, atol=1e-4, rtol=1e-3)

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from qwenvit import Encoder
+from support.demo import demo_encoder
 
 pytest.importorskip("fastapi", reason="needs fastapi: pip install 'qwenvit[serve]'")
 SCRIPT = Path(__file__).parents[2] / "scripts/examples/serve.py"
@@ -47,8 +46,7 @@ def url(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def demo():
-    with warnings.catch_warnings(action="ignore"):
-        return Encoder.from_pretrained("demo", device="cpu")
+    return demo_encoder()
 
 
 def png(index):

@@ -35,6 +35,8 @@ TEXT = {
     "pad_token_id": 0,
     "initializer_range": 0.2,  # large enough that generated tokens vary
 }
+LOG_PROBABILITY_BOUND = 1e-4
+"""Of a model whose attention or vision tower is replaced, in fp32."""
 VISION = {"depth": 1, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}
 _WINDOWS = {"fullatt_block_indexes": [0], "window_size": 16}
 _DEEPSTACK = {"deepstack_visual_indexes": [0], "num_position_embeddings": 64}

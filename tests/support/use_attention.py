@@ -11,7 +11,6 @@ from support.towers import MIXED_GRIDS, narrow, random_pixels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GRIDS = MIXED_GRIDS if DEVICE == "cuda" else [[1, 8, 10], *MIXED_GRIDS[1:3]]  # the interpreter is slow
-LOG_PROBABILITY_BOUND = 1e-4
 BATCHES = {
     "an image": [[("text", 3), ("image", (1, 6, 10)), ("text", 4)]],
     "a video": [[("text", 3), ("video", (3, 4, 6)), ("text", 4)]],

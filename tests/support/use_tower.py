@@ -2,9 +2,8 @@
 
 import torch
 
-from support.tiny_models import base
+from support.tiny_models import LOG_PROBABILITY_BOUND, base
 
-LOG_PROBABILITY_BOUND = 1e-4
 BATCHES = {
     "an image": [[("text", 3), ("image", (1, 6, 10)), ("text", 4)]],
     "a video": [[("text", 3), ("video", (3, 4, 6)), ("text", 4)]],
@@ -28,6 +27,14 @@ BATCHES = {
 def log_probabilities(model, inputs, **options):
     base(model).rope_deltas = None
     return model(**inputs, **options).logits.log_softmax(-1)
+
+
+def gradients(model, inputs):
+    """Return the gradients of the loss, of each parameter that has one."""
+    model.zero_grad(set_to_none=True)
+    base(model).rope_deltas = None
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
 def assert_close(actual, expected):

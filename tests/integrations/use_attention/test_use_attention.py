@@ -7,12 +7,11 @@ from common.hf_towers import build_tower, forward
 from qwenvit.integrations.transformers import attention as integration
 from qwenvit.integrations.transformers import use_attention
 from qwenvit.parity import no_worse
-from support.tiny_models import CLASSES, inputs_for, visual
+from support.tiny_models import CLASSES, LOG_PROBABILITY_BOUND, inputs_for, visual
 from support.towers import FULL, MIXED_GRIDS, narrow
 from support.use_attention import (
     BATCHES,
     DEVICE,
-    LOG_PROBABILITY_BOUND,
     assert_close,
     build_wide,
     implementations,

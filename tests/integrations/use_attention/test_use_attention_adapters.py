@@ -8,8 +8,8 @@ from torch import nn
 
 from common.hf_towers import forward
 from qwenvit.integrations.transformers import use_attention
-from support.tiny_models import inputs_for
-from support.use_attention import BATCHES, DEVICE, LOG_PROBABILITY_BOUND, assert_close, tiny_tower
+from support.tiny_models import LOG_PROBABILITY_BOUND, inputs_for
+from support.use_attention import BATCHES, DEVICE, assert_close, tiny_tower
 
 
 class TestAdapters:

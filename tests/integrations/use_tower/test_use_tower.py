@@ -7,8 +7,8 @@ from qwenvit.integrations.transformers import use_qwenvit, use_tower
 from qwenvit.towers.fast import FastTower
 from qwenvit.towers.reference import ReferenceTower
 from support.pinned import needs_pinned_transformers
-from support.tiny_models import base, inputs_for, is_omni, visual
-from support.use_tower import BATCHES, LOG_PROBABILITY_BOUND, assert_close, log_probabilities
+from support.tiny_models import LOG_PROBABILITY_BOUND, base, inputs_for, is_omni, visual
+from support.use_tower import BATCHES, assert_close, log_probabilities
 
 
 def generate(model, inputs, **options):

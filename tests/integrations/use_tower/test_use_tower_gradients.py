@@ -7,7 +7,7 @@ import torch
 
 from qwenvit.integrations.transformers import use_tower
 from support.tiny_models import base, inputs_for, visual
-from support.use_tower import BATCHES, log_probabilities
+from support.use_tower import BATCHES, gradients, log_probabilities
 
 
 class TestGradients:
@@ -27,15 +27,9 @@ class TestGradients:
         inputs = inputs_for(model, BATCHES["both"], "right")
         visual(model).requires_grad_(False)
 
-        def gradients():
-            model.zero_grad(set_to_none=True)
-            base(model).rope_deltas = None
-            model(**inputs, labels=inputs["input_ids"]).loss.backward()
-            return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-
-        expected = gradients()
+        expected = gradients(model, inputs)
         with use_tower(model, impl):
-            got = gradients()
+            got = gradients(model, inputs)
         model.zero_grad(set_to_none=True)
         visual(model).requires_grad_(True)
         assert len(expected) > 10
