@@ -18,7 +18,8 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from huggingface_hub.utils import tqdm
-from mutants.listed import MUTANTS, Mutant
+from mutants.listed import MUTANTS
+from mutants.mutant import Mutant
 
 ROOT = Path(__file__).parents[2]
 COPIED = (
